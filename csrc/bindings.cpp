@@ -1,0 +1,190 @@
+// sae_fast._C: addresses and sizes in, results in place.  Shapes, dtypes and strides are checked above, in sae_fast/ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "sae_fast/compactor.hpp"
+#include "sae_fast/cpu.hpp"
+
+namespace py = pybind11;
+using namespace sae_fast;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+// ---- Instruction sets: the widest that this processor has, unless SAE_FAST_CPU_ISA or set_isa says otherwise --------
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+#ifdef SAE_FAST_HAS_AVX512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
+    names.push_back("avx512");
+#endif
+#ifdef SAE_FAST_HAS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    names.push_back("avx2");
+#endif
+  names.push_back("plain");
+  return names;
+}
+
+std::string current_isa;
+const Kernels* current = nullptr;
+
+void set_isa(const std::string& name) {
+  std::string known;
+  for (const std::string& supported : supported_isas()) {
+    known += (known.empty() ? "" : ", ") + supported;
+    if (supported != name) continue;
+    current_isa = name;
+    current = &plain::kernels();
+#ifdef SAE_FAST_HAS_AVX512
+    if (name == "avx512") current = &avx512::kernels();
+#endif
+#ifdef SAE_FAST_HAS_AVX2
+    if (name == "avx2") current = &avx2::kernels();
+#endif
+    return;
+  }
+  throw py::value_error("instruction set (SAE_FAST_CPU_ISA): got '" + name + "', this machine has: " + known);
+}
+
+std::vector<Source> make_sources(const std::vector<std::pair<Address, Address>>& sources) {
+  std::vector<Source> out;
+  for (const auto& [values, A] : sources) out.push_back({at<const float>(values), at<const float>(A)});
+  return out;
+}
+
+Csr csr(const std::pair<Address, Address>& code, int64_t rows) {
+  return {at<const int64_t>(code.first), at<const int32_t>(code.second), rows};
+}
+
+using CscAddresses = std::tuple<Address, Address, Address>;
+Csc csc(const CscAddresses& code) {
+  return {at<const int64_t>(std::get<0>(code)), at<const int32_t>(std::get<1>(code)),
+          at<const int64_t>(std::get<2>(code))};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of sae_fast on raw addresses; use sae_fast.ops instead.";
+  const char* wanted = std::getenv("SAE_FAST_CPU_ISA");
+  set_isa(wanted && *wanted ? wanted : supported_isas().front());
+
+  m.def("supported_isas", &supported_isas);
+  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("isa", [] { return current_isa; });
+
+  using release = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<Compactor>(m, "Compactor")
+      .def(py::init<int64_t, int>(), py::arg("rows"), py::arg("parts"))
+      .def(
+          "add_tile",
+          [](Compactor& self, Address tile, int64_t width, int32_t first, Address bias, Address cut, int threads) {
+            self.add_tile(*current, at<const float>(tile), width, first, at<const float>(bias), at<const float>(cut),
+                          threads);
+          },
+          release())
+      .def("nnz", &Compactor::nnz)
+      .def(
+          "finish",
+          [](const Compactor& self, Address indptr, Address indices, Address u, int threads) {
+            self.finish(at<int64_t>(indptr), at<int32_t>(indices), at<float>(u), threads);
+          },
+          release());
+
+  m.def("activate", [](int kind, int64_t nnz, Address indices, Address u, Address bias, Address scale, Address b_mag,
+                       Address threshold, Address values, int threads) {
+    current->activate(static_cast<Activation>(kind), nnz, at<const int32_t>(indices), at<const float>(u),
+                      at<const float>(bias), at<const float>(scale), at<const float>(b_mag),
+                      at<const float>(threshold), at<float>(values), threads);
+  }, release());
+
+  m.def("decode", [](std::pair<Address, Address> code, int64_t rows, int64_t nnz, Address values, int64_t V, Address W,
+                     int64_t d, const std::vector<int64_t>& bounds, Address out, int threads) {
+    current->decode(csr(code, rows), nnz, at<const float>(values), V, at<const float>(W), d, bounds.data(),
+                    static_cast<int64_t>(bounds.size()) - 1, at<float>(out), threads);
+  }, release());
+
+  m.def("sampled_dots", [](std::pair<Address, Address> code, int64_t rows, Address A, Address W, int64_t d,
+                           Address out, int threads) {
+    current->sampled_dots(csr(code, rows), at<const float>(A), at<const float>(W), d, at<float>(out), threads);
+  }, release());
+
+  m.def("decode_loss", [](std::pair<Address, Address> code, int64_t rows, int64_t nnz, Address magnitudes,
+                          Address gates, Address W, Address b_dec, Address target, Address sparsity_weight,
+                          double normaliser, int64_t d, Address residual, Address residual_aux, Address losses,
+                          Address grads, int threads) {
+    current->decode_loss(csr(code, rows), nnz, at<const float>(magnitudes), at<const float>(gates),
+                         at<const float>(W), at<const float>(b_dec), at<const float>(target),
+                         at<const float>(sparsity_weight), normaliser, d, at<float>(residual),
+                         at<float>(residual_aux), at<float>(losses), at<float>(grads), threads);
+  }, release());
+
+  m.def("transpose", [](std::pair<Address, Address> code, int64_t rows, int64_t features, int parts, Address scratch,
+                        Address colptr, Address out_rows, Address perm, int threads) {
+    current->transpose(csr(code, rows), features, parts, at<int64_t>(scratch), at<int64_t>(colptr),
+                       at<int32_t>(out_rows), at<int64_t>(perm), threads);
+  }, release());
+
+  m.def("outer", [](CscAddresses code, const std::vector<std::pair<Address, Address>>& sources, int64_t d, Address list,
+                    int64_t first, int64_t n, Address out, int threads) {
+    const auto s = make_sources(sources);
+    current->outer(csc(code), s.data(), static_cast<int>(s.size()), d, at<const int64_t>(list), first, n,
+                   at<float>(out), threads);
+  }, release());
+
+  m.def("grad_sqnorm", [](CscAddresses code, const std::vector<std::pair<Address, Address>>& sources, int64_t d,
+                          int64_t first, int64_t n, Address W, Address self_coefficient, bool project, Address out,
+                          int threads) {
+    const auto s = make_sources(sources);
+    current->grad_sqnorm(csc(code), s.data(), static_cast<int>(s.size()), d, first, n, at<const float>(W),
+                         at<const float>(self_coefficient), project, at<double>(out), threads);
+  }, release());
+
+  py::class_<Adam>(m, "Adam")
+      .def(py::init([](double lr, double beta2, double eps, int64_t step, bool project, bool renormalise) {
+        const double correction = 1.0 - std::pow(beta2, static_cast<double>(step));
+        return Adam{beta2, static_cast<float>(lr), static_cast<float>(1.0 / std::sqrt(correction)),
+                    static_cast<float>(eps), step, project, renormalise};
+      }), py::arg("lr"), py::arg("beta2"), py::arg("eps"), py::arg("step"), py::arg("project"),
+           py::arg("renormalise"));
+
+  m.def("weight_step", [](CscAddresses code, const std::vector<std::pair<Address, Address>>& sources, int64_t d,
+                          int64_t first, int64_t n, Address self_coefficient, float grad_scale, const Adam& adam,
+                          Address W, Address v, Address last_step, int threads) {
+    const auto s = make_sources(sources);
+    current->weight_step(csc(code), s.data(), static_cast<int>(s.size()), d, first, n,
+                         at<const float>(self_coefficient), grad_scale, adam, at<float>(W), at<float>(v),
+                         at<int64_t>(last_step), threads);
+  }, release());
+
+  m.def("row_step", [](Address G, int64_t d, int64_t n, float grad_scale, const Adam& adam, Address W, Address v,
+                       Address last_step, int threads) {
+    current->row_step(at<const float>(G), d, n, grad_scale, adam, at<float>(W), at<float>(v), at<int64_t>(last_step),
+                      threads);
+  }, release());
+
+  m.def("scatter", [](Address indptr, Address indices, Address perm, int64_t first, int64_t n, int64_t width,
+                      Address values, Address out, int threads) {
+    current->scatter(at<const int64_t>(indptr), at<const int32_t>(indices), at<const int64_t>(perm), first, n, width,
+                     at<const float>(values), at<float>(out), threads);
+  }, release());
+
+  m.def("gather", [](Address indptr, Address indices, int64_t first, int64_t n, int64_t width, Address dense,
+                     Address out, int threads) {
+    current->gather(at<const int64_t>(indptr), at<const int32_t>(indices), first, n, width, at<const float>(dense),
+                    at<float>(out), threads);
+  }, release());
+}

@@ -1,0 +1,32 @@
+// Sums of decoder rows.  A thread owns a row of the batch; each W row is read once for all value sets.
+#include "sae_fast/kernel_table.hpp"
+#include "sae_fast/rows.hpp"
+
+namespace sae_fast {
+namespace SAE_FAST_ISA {
+
+void decode(Csr code, int64_t nnz, const float* values, int64_t V, const float* W, int64_t d, const int64_t* bounds,
+            int64_t G, float* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+  for (int64_t b = 0; b < code.rows; ++b) {
+    int64_t j = code.indptr[b];
+    const int64_t end = code.indptr[b + 1];
+    while (j < end && code.indices[j] < bounds[0]) ++j;
+    for (int64_t g = 0; g < G; ++g) {
+      int64_t stop = j;
+      while (stop < end && code.indices[stop] < bounds[g + 1]) ++stop;
+      const auto target = [&](int64_t v) { return out + ((v * G + g) * code.rows + b) * d; };
+      for (int64_t v = 0; v < V; ++v) zero(target(v), d);
+      for (; j + 4 <= stop; j += 4) {
+        const float* rows[4];
+        for (int q = 0; q < 4; ++q) rows[q] = W + code.indices[j + q] * d;
+        for (int64_t v = 0; v < V; ++v) axpy4(target(v), rows, values + v * nnz + j, d);
+      }
+      for (; j < stop; ++j)
+        for (int64_t v = 0; v < V; ++v) axpy(target(v), W + code.indices[j] * d, values[v * nnz + j], d);
+    }
+  }
+}
+
+}  // namespace SAE_FAST_ISA
+}  // namespace sae_fast

@@ -1,0 +1,127 @@
+"""SparseCode: the support of a batch as CSR, with the values on it; and the same entries ordered by feature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The entries of a SparseCode ordered by feature (CSC), as :func:`sae_fast.ops.transpose` makes it.
+
+    colptr [F+1] int64; rows [nnz] int32, ascending within a feature; perm [nnz] int64: entry j here is entry
+    ``perm[j]`` of the SparseCode, so one permutation serves every value set.
+    """
+
+    colptr: Tensor
+    rows: Tensor
+    perm: Tensor
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """The active features of a batch.
+
+    shape    [..., F], the shape of the dense code
+    indptr   [B+1] int64: row b owns the entries indptr[b] .. indptr[b+1]; B = product of the leading dimensions
+    indices  [nnz] int32, features, ascending within a row
+    u        [nnz] (x − b_dec)·w_i, before any bias
+    values   [V, nnz]: row 0 the magnitudes (the code itself), row 1 the gates ReLU(π_gate) of a Gated SAE
+
+    An entry may have magnitude 0: in a Gated SAE the gate can be open while ReLU(π_mag) is 0 (S \\ S′ of MATH.md §2).
+    """
+
+    shape: torch.Size
+    indptr: Tensor
+    indices: Tensor
+    u: Tensor
+    values: Tensor
+
+    @property
+    def magnitudes(self) -> Tensor:
+        """[nnz]: f̃ on the support."""
+        return self.values[0]
+
+    @property
+    def gates(self) -> Tensor:
+        """[nnz]: ReLU(π_gate) on the support of a Gated SAE; of any other SAE, the magnitudes."""
+        return self.values[-1]
+
+    @property
+    def nnz(self) -> int:
+        """Entries stored.  Synchronises on a GPU."""
+        return self.indices.shape[0]
+
+    @property
+    def batch(self) -> int:
+        """B, the number of rows: the product of the leading dimensions."""
+        return prod(self.shape[:-1])
+
+    @property
+    def d_sae(self) -> int:
+        return self.shape[-1]
+
+    def row_ids(self) -> Tensor:
+        """[nnz] int64: the row of each entry."""
+        counts = self.indptr[1:] - self.indptr[:-1]
+        rows = torch.arange(self.batch, device=self.indptr.device)
+        return torch.repeat_interleave(rows, counts, output_size=self.nnz)
+
+    def l0(self) -> Tensor:
+        """[...] int64: features with a non-zero magnitude, for each example."""
+        fires = (self.values[0] != 0).long()
+        total = torch.zeros(self.nnz + 1, dtype=torch.long, device=fires.device)
+        torch.cumsum(fires, 0, out=total[1:])
+        return (total[self.indptr[1:]] - total[self.indptr[:-1]]).reshape(self.shape[:-1])
+
+    def to_dense(self, values: Tensor | None = None) -> Tensor:
+        """[..., F]: the magnitudes (or another [nnz] ``values``) with zeros elsewhere.  Differentiable."""
+        values = self.magnitudes if values is None else values
+        flat = torch.zeros(self.batch * self.d_sae, dtype=values.dtype, device=values.device)
+        flat = flat.index_put((self.row_ids() * self.d_sae + self.indices.long(),), values)
+        return flat.reshape(self.shape)
+
+    def with_values(self, values: Tensor) -> SparseCode:
+        """The same support with other values [V, nnz]."""
+        return replace(self, values=values)
+
+    @staticmethod
+    def cat(codes: Sequence[SparseCode]) -> SparseCode:
+        """Stacks codes along the batch (leading dimensions are flattened): gradient accumulation is this plus the
+        stacked residual rows."""
+        if not codes:
+            raise ValueError("codes: got an empty sequence, want at least one SparseCode")
+        widths = {code.d_sae for code in codes}
+        if len(widths) > 1:
+            raise ValueError(f"codes: got feature counts {sorted(widths)}, want one")
+        starts = [0]
+        for code in codes:
+            starts.append(starts[-1] + code.nnz)
+        indptr = torch.cat([codes[0].indptr[:1]] + [c.indptr[1:] + s for c, s in zip(codes, starts, strict=False)])
+        return SparseCode(
+            shape=torch.Size((sum(c.batch for c in codes), codes[0].d_sae)),
+            indptr=indptr,
+            indices=torch.cat([c.indices for c in codes]),
+            u=torch.cat([c.u for c in codes]),
+            values=torch.cat([c.values for c in codes], dim=1),
+        )
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """The gradient of a weight [F, d] in the form in which the engine has it, before anything dense exists:
+
+        grad[i] = Σ_s Σ_{j in feature i} values[s][perm[j]] · A[s][rows[j]]  +  self_coefficient[i] · W[i]
+
+    values: list of [nnz]; A: list of [B, d], same length.  For a vector parameter [F], A is [B, 1] ones.
+    """
+
+    csc: Transposed
+    values: list[Tensor]
+    A: list[Tensor]
+    self_coefficient: Tensor | None = None

@@ -1,0 +1,216 @@
+"""Gradients of the ops, and the losses as differentiable functions of x and of every parameter.
+
+Each backward pass is made of the ops themselves, so it stays sparse and runs on whichever body the forward took.
+Formulas: MATH.md §2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import Transposed
+from sae_fast.ops import decode_loss, encode
+from sae_fast.reference import DIALECTS, Loss
+
+_ops = torch.ops.sae_fast
+
+
+def gated_loss(
+    x: Tensor,
+    W_enc: Tensor,
+    b_gate: Tensor,
+    b_mag: Tensor,
+    r_mag: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    l1_coefficient: float,
+    dialect: str = "paper",
+    target: Tensor | None = None,
+) -> Loss:
+    """Equation (8), as :func:`sae_fast.reference.gated_loss`, on the engine.  x [B, d]; ``target`` [B, d] replaces x in
+    the errors.  Differentiable with respect to x, target and every parameter."""
+    code = encode(x - b_dec, W_enc, b_gate, activation="gated", r_mag=r_mag, b_mag=b_mag)
+    weight = sparsity_weight(W_dec, l1_coefficient, dialect)
+    target = x if target is None else target
+    losses = decode_loss(code, W_dec, b_dec, target, weight, x.shape[0], stop_auxiliary=dialect == "paper").losses
+    return Loss(losses.sum(), *losses.unbind())
+
+
+def relu_loss(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    l1_coefficient: float,
+    dialect: str = "paper",
+    target: Tensor | None = None,
+) -> Loss:
+    """‖x − x̂‖² + λ‖f‖₁, as :func:`sae_fast.reference.relu_loss`, on the engine."""
+    code = encode(x - b_dec, W_enc, b_enc, activation="relu")
+    weight = sparsity_weight(W_dec, l1_coefficient, dialect)
+    losses = decode_loss(code, W_dec, b_dec, x if target is None else target, weight, x.shape[0]).losses
+    return Loss(losses.sum(), *losses.unbind())
+
+
+def sparsity_weight(W_dec: Tensor, l1_coefficient: float, dialect: str) -> Tensor:
+    """[F]: what each feature's activation costs: λ (``paper``) or λ‖d_i‖ (``saelens``)."""
+    if dialect not in DIALECTS:
+        raise ValueError(f"dialect: got {dialect!r}, want one of {DIALECTS}")
+    if dialect == "saelens":
+        return l1_coefficient * W_dec.norm(dim=1)
+    return W_dec.new_full((W_dec.shape[0],), l1_coefficient)
+
+
+def feature_sums(csc: Transposed, values: Tensor, rows: int) -> Tensor:
+    """[F]: the sum of values [nnz] over each feature's entries, in ascending row order (bitwise repeatable)."""
+    return _ops.outer(*_csc(csc), [values], [values.new_ones(rows, 1)], None, 0, csc.colptr.shape[0] - 1)[:, 0]
+
+
+def value_to_pre_gradients(activation: str, u: Tensor, values: Tensor, grads: Tensor, scale: Tensor | None):
+    """From the gradient of the values [V, nnz] to those of the entries' u, bias, r_mag and b_mag, [nnz] each (the last two
+    None unless gated).  ``scale`` is exp(r_mag) at the entries."""
+    grads = grads * (values != 0)
+    if activation != "gated":
+        return grads[0], grads[0], None, None
+    magnitude = grads[0] * scale
+    return grads[1] + magnitude, grads[1], magnitude * u, grads[0]
+
+
+# ---- encode ---------------------------------------------------------------------------------------------------------
+
+
+def _encode_setup(ctx, inputs, output):
+    x, W_enc, _, r_mag, _, _, ctx.activation, *_ = inputs
+    ctx.save_for_backward(x, W_enc, r_mag, *output)
+
+
+def _encode_backward(ctx, _indptr, _indices, grad_u, grad_values):
+    x, W_enc, r_mag, indptr, indices, u, values = ctx.saved_tensors
+    scale = None if r_mag is None else torch.exp(r_mag)[indices.long()]
+    delta, bias, r, b_mag = value_to_pre_gradients(ctx.activation, u, values, grad_values, scale)
+    delta = delta + grad_u
+    need_x, need_W, need_bias, need_r, need_b_mag, *_ = ctx.needs_input_grad
+    csc = None
+    if need_W or need_bias or need_r or need_b_mag:
+        csc = Transposed(*_ops.transpose(indptr, indices, W_enc.shape[0]))
+
+    def sums(needed, entries):
+        return feature_sums(csc, entries, x.shape[0]) if needed and entries is not None else None
+
+    grad_x = _ops.decode(indptr, indices, delta[None], W_enc, None)[0] if need_x else None
+    grad_W = _ops.outer(*_csc(csc), [delta], [x], None, 0, W_enc.shape[0]) if need_W else None
+    return grad_x, grad_W, sums(need_bias, bias), sums(need_r, r), sums(need_b_mag, b_mag), *[None] * 5
+
+
+torch.library.register_autograd("sae_fast::encode", _encode_backward, setup_context=_encode_setup)
+
+
+# ---- decode ---------------------------------------------------------------------------------------------------------
+
+
+def _decode_setup(ctx, inputs, output):
+    *tensors, ctx.groups = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _decode_backward(ctx, grad):
+    indptr, indices, values, W_dec = ctx.saved_tensors
+    bounds = [0, W_dec.shape[0]] if ctx.groups is None else ctx.groups
+    grad = grad.unsqueeze(1) if ctx.groups is None else grad
+    ranges = list(zip(bounds, bounds[1:], strict=False))
+    grad_values = grad_W = None
+    if ctx.needs_input_grad[2]:
+        sets = []
+        for per_group in grad:
+            dots = torch.zeros_like(values[0])
+            for (first, last), g in zip(ranges, per_group, strict=True):
+                inside = (indices >= first) & (indices < last)
+                dots = torch.where(inside, _ops.sampled_dots(indptr, indices, g, W_dec), dots)
+            sets.append(dots)
+        grad_values = torch.stack(sets)
+    if ctx.needs_input_grad[3]:
+        csc = _ops.transpose(indptr, indices, W_dec.shape[0])
+        parts = [W_dec.new_zeros(bounds[0], W_dec.shape[1])]
+        for g, (first, last) in enumerate(ranges):
+            parts.append(_ops.outer(*csc, list(values), [s[g] for s in grad], None, first, last - first))
+        parts.append(W_dec.new_zeros(W_dec.shape[0] - bounds[-1], W_dec.shape[1]))
+        grad_W = torch.cat(parts)
+    return None, None, grad_values, grad_W, None
+
+
+torch.library.register_autograd("sae_fast::decode", _decode_backward, setup_context=_decode_setup)
+
+
+# ---- sampled_dots ---------------------------------------------------------------------------------------------------
+
+
+def _sampled_dots_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _sampled_dots_backward(ctx, grad):
+    indptr, indices, A, W = ctx.saved_tensors
+    grad_A = grad_W = None
+    if ctx.needs_input_grad[2]:
+        grad_A = _ops.decode(indptr, indices, grad[None], W, None)[0]
+    if ctx.needs_input_grad[3]:
+        csc = _ops.transpose(indptr, indices, W.shape[0])
+        grad_W = _ops.outer(*csc, [grad], [A], None, 0, W.shape[0])
+    return None, None, grad_A, grad_W
+
+
+torch.library.register_autograd("sae_fast::sampled_dots", _sampled_dots_backward, setup_context=_sampled_dots_setup)
+
+
+# ---- decode_loss ----------------------------------------------------------------------------------------------------
+
+
+def _decode_loss_setup(ctx, inputs, output):
+    indptr, indices, values, W_dec, _, _, weight, ctx.normaliser, ctx.stop_auxiliary = inputs
+    _, residual, residual_aux, grads = output
+    ctx.save_for_backward(indptr, indices, values, W_dec, weight, residual, residual_aux, grads)
+
+
+def _decode_loss_backward(ctx, grad_losses, *_constants):
+    indptr, indices, values, W_dec, weight, residual, residual_aux, grads = ctx.saved_tensors
+    rec, sparse, aux = grad_losses.unbind()
+    gated, n = values.shape[0] == 2, ctx.normaliser
+    need_values, need_W, need_b, need_target, need_weight = ctx.needs_input_grad[2:7]
+    grad_values = grad_W = grad_b = grad_target = grad_weight = csc = None
+    if need_W or need_weight:
+        csc = Transposed(*_ops.transpose(indptr, indices, W_dec.shape[0]))
+    if need_values:
+        # The forward's grads are those of the plain sum; a caller may weight the three losses differently.
+        per_set = torch.stack([rec, aux]) if gated else rec[None]
+        penalty = weight[indices.long()] / n * (values[-1] != 0)
+        grad_values = grads * per_set[:, None]
+        grad_values[-1] += (sparse - per_set[-1]) * penalty
+    through_aux = gated and not ctx.stop_auxiliary
+    if need_W:
+        entries, rows = [values[0] * (2 / n * rec)], [residual]
+        if through_aux:
+            entries, rows = [*entries, values[1] * (2 / n * aux)], [residual, residual_aux]
+        grad_W = _ops.outer(*_csc(csc), entries, rows, None, 0, W_dec.shape[0])
+    if need_b:
+        grad_b = residual.sum(0) * (2 / n * rec)
+        if through_aux:
+            grad_b = grad_b + residual_aux.sum(0) * (2 / n * aux)
+    if need_target:
+        grad_target = residual * (-2 / n * rec)
+        if gated:
+            grad_target = grad_target - residual_aux * (2 / n * aux)
+    if need_weight:
+        grad_weight = feature_sums(csc, values[-1] * (sparse / n), residual.shape[0])
+    return None, None, grad_values, grad_W, grad_b, grad_target, grad_weight, None, None
+
+
+torch.library.register_autograd("sae_fast::decode_loss", _decode_loss_backward, setup_context=_decode_loss_setup)
+
+
+def _csc(csc: Transposed) -> tuple[Tensor, Tensor, Tensor]:
+    return csc.colptr, csc.rows, csc.perm
+
+
+__all__ = ["feature_sums", "gated_loss", "relu_loss", "sparsity_weight", "value_to_pre_gradients"]

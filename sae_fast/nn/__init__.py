@@ -1,0 +1,8 @@
+"""The layers: one file a kind of SAE."""
+
+from sae_fast.nn.base import SparseAutoencoder
+from sae_fast.nn.gated import GatedSAE
+from sae_fast.nn.jumprelu import JumpReluSAE
+from sae_fast.nn.relu import ReluSAE
+
+__all__ = ["GatedSAE", "JumpReluSAE", "ReluSAE", "SparseAutoencoder"]

@@ -1,0 +1,156 @@
+"""What every SAE layer shares: parameters, input checks, encode and decode, calibration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sae_fast import functional, ops
+from sae_fast.code import RowGradient, SparseCode
+from sae_fast.ops import _checks
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SparseAutoencoder(nn.Module):
+    """Parameters W_enc [F, d], W_dec [F, d] (unit rows at the start) and b_dec [d]; the rest is the subclass's.
+
+    Inputs x are [..., d_in], any strides, fp32, bf16 or fp16 (or the module's own dtype); ``ValueError`` names what is
+    wrong with any other, and the index of the first NaN or infinity.
+    """
+
+    activation: str  # of ops.encode
+    per_feature: tuple[str, ...]  # parameters [F], the encoder bias first
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ):
+        """W_dec has random unit rows, W_enc is its copy, every bias is zero: the peers' initialisation.  ``seed`` makes it
+        repeatable without touching torch's global generator."""
+        super().__init__()
+        for name, value in (("d_in", d_in), ("d_sae", d_sae)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, want a positive int")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}, want a floating-point dtype")
+        self.d_in, self.d_sae = d_in, d_sae
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        W_dec = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        self.W_enc = nn.Parameter(W_dec.to(device, dtype, copy=True))
+        self.W_dec = nn.Parameter(W_dec.to(device, dtype, copy=True))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        for name in self.per_feature:
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device)))
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={self.W_enc.dtype}"
+
+    # ---- Inference --------------------------------------------------------------------------------------------------
+
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """The sparse code of x [..., d_in].  Its values are differentiable."""
+        code = self._code(self.check_input(x) - self.b_dec)
+        return SparseCode(torch.Size((*x.shape[:-1], self.d_sae)), code.indptr, code.indices, code.u, code.values)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The dense code [..., F], for code that wants it; :meth:`encode_sparse` is what is fast."""
+        return self.encode_sparse(x).to_dense()
+
+    def decode(self, f: Tensor | SparseCode) -> Tensor:
+        """x̂ = f W_dec + b_dec, [..., d_in], from a dense f [..., F] or a SparseCode."""
+        if isinstance(f, SparseCode):
+            if f.d_sae != self.d_sae:
+                raise ValueError(f"f: got a code of {f.d_sae} features, want {self.d_sae}")
+            return (ops.decode(f, self.W_dec) + self.b_dec).reshape(*f.shape[:-1], self.d_in)
+        if not isinstance(f, Tensor) or f.dim() < 1 or f.shape[-1] != self.d_sae:
+            got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
+            raise ValueError(f"f: got {got}, want a SparseCode or [..., d_sae] with d_sae = {self.d_sae}")
+        return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x̂ = decode(encode(x)), [..., d_in], in the dtype of x."""
+        return self.decode(self.encode_sparse(x)).to(x.dtype)
+
+    def check_input(self, x: Tensor, name: str = "x") -> Tensor:
+        """x as [B, d_in] in the module's dtype, or ``ValueError``."""
+        if not isinstance(x, Tensor) or (x.dtype not in INPUT_DTYPES and x.dtype != self.W_enc.dtype):
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: got {got}, want a tensor of float32, bfloat16, float16 or {self.W_enc.dtype}")
+        if x.dim() < 1 or x.shape[-1] != self.d_in:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [..., d_in] with d_in = {self.d_in}")
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            _checks.finite(name, x)
+        return x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+
+    def _code(self, x_c: Tensor) -> SparseCode:
+        """The code of centred rows x_c [B, d_in]."""
+        raise NotImplementedError
+
+    # ---- Training ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def calibrate_(self, x: Tensor, l0: float = 64) -> None:
+        """Sets the encoder bias so that about ``l0`` features fire on each example of x [..., d_in].
+
+        Feature i's bias becomes minus the quantile of u_i = w_i·(x − b_dec) that l0/F of the batch exceeds; b_mag of a
+        Gated SAE is set equal to b_gate.  Zero biases open half of all gates instead, and training ends at a worse
+        trade-off.  Fractional counts are spread over the features, so a batch smaller than F / l0 works too.
+        """
+        if not 0 < l0 <= self.d_sae:
+            raise ValueError(f"l0: got {l0}, want 0 < l0 ≤ d_sae = {self.d_sae}")
+        x_c = self.check_input(x) - self.b_dec
+        batch = x_c.shape[0]
+        if batch < 2:
+            raise ValueError(f"x: got {batch} examples, want at least 2 to take quantiles of")
+        bias = getattr(self, self.per_feature[0])
+        for first in range(0, self.d_sae, 1024):
+            u = x_c @ self.W_enc[first : first + 1024].T
+            features = torch.arange(first, first + u.shape[1], device=u.device)
+            # The golden ratio's multiples spread the rounding of l0·B/F evenly: low-discrepancy dithering.
+            count = (l0 * batch / self.d_sae + (features * 0.6180339887498949) % 1.0).long().clamp(max=batch)
+            top = u.topk(min(int(count.max()) + 1, batch), dim=0).values
+            gap = (u.amax(0) - u.amin(0)) / batch
+            top = torch.cat([top[:1] + gap, top, u.amin(0, keepdim=True) - gap])
+            above, below = top.gather(0, count[None])[0], top.gather(0, count[None] + 1)[0]
+            bias[first : first + 1024] = -(above + below) / 2
+        if "b_mag" in self.per_feature:
+            self.b_mag.copy_(bias)
+
+    @torch.no_grad()
+    def row_gradients(
+        self, x: Tensor, l1_coefficient: float, dialect: str = "paper"
+    ) -> tuple[Tensor, SparseCode, dict[str, RowGradient | Tensor]]:
+        """(losses [3], code, gradient of each parameter by name) for rows x [B, d_in], without autograd.
+
+        The gradients are RowGradients: nothing dense but b_dec's exists.  This is the Trainer's fused path; the losses
+        and gradients are those of :meth:`loss`.
+        """
+        n, x_c = x.shape[0], x - self.b_dec
+        code = self._code(x_c)
+        weight = functional.sparsity_weight(self.W_dec, l1_coefficient, dialect)
+        out = ops.decode_loss(code, self.W_dec, self.b_dec, x, weight, n)
+        csc = ops.transpose(code)
+        scale = torch.exp(self.r_mag)[code.indices] if self.activation == "gated" else None
+        delta, *entries = functional.value_to_pre_gradients(self.activation, code.u, code.values, out.grads, scale)
+        ones = x.new_ones(n, 1)
+        grads: dict[str, RowGradient | Tensor] = {"W_enc": RowGradient(csc, [delta], [x_c])}
+        for name, entry in zip(("bias", "r_mag", "b_mag"), entries, strict=True):
+            if entry is not None:
+                grads[self.per_feature[0] if name == "bias" else name] = RowGradient(csc, [entry], [ones])
+
+        values, residuals = [code.magnitudes * (2 / n)], [out.residual]
+        self_coefficient = None
+        if dialect == "saelens":
+            if code.values.shape[0] == 2:  # x̂_aux is not stopped
+                values, residuals = [*values, code.gates * (2 / n)], [*residuals, out.residual_aux]
+            cost = functional.feature_sums(csc, code.gates, n) * (l1_coefficient / n)
+            self_coefficient = cost / self.W_dec.norm(dim=1)
+        grads["W_dec"] = RowGradient(csc, values, residuals, self_coefficient)
+        decoder = sum(r.sum(0) for r in residuals) * (2 / n)
+        grads["b_dec"] = decoder - functional.feature_sums(csc, delta, n) @ self.W_enc
+        return out.losses, code, grads

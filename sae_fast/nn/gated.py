@@ -1,0 +1,52 @@
+"""GatedSAE (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sae_fast import functional, ops, reference
+from sae_fast.code import SparseCode
+from sae_fast.nn.base import SparseAutoencoder
+from sae_fast.nn.jumprelu import JumpReluSAE
+from sae_fast.reference import Loss
+
+
+class GatedSAE(SparseAutoencoder):
+    """f̃ = 1[π_gate > 0] ⊙ ReLU(π_mag), π_gate = u + b_gate, π_mag = exp(r_mag) ⊙ u + b_mag, u = (x − b_dec) W_encᵀ.
+
+    Parameters W_enc [F, d], b_gate [F], b_mag [F], r_mag [F], W_dec [F, d] (unit rows), b_dec [d].
+    """
+
+    activation = "gated"
+    per_feature = ("b_gate", "b_mag", "r_mag")
+    b_gate: nn.Parameter
+    b_mag: nn.Parameter
+    r_mag: nn.Parameter
+
+    def _code(self, x_c: Tensor) -> SparseCode:
+        return ops.encode(x_c, self.W_enc, self.b_gate, activation="gated", r_mag=self.r_mag, b_mag=self.b_mag)
+
+    def loss(self, x: Tensor, l1_coefficient: float, dialect: str = "paper", target: Tensor | None = None) -> Loss:
+        """Equation (8) on x [..., d_in]: .total .reconstruction .sparsity .auxiliary, differentiable, means over the
+        examples.  ``dialect``: "paper" or "saelens" (MATH.md §1); ``target`` replaces x in the errors."""
+        target = None if target is None else self.check_input(target, "target")
+        return functional.gated_loss(
+            self.check_input(x), self.W_enc, self.b_gate, self.b_mag, self.r_mag, self.W_dec, self.b_dec,
+            l1_coefficient, dialect, target,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def to_jumprelu(self) -> JumpReluSAE:
+        """The JumpReLU SAE that computes the same function (θ = max(0, b_mag − exp(r_mag) b_gate)).
+
+        Exact in the reals; exp(r_mag) · W_enc rounds, so an entry within rounding of its threshold may flip.
+        """
+        sae = JumpReluSAE(self.d_in, self.d_sae, dtype=self.W_enc.dtype, device=self.W_enc.device)
+        W_enc, b_enc, threshold = reference.gated_to_jumprelu(self.W_enc, self.b_gate, self.b_mag, self.r_mag)
+        for parameter, value in (
+            (sae.W_enc, W_enc), (sae.b_enc, b_enc), (sae.threshold, threshold.clamp(min=0)),
+            (sae.W_dec, self.W_dec), (sae.b_dec, self.b_dec),
+        ):  # fmt: skip
+            parameter.copy_(value)
+        return sae

@@ -1,0 +1,28 @@
+"""ReluSAE: the baseline with an L1 penalty (Bricken et al. 2023; the baseline of arXiv 2404.16014)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sae_fast import functional, ops
+from sae_fast.code import SparseCode
+from sae_fast.nn.base import SparseAutoencoder
+from sae_fast.reference import Loss
+
+
+class ReluSAE(SparseAutoencoder):
+    """f = ReLU((x − b_dec) W_encᵀ + b_enc).  Parameters W_enc [F, d], b_enc [F], W_dec [F, d] (unit rows), b_dec [d]."""
+
+    activation = "relu"
+    per_feature = ("b_enc",)
+    b_enc: nn.Parameter
+
+    def _code(self, x_c: Tensor) -> SparseCode:
+        return ops.encode(x_c, self.W_enc, self.b_enc, activation="relu")
+
+    def loss(self, x: Tensor, l1_coefficient: float, dialect: str = "paper", target: Tensor | None = None) -> Loss:
+        """‖x − x̂‖² + λ‖f‖₁ on x [..., d_in], differentiable; the auxiliary term is 0.  Arguments as GatedSAE.loss."""
+        target = None if target is None else self.check_input(target, "target")
+        return functional.relu_loss(
+            self.check_input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec, l1_coefficient, dialect, target
+        )

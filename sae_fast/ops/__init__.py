@@ -1,0 +1,27 @@
+"""The ops: each declared once with torch.library, one file an op.  See each file for its contract and its bodies."""
+
+from sae_fast.ops._dispatch import use_backend
+from sae_fast.ops.decode import decode
+from sae_fast.ops.decode_loss import DecodeLoss, decode_loss
+from sae_fast.ops.encode import encode
+from sae_fast.ops.grad_sqnorm import grad_sqnorm
+from sae_fast.ops.outer import outer, touched
+from sae_fast.ops.sampled_dots import sampled_dots
+from sae_fast.ops.transpose import transpose
+from sae_fast.ops.weight_step import project_rows, row_step, weight_step
+
+__all__ = [
+    "DecodeLoss",
+    "decode",
+    "decode_loss",
+    "encode",
+    "grad_sqnorm",
+    "outer",
+    "project_rows",
+    "row_step",
+    "sampled_dots",
+    "touched",
+    "transpose",
+    "use_backend",
+    "weight_step",
+]

@@ -1,0 +1,101 @@
+"""Argument checks shared by the ops: every message names the argument, what was got and what was wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shape(name: str, tensor: Tensor, *want: int | str) -> None:
+    """``want`` mixes numbers, which must match, and names such as "B", which stand for any size."""
+    ok = tensor.dim() == len(want) and all(
+        isinstance(w, str) or size == w for size, w in zip(tensor.shape, want, strict=True)
+    )
+    if not ok:
+        wanted = ", ".join(map(str, want))
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, want [{wanted}]")
+
+
+def dtype(name: str, tensor: Tensor, *want: torch.dtype) -> None:
+    if tensor.dtype not in want:
+        raise ValueError(f"{name}: got {tensor.dtype}, want {' or '.join(map(str, want))}")
+
+
+def floating(name: str, tensor: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
+    """A floating-point tensor, of the dtype and device of ``like`` when that is given."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: got {tensor.dtype}, want a floating-point dtype")
+    if like is not None and tensor.dtype != like.dtype:
+        raise ValueError(f"{name}: got {tensor.dtype}, want {like.dtype}, the dtype of {like_name}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: got a tensor on {tensor.device}, want {like.device}, the device of {like_name}")
+
+
+def csr(indptr: Tensor, indices: Tensor) -> None:
+    shape("indptr", indptr, "B + 1")
+    shape("indices", indices, "nnz")
+    dtype("indptr", indptr, torch.int64)
+    dtype("indices", indices, torch.int32)
+    if indptr.shape[0] < 1:
+        raise ValueError("indptr: got no element, want B + 1 of them")
+
+
+def csc(colptr: Tensor, rows: Tensor, perm: Tensor) -> None:
+    shape("colptr", colptr, "F + 1")
+    shape("rows", rows, "nnz")
+    shape("perm", perm, rows.shape[0])
+    dtype("colptr", colptr, torch.int64)
+    dtype("rows", rows, torch.int32)
+    dtype("perm", perm, torch.int64)
+
+
+def sources(values: list[Tensor], A: list[Tensor], nnz: int) -> None:
+    if len(values) != len(A) or not values:
+        raise ValueError(f"values, A: got {len(values)} and {len(A)} tensors, want as many of each, at least one")
+    for s, (v, a) in enumerate(zip(values, A, strict=True)):
+        shape(f"values[{s}]", v, nnz)
+        shape(f"A[{s}]", a, A[0].shape[0], A[0].shape[1] if A[0].dim() == 2 else "d")
+        floating(f"values[{s}]", v, A[0], "A[0]")
+        floating(f"A[{s}]", a, A[0], "A[0]")
+
+
+def finite(name: str, x: Tensor) -> None:
+    """Raises ``ValueError`` with the first non-finite index.  Synchronises on a GPU."""
+    good = torch.isfinite(x)
+    if not bool(good.all()):
+        index = tuple(int(i) for i in (~good).nonzero()[0])
+        raise ValueError(
+            f"{name}: got {x[index].item()} at index {index} of shape {tuple(x.shape)}, want finite values"
+        )
+
+
+def row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature) -> None:
+    """A RowGradient for the features first_feature .. + n of W [n, d]."""
+    csc(colptr, rows, perm)
+    shape("W", W, "n", "d")
+    floating("W", W)
+    sources(values, A, rows.shape[0])
+    shape("A[0]", A[0], "B", W.shape[1])
+    floating("A[0]", A[0], W, "W")
+    if self_coefficient is not None:
+        shape("self_coefficient", self_coefficient, W.shape[0])
+        floating("self_coefficient", self_coefficient, W, "W")
+    total = colptr.shape[0] - 1
+    if first_feature < 0 or first_feature + W.shape[0] > total:
+        raise ValueError(f"first_feature: got {first_feature} with {W.shape[0]} rows, want a range within F = {total}")
+
+
+def adam_state(W: Tensor, v: Tensor, last_step: Tensor, step: int, lr: float, beta2: float, eps: float) -> None:
+    shape("v", v, *W.shape)
+    floating("v", v, W, "W")
+    shape("last_step", last_step, W.shape[0])
+    dtype("last_step", last_step, torch.int64)
+    for name, tensor in {"W": W, "v": v, "last_step": last_step}.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: got strides {tensor.stride()}, want a contiguous tensor, as it is updated in place"
+            )
+    if step < 1:
+        raise ValueError(f"step: got {step}, want a count from 1")
+    if not (lr >= 0 and 0 <= beta2 < 1 and eps > 0):
+        raise ValueError(f"lr, beta2, eps: got {lr}, {beta2}, {eps}, want lr ≥ 0, 0 ≤ beta2 < 1, eps > 0")

@@ -1,0 +1,51 @@
+"""Dense helpers: for the reference bodies, and for batches so dense that a matrix product beats gathering rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sae_fast.ops._native import _C, address, threads
+
+# nnz / (B · F) above which an op of the C++ engine takes its dense route, from sweeps of benchmarks/ on one machine
+# (README names it).  The route depends on the arguments only, never on timing, so runs repeat bit for bit.
+CROSSOVER = {"decode": 0.06, "sampled_dots": 0.06, "decode_loss": 0.06, "outer": 0.06, "weight_step": 0.06}
+CHUNK = 2**23  # floats in a dense chunk: 32 MiB
+
+
+def is_dense(op: str, nnz: int, rows: int, features: int) -> bool:
+    return nnz > CROSSOVER[op] * rows * features
+
+
+def row_ids(indptr: Tensor, nnz: int) -> Tensor:
+    """[nnz] int64: the row of each entry."""
+    rows = torch.arange(indptr.shape[0] - 1, device=indptr.device)
+    return torch.repeat_interleave(rows, indptr[1:] - indptr[:-1], output_size=nnz)
+
+
+def to_dense(indptr: Tensor, indices: Tensor, values: Tensor, features: int) -> Tensor:
+    """[B, F] from CSR values [nnz], in plain PyTorch."""
+    dense = torch.zeros(indptr.shape[0] - 1, features, dtype=values.dtype, device=values.device)
+    dense[row_ids(indptr, values.shape[0]), indices.long()] = values
+    return dense
+
+
+def chunks(n: int, width: int) -> Iterator[tuple[int, int]]:
+    """Runs [first, last) of n rows such that a [last − first, width] block stays small."""
+    step = max(1, min(n, CHUNK // max(width, 1)))
+    return ((first, min(first + step, n)) for first in range(0, n, step))
+
+
+def scatter(indptr: Tensor, indices: Tensor, perm: Tensor | None, first: int, last: int, values: Tensor, out: Tensor):
+    """Rows first .. last of a CSR (or, with ``perm``, a CSC) as dense ``out`` [last − first, width], by the engine."""
+    _C.scatter(address(indptr), address(indices), address(perm), first, last - first, out.shape[1], address(values),
+               address(out), threads())  # fmt: skip
+    return out
+
+
+def gather(indptr: Tensor, indices: Tensor, first: int, last: int, dense: Tensor, out: Tensor) -> None:
+    """The entries of rows first .. last from dense rows, into out [nnz], by the engine."""
+    _C.gather(address(indptr), address(indices), first, last - first, dense.shape[1], address(dense), address(out),
+              threads())  # fmt: skip

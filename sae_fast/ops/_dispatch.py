@@ -1,0 +1,76 @@
+"""Which body of an op runs, and why.
+
+An op has up to four bodies: ``reference`` (plain PyTorch, any device and dtype), ``cpu`` (C++), ``triton`` and ``cuda``.
+Each op's file lists the ones that it has, fastest first; the first whose conditions hold is taken.  A rejection has a
+reason, logged once at DEBUG level on the logger ``sae_fast``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("sae_fast")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Process-wide on purpose: autograd runs backward passes in threads of its own, which see no context variable.
+_forced: list[str] = []
+_logged: set[tuple[str, str]] = set()
+
+try:
+    from sae_fast import _C
+except ImportError as error:  # an unbuilt checkout: the reference serves, slowly
+    _C = None  # type: ignore[assignment]
+    logger.warning("the C++ engine is not built (%s); the reference bodies will run", error)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one body for every op in the ``with`` block: "reference", "cpu", "triton" or "cuda".
+
+    For tests and for doubt.  It holds for the whole process.  An op that has no such body, or whose arguments that body
+    cannot take, raises ``ValueError`` with the reason.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"name: got {name!r}, want one of {BACKENDS}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def cpu_rejects(*tensors: Tensor | None) -> str | None:
+    """Why the C++ engine cannot take these tensors, or None."""
+    if _C is None:
+        return "the extension sae_fast._C is not built"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}"
+        if tensor.dtype != torch.float32:
+            return f"a tensor is {tensor.dtype}; the engine computes in float32"
+    return None
+
+
+def pick(op: str, bodies: Mapping[str, Callable], rejections: Mapping[str, str | None]) -> Callable:
+    """The first body that is not rejected, or the forced one."""
+    if _forced:
+        name = _forced[-1]
+        reason = rejections.get(name) if name in bodies else f"it has the bodies {tuple(bodies)}"
+        if reason:
+            raise ValueError(f"use_backend({name!r}): {op} cannot run there: {reason}")
+        return bodies[name]
+    for name, body in bodies.items():
+        reason = rejections.get(name)
+        if not reason:
+            return body
+        if (op, reason) not in _logged:
+            _logged.add((op, reason))
+            logger.debug("%s: not %s: %s", op, name, reason)
+    raise RuntimeError(f"{op}: no body can take these arguments: {dict(rejections)}")

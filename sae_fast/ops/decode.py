@@ -1,0 +1,83 @@
+"""decode: sums of decoder rows.
+
+Body ``cpu``: gathers rows; above the crossover density it fills dense row chunks and multiplies.  ``reference``: dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import SparseCode
+from sae_fast.ops import _checks, _dense
+from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._native import _C, address, contiguous, threads
+
+
+def decode(
+    code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups: Sequence[int] | None = None
+) -> Tensor:
+    """out[v, g, b] = Σ values[v, j] · W_dec[indices[j]] over the entries j of row b in feature group g.  No bias.
+
+    W_dec [F, d_out]; values [V, nnz] or [nnz], by default the magnitudes.  ``groups`` are G + 1 ascending feature bounds, such
+    as (0, 64, 256): G disjoint ranges, each decoded by itself (Matryoshka prefixes are a cumulative sum over them).
+    Returns [V, G, B, d_out]; without ``groups`` [V, B, d_out]; without V when values is [nnz] or not given.
+    Differentiable with respect to values and W_dec.
+    """
+    values = code.magnitudes if values is None else values
+    sets = values if values.dim() == 2 else values[None]
+    out = torch.ops.sae_fast.decode(code.indptr, code.indices, sets, W_dec, groups)
+    return out if values.dim() == 2 else out[0]
+
+
+@torch.library.custom_op(
+    "sae_fast::decode",
+    mutates_args=(),
+    schema="(Tensor indptr, Tensor indices, Tensor values, Tensor W_dec, int[]? groups) -> Tensor",
+)
+def _decode(indptr, indices, values, W_dec, groups):
+    _checks.csr(indptr, indices)
+    _checks.shape("values", values, "V", indices.shape[0])
+    _checks.shape("W_dec", W_dec, "F", "d_out")
+    _checks.floating("values", values, W_dec, "W_dec")
+    bounds = _bounds(groups, W_dec.shape[0])
+    body = pick("decode", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(values, W_dec)})
+    out = body(indptr, indices, values, W_dec, bounds)
+    return out if groups is not None else out.squeeze(1)
+
+
+@_decode.register_fake
+def _(indptr, indices, values, W_dec, groups):
+    middle = [] if groups is None else [len(groups) - 1]
+    return W_dec.new_empty([values.shape[0], *middle, indptr.shape[0] - 1, W_dec.shape[1]])
+
+
+def _bounds(groups: Sequence[int] | None, features: int) -> list[int]:
+    bounds = [0, features] if groups is None else list(groups)
+    if len(bounds) < 2 or bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > features:
+        raise ValueError(f"groups: got {bounds}, want at least two ascending bounds within 0 and F = {features}")
+    return bounds
+
+
+def _cpu(indptr, indices, values, W_dec, bounds):
+    indptr, indices, values, W_dec = contiguous(indptr, indices, values, W_dec)
+    rows, (features, d) = indptr.shape[0] - 1, W_dec.shape
+    out = torch.empty(values.shape[0], len(bounds) - 1, rows, d)
+    if _dense.is_dense("decode", indices.shape[0], rows, features):
+        for first, last in _dense.chunks(rows, features):
+            block = torch.empty(last - first, features)
+            for v in range(values.shape[0]):
+                _dense.scatter(indptr, indices, None, first, last, values[v], block)
+                for g, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+                    torch.mm(block[:, lo:hi], W_dec[lo:hi], out=out[v, g, first:last])
+        return out
+    _C.decode((address(indptr), address(indices)), rows, indices.shape[0], address(values), values.shape[0],
+              address(W_dec), d, bounds, address(out), threads())  # fmt: skip
+    return out
+
+
+def _reference(indptr, indices, values, W_dec, bounds):
+    f = torch.stack([_dense.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
+    return torch.stack([f[..., a:b] @ W_dec[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], dim=1)

@@ -1,0 +1,152 @@
+"""decode_loss: decode ∘ loss ∘ sampled_dots, fused.
+
+Body ``cpu``: one visit of each example; above the crossover density dense row chunks.  ``reference``: dense.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import SparseCode
+from sae_fast.ops import _checks, _dense
+from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._native import _C, address, contiguous, threads
+
+
+class DecodeLoss(NamedTuple):
+    """losses [3]: reconstruction, sparsity, auxiliary.  residual [B, d]: r = x̂ − target; residual_aux: x̂_aux − target, or
+    [0, d] without gates.  grads [V, nnz]: the gradient of the losses' sum with respect to the code's values."""
+
+    losses: Tensor
+    residual: Tensor
+    residual_aux: Tensor
+    grads: Tensor
+
+
+def decode_loss(
+    code: SparseCode,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    target: Tensor,
+    sparsity_weight: Tensor,
+    normaliser: float,
+    stop_auxiliary: bool = True,
+) -> DecodeLoss:
+    """The losses of equation (8) on a code, and what their gradients need (MATH.md §2).
+
+    With N = ``normaliser`` (the batch size, for means) and the code's magnitudes m and gates g:
+      x̂ = m W_dec + b_dec,  reconstruction = ‖x̂ − target‖² / N
+      two value sets:  sparsity = Σ weight_i g_i / N,  x̂_aux = g W_dec + b_dec,  auxiliary = ‖x̂_aux − target‖² / N,
+                       grads = (2 r·d_i / N where m > 0,  (2 r_aux·d_i + weight_i) / N where g > 0)
+      one value set:   sparsity = Σ weight_i m_i / N,  auxiliary = 0,  grads = ((2 r·d_i + weight_i) / N where m > 0)
+    W_dec [F, d_out], b_dec [d_out], target [B, d_out] (x, or a transcoder's output), sparsity_weight [F] (λ, or λ‖d_i‖).
+    ``losses`` is differentiable with respect to the values, W_dec, b_dec, target and sparsity_weight; ``stop_auxiliary``
+    keeps the auxiliary term's gradient from W_dec and b_dec.  The other outputs are constants to autograd.
+    """
+    return DecodeLoss(
+        *torch.ops.sae_fast.decode_loss(
+            code.indptr,
+            code.indices,
+            code.values,
+            W_dec,
+            b_dec,
+            target,
+            sparsity_weight,
+            float(normaliser),
+            stop_auxiliary,
+        )
+    )
+
+
+@torch.library.custom_op(
+    "sae_fast::decode_loss",
+    mutates_args=(),
+    schema="(Tensor indptr, Tensor indices, Tensor values, Tensor W_dec, Tensor b_dec, Tensor target,"
+    " Tensor sparsity_weight, float normaliser, bool stop_auxiliary)"
+    " -> (Tensor losses, Tensor residual, Tensor residual_aux, Tensor grads)",
+)
+def _decode_loss(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, stop_auxiliary):
+    _checks.csr(indptr, indices)
+    _checks.shape("W_dec", W_dec, "F", "d_out")
+    features, d = W_dec.shape
+    _checks.shape("values", values, "V", indices.shape[0])
+    if values.shape[0] not in (1, 2):
+        raise ValueError(f"values: got {values.shape[0]} value sets, want 1 (magnitudes) or 2 (magnitudes, gates)")
+    _checks.shape("b_dec", b_dec, d)
+    _checks.shape("target", target, indptr.shape[0] - 1, d)
+    _checks.shape("sparsity_weight", sparsity_weight, features)
+    tensors = {"values": values, "b_dec": b_dec, "target": target, "sparsity_weight": sparsity_weight}
+    for name, tensor in tensors.items():
+        _checks.floating(name, tensor, W_dec, "W_dec")
+    if not normaliser > 0:
+        raise ValueError(f"normaliser: got {normaliser}, want a positive number such as the batch size")
+    body = pick("decode_loss", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W_dec)})
+    return body(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser)
+
+
+@_decode_loss.register_fake
+def _(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, stop_auxiliary):
+    rows = target.shape[0] if values.shape[0] == 2 else 0
+    return (
+        target.new_empty(3),
+        torch.empty_like(target, memory_format=torch.contiguous_format),
+        target.new_empty(rows, target.shape[1]),
+        torch.empty_like(values, memory_format=torch.contiguous_format),
+    )
+
+
+def _cpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
+    indptr, indices, values, W_dec, b_dec, target, sparsity_weight = contiguous(
+        indptr, indices, values, W_dec, b_dec, target, sparsity_weight
+    )
+    (rows, d), nnz, V = target.shape, indices.shape[0], values.shape[0]
+    if _dense.is_dense("decode_loss", nnz, rows, W_dec.shape[0]):
+        return _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser)
+    residual = torch.empty(rows, d)
+    residual_aux = torch.empty(rows if V == 2 else 0, d)
+    losses, grads = torch.empty(rows, 3), torch.empty(V, nnz)
+    gates = values[1] if V == 2 else None
+    _C.decode_loss(
+        (address(indptr), address(indices)), rows, nnz, address(values[0]), address(gates), address(W_dec),
+        address(b_dec), address(target), address(sparsity_weight), normaliser, d, address(residual),
+        address(residual_aux), address(losses), address(grads), threads(),
+    )  # fmt: skip
+    return losses.sum(0, dtype=torch.float64).div_(normaliser).float(), residual, residual_aux, grads
+
+
+def _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
+    rows, features = target.shape[0], W_dec.shape[0]
+    residuals = torch.empty(values.shape[0], *target.shape)
+    grads = torch.empty_like(values)
+    for first, last in _dense.chunks(rows, features):
+        block = torch.empty(last - first, features)
+        for v, (residual, grad) in enumerate(zip(residuals, grads, strict=True)):
+            _dense.scatter(indptr, indices, None, first, last, values[v], block)
+            torch.addmm(b_dec - target[first:last], block, W_dec, out=residual[first:last])
+            torch.mm(residual[first:last], W_dec.T, out=block)
+            _dense.gather(indptr, indices, first, last, block, grad)
+    return _finish(indices, values, residuals, grads, sparsity_weight, normaliser)
+
+
+def _reference(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
+    f = torch.stack([_dense.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
+    residuals = f @ W_dec + b_dec - target
+    rows = _dense.row_ids(indptr, indices.shape[0])
+    grads = (residuals @ W_dec.T)[:, rows, indices.long()]
+    return _finish(indices, values, residuals, grads, sparsity_weight, normaliser)
+
+
+def _finish(indices, values, residuals, grads, sparsity_weight, normaliser):
+    """The losses, and the value gradients from the dots r·d_i."""
+    weight = sparsity_weight[indices.long()]
+    grads = grads * (2 / normaliser)
+    grads[-1] += weight / normaliser
+    grads *= values != 0
+    squares = residuals.pow(2).sum(2)
+    auxiliary = squares[1].sum() if values.shape[0] == 2 else squares.new_zeros(())
+    losses = torch.stack([squares[0].sum(), (weight * values[-1]).sum(), auxiliary]) / normaliser
+    residual_aux = residuals[1].clone() if values.shape[0] == 2 else residuals.new_empty(0, residuals.shape[2])
+    return losses, residuals[0].clone(), residual_aux, grads

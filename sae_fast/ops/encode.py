@@ -1,0 +1,177 @@
+"""encode: which features are active, and how strongly.
+
+Body ``cpu``: the product is torch's own, tile by tile (up to ``ROWS`` rows by as many features as keep the tile in
+cache), and each tile is compacted while it is still there: the [B, F] pre-activations never exist.
+Body ``reference``: dense, any device and dtype; it also serves ``topk`` and ``batch_topk``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import SparseCode
+from sae_fast.ops import _checks
+from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._native import _C, address, threads
+
+ACTIVATIONS = ("gated", "relu", "jumprelu")
+SUPPORTS = ("threshold", "topk", "batch_topk")
+ROWS = 2048
+TILE = 2**21  # floats in a tile: 8 MiB
+
+
+def encode(
+    x: Tensor,
+    W_enc: Tensor,
+    bias: Tensor,
+    *,
+    activation: str,
+    r_mag: Tensor | None = None,
+    b_mag: Tensor | None = None,
+    threshold: Tensor | None = None,
+    support: str = "threshold",
+    k: int = 0,
+    slack: float = 0.0,
+) -> SparseCode:
+    """The sparse code of x [B, d] (b_dec already subtracted), with W_enc [F, d] and bias [F]; u = x W_encᵀ.
+
+    The support, of π = u + bias:
+      ``threshold``   π > cut − slack; cut is 0, or max(threshold, 0) for ``jumprelu``.  A slack > 0 also keeps entries
+                      just below the threshold, with value 0: the window of a straight-through estimator.
+      ``topk``        the k largest π of each row, as far as they are positive
+      ``batch_topk``  the k · B largest π of the batch, as far as they are positive
+    The values on it, by ``activation``:
+      ``gated``       magnitudes 1[π > 0] ReLU(exp(r_mag) u + b_mag) and gates ReLU(π); bias is b_gate
+      ``relu``        ReLU(π); bias is b_enc
+      ``jumprelu``    1[π > threshold] ReLU(π)
+    Differentiable with respect to x, W_enc, bias, r_mag and b_mag (not the threshold).  MATH.md §1.
+    """
+    indptr, indices, u, values = torch.ops.sae_fast.encode(
+        x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack
+    )
+    return SparseCode(torch.Size((x.shape[0], W_enc.shape[0])), indptr, indices, u, values)
+
+
+@torch.library.custom_op(
+    "sae_fast::encode",
+    mutates_args=(),
+    schema="(Tensor x, Tensor W_enc, Tensor bias, Tensor? r_mag, Tensor? b_mag, Tensor? threshold, str activation,"
+    " str support, int k, float slack) -> (Tensor indptr, Tensor indices, Tensor u, Tensor values)",
+)
+def _encode(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack):
+    _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack)
+    rejects = cpu_rejects(x, W_enc)
+    if rejects is None and support != "threshold":
+        rejects = f"support {support!r} takes the dense route"
+    body = pick("encode", {"cpu": _cpu, "reference": _reference}, {"cpu": rejects})
+    cut = _cut(threshold, activation, slack, bias)
+    scale = None if r_mag is None else torch.exp(r_mag)
+    return body(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k)
+
+
+@_encode.register_fake
+def _(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack):
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return (
+        x.new_empty(x.shape[0] + 1, dtype=torch.int64),
+        x.new_empty(nnz, dtype=torch.int32),
+        x.new_empty(nnz),
+        x.new_empty(2 if activation == "gated" else 1, nnz),
+    )
+
+
+def _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, want one of {ACTIVATIONS}")
+    if support not in SUPPORTS:
+        raise ValueError(f"support: got {support!r}, want one of {SUPPORTS}")
+    _checks.shape("W_enc", W_enc, "F", "d")
+    features, d = W_enc.shape
+    _checks.shape("x", x, "B", d)
+    _checks.floating("x", x, W_enc, "W_enc")
+    vectors = {"bias": bias}
+    needed = {"gated": {"r_mag": r_mag, "b_mag": b_mag}, "relu": {}, "jumprelu": {"threshold": threshold}}[activation]
+    for name, vector in needed.items():
+        if vector is None:
+            raise ValueError(f"{name}: got None, want [F] for activation {activation!r}")
+    for name, vector in {**vectors, **needed}.items():
+        _checks.shape(name, vector, features)
+        _checks.floating(name, vector, W_enc, "W_enc")
+    if support != "threshold" and not 1 <= k <= features:
+        raise ValueError(f"k: got {k}, want 1 ≤ k ≤ F = {features}")
+    if slack < 0 or (slack > 0 and support != "threshold"):
+        raise ValueError(f"slack: got {slack} with support {support!r}, want ≥ 0, and 0 unless support is 'threshold'")
+
+
+def _cut(threshold: Tensor | None, activation: str, slack: float, bias: Tensor) -> Tensor | None:
+    """[F], what π has to exceed; None for 0."""
+    cut = threshold.clamp(min=0) if activation == "jumprelu" and threshold is not None else None
+    if slack == 0:
+        return cut
+    return (torch.zeros_like(bias) if cut is None else cut) - slack
+
+
+def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
+    x, W_enc, bias = x.contiguous(), W_enc.contiguous(), bias.contiguous()
+    cut = None if cut is None else cut.contiguous()
+    rows, features = x.shape[0], W_enc.shape[0]
+    pieces = [_cpu_rows(x[b : b + ROWS], W_enc, bias, cut) for b in range(0, rows, ROWS)]
+    if len(pieces) == 1:
+        indptr, indices, u = pieces[0]
+    else:
+        start, parts = 0, [torch.zeros(1, dtype=torch.int64)]
+        for piece in pieces:
+            parts.append(piece[0][1:] + start)
+            start += piece[1].shape[0]
+        indptr = torch.cat(parts)
+        indices = torch.cat([p[1] for p in pieces]) if pieces else torch.empty(0, dtype=torch.int32)
+        u = torch.cat([p[2] for p in pieces]) if pieces else torch.empty(0)
+    del features
+    values = torch.empty(2 if activation == "gated" else 1, u.shape[0])
+    vectors = [v if v is None else v.contiguous() for v in (scale, b_mag, threshold)]
+    _C.activate(
+        ACTIVATIONS.index(activation), u.shape[0], address(indices), address(u), address(bias),
+        *map(address, vectors), address(values), threads(),
+    )  # fmt: skip
+    return indptr, indices, u, values
+
+
+def _cpu_rows(x: Tensor, W_enc: Tensor, bias: Tensor, cut: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """indptr, indices and u of a block of rows."""
+    rows, features = x.shape[0], W_enc.shape[0]
+    width = min(features, max(256, TILE // rows))
+    buffer = torch.empty(rows * width)
+    compactor = _C.Compactor(rows, threads())
+    for first in range(0, features, width):
+        last = min(first + width, features)
+        tile = buffer[: rows * (last - first)].view(rows, last - first)
+        torch.mm(x, W_enc[first:last].T, out=tile)
+        cut_at = 0 if cut is None else address(cut[first:])
+        compactor.add_tile(address(tile), last - first, first, address(bias[first:]), cut_at, threads())
+    nnz = compactor.nnz()
+    indptr = torch.empty(rows + 1, dtype=torch.int64)
+    indices, u = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz)
+    compactor.finish(address(indptr), address(indices), address(u), threads())
+    return indptr, indices, u
+
+
+def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
+    u = x @ W_enc.T
+    pi = u + bias
+    if support == "threshold":
+        member = ~(pi <= (0 if cut is None else cut))  # keeps a NaN
+    else:
+        positive = torch.relu(pi)
+        flat = positive if support == "topk" else positive.reshape(1, -1)
+        chosen = flat.topk(k if support == "topk" else min(k * x.shape[0], flat.shape[1]), dim=1).indices
+        member = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True).view_as(pi) & (pi > 0)
+    indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
+    indptr[1:] = member.sum(1).cumsum(0)
+    if activation == "gated":
+        values = torch.stack([(pi > 0) * torch.relu(scale * u + b_mag), torch.relu(pi)])
+    elif activation == "relu":
+        values = torch.relu(pi)[None]
+    else:
+        values = ((pi > threshold) * torch.relu(pi))[None]
+    return indptr, member.nonzero()[:, 1].int(), u[member], values[:, member]

@@ -1,0 +1,69 @@
+"""grad_sqnorm: the squared norm of a weight gradient that is never stored: a first pass for gradient clipping.
+
+Body ``cpu``: a thread owns a feature.  ``reference``: from the dense gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import RowGradient
+from sae_fast.ops import _checks, _dense
+from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops.weight_step import dense_gradient, project_rows
+
+
+def grad_sqnorm(gradient: RowGradient, W: Tensor, *, first_feature: int = 0, project: bool = False) -> Tensor:
+    """‖grad‖² of the rows of W [n, d], which are the features ``first_feature`` .. + n; with ``project``, after removing
+    each row's component along W's row.  Returns a 0-d tensor in float64."""
+    csc = gradient.csc
+    return torch.ops.sae_fast.grad_sqnorm(
+        W,
+        csc.colptr,
+        csc.rows,
+        csc.perm,
+        gradient.values,
+        gradient.A,
+        gradient.self_coefficient,
+        first_feature,
+        project,
+    )
+
+
+@torch.library.custom_op(
+    "sae_fast::grad_sqnorm",
+    mutates_args=(),
+    schema="(Tensor W, Tensor colptr, Tensor rows, Tensor perm, Tensor[] values, Tensor[] A,"
+    " Tensor? self_coefficient, int first_feature, bool project) -> Tensor",
+)
+def _grad_sqnorm(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
+    _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
+    body = pick("grad_sqnorm", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W)})
+    return body(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
+
+
+@_grad_sqnorm.register_fake
+def _(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
+    return W.new_empty((), dtype=torch.float64)
+
+
+def _cpu(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
+    if _dense.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
+        return _reference(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
+    W, values, A = W.contiguous(), [v.contiguous() for v in values], [a.contiguous() for a in A]
+    colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
+    out = torch.empty(W.shape[0], dtype=torch.float64)
+    sources = [(address(v), address(a)) for v, a in zip(values, A, strict=True)]
+    self_coefficient = None if self_coefficient is None else self_coefficient.contiguous()
+    _C.grad_sqnorm((address(colptr), address(rows), address(perm)), sources, W.shape[1], first_feature, W.shape[0],
+                   address(W), address(self_coefficient), project, address(out), threads())  # fmt: skip
+    return out.sum()
+
+
+def _reference(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
+    grad = dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, W.shape[0])
+    if project:
+        grad = project_rows(grad, W)
+    return grad.double().pow(2).sum()

@@ -1,0 +1,125 @@
+"""outer: weight gradients, row by row of the weight.
+
+Body ``cpu``: a thread owns a feature and sums its entries in order; above the crossover density it multiplies dense
+feature chunks.  ``reference``: dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import Transposed
+from sae_fast.ops import _checks, _dense
+from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._native import _C, address, threads
+
+
+def outer(
+    csc: Transposed,
+    values: Sequence[Tensor],
+    A: Sequence[Tensor],
+    *,
+    features: Tensor | None = None,
+    first_feature: int = 0,
+    n_features: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """rows[i] = Σ_s Σ_{entries j of feature i} values[s][j] · A[s][row of j].
+
+    values: one [nnz] per source, in CSR order; A: one [B, d] per source.  Which features: all F; the range
+    ``first_feature`` .. + ``n_features``; or the list ``features`` [n] int64 (such as the touched ones).
+    With ``out`` the rows are added to it in place and it is returned.  Returns [F or n, d].
+    """
+    total = csc.colptr.shape[0] - 1
+    n = total - first_feature if n_features is None else n_features
+    arguments = (csc.colptr, csc.rows, csc.perm, list(values), list(A), features, first_feature, n)
+    if out is None:
+        return torch.ops.sae_fast.outer(*arguments)
+    torch.ops.sae_fast.outer_(out, *arguments)
+    return out
+
+
+def touched(csc: Transposed) -> Tensor:
+    """[n] int64: the features that have entries.  Synchronises on a GPU."""
+    return (csc.colptr[1:] > csc.colptr[:-1]).nonzero()[:, 0]
+
+
+_ARGUMENTS = (
+    "Tensor colptr, Tensor rows, Tensor perm, Tensor[] values, Tensor[] A, Tensor? features, int first_feature,"
+    " int n_features)"
+)
+
+
+@torch.library.custom_op("sae_fast::outer", mutates_args=(), schema=f"({_ARGUMENTS} -> Tensor")
+def _outer(colptr, rows, perm, values, A, features, first_feature, n_features):
+    _check(colptr, rows, perm, values, A, features, first_feature, n_features)
+    n = n_features if features is None else features.shape[0]
+    out = torch.zeros(n, A[0].shape[1], dtype=A[0].dtype, device=A[0].device)
+    _body(values, A)(out, colptr, rows, perm, values, A, features, first_feature)
+    return out
+
+
+@_outer.register_fake
+def _(colptr, rows, perm, values, A, features, first_feature, n_features):
+    return A[0].new_empty(n_features if features is None else features.shape[0], A[0].shape[1])
+
+
+@torch.library.custom_op("sae_fast::outer_", mutates_args=("out",), schema=f"(Tensor(a!) out, {_ARGUMENTS} -> ()")
+def _outer_(out, colptr, rows, perm, values, A, features, first_feature, n_features):
+    _check(colptr, rows, perm, values, A, features, first_feature, n_features)
+    n = n_features if features is None else features.shape[0]
+    _checks.shape("out", out, n, A[0].shape[1])
+    _checks.floating("out", out, A[0], "A[0]")
+    target = out if out.is_contiguous() else out.contiguous()
+    _body(values, A)(target, colptr, rows, perm, values, A, features, first_feature)
+    if target is not out:
+        out.copy_(target)
+
+
+@_outer_.register_fake
+def _(out, colptr, rows, perm, values, A, features, first_feature, n_features):
+    return None
+
+
+def _check(colptr, rows, perm, values, A, features, first_feature, n_features) -> None:
+    _checks.csc(colptr, rows, perm)
+    _checks.sources(values, A, rows.shape[0])
+    total = colptr.shape[0] - 1
+    if features is not None:
+        _checks.shape("features", features, "n")
+        _checks.dtype("features", features, torch.int64)
+        if features.numel() and not 0 <= int(features.min()) <= int(features.max()) < total:
+            raise ValueError(f"features: got values outside 0 … {total - 1}")
+    elif first_feature < 0 or n_features < 0 or first_feature + n_features > total:
+        raise ValueError(
+            f"first_feature, n_features: got {first_feature}, {n_features}, want a range within F = {total}"
+        )
+
+
+def _body(values, A):
+    return pick("outer", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(*values, *A)})
+
+
+def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
+    values, A = [v.contiguous() for v in values], [a.contiguous() for a in A]
+    colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
+    if features is None and _dense.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
+        for first, last in _dense.chunks(out.shape[0], A[0].shape[0]):
+            block = torch.empty(last - first, A[0].shape[0])
+            for v, a in zip(values, A, strict=True):
+                _dense.scatter(colptr, rows, perm, first_feature + first, first_feature + last, v, block)
+                out[first:last].addmm_(block, a)
+        return
+    sources = [(address(v), address(a)) for v, a in zip(values, A, strict=True)]
+    features = None if features is None else features.contiguous()
+    _C.outer((address(colptr), address(rows), address(perm)), sources, A[0].shape[1], address(features),
+             first_feature, out.shape[0], address(out), threads())  # fmt: skip
+
+
+def _reference(out, colptr, rows, perm, values, A, features, first_feature):
+    chosen = slice(first_feature, first_feature + out.shape[0]) if features is None else features
+    for v, a in zip(values, A, strict=True):
+        out += _dense.to_dense(colptr, rows, v[perm], a.shape[0])[chosen] @ a

@@ -1,0 +1,54 @@
+"""sampled_dots: A Wᵀ at the entries of a code only, the gradient with respect to values.
+
+Body ``cpu``: gathered dots; above the crossover density dense row chunks.  ``reference``: dense.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import SparseCode
+from sae_fast.ops import _checks, _dense
+from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._native import _C, address, contiguous, threads
+
+
+def sampled_dots(code: SparseCode, A: Tensor, W: Tensor) -> Tensor:
+    """out[j] = A[row of j] · W[indices[j]], [nnz], with A [B, d] and W [F, d].  Differentiable in A and W."""
+    return torch.ops.sae_fast.sampled_dots(code.indptr, code.indices, A, W)
+
+
+@torch.library.custom_op(
+    "sae_fast::sampled_dots",
+    mutates_args=(),
+    schema="(Tensor indptr, Tensor indices, Tensor A, Tensor W) -> Tensor",
+)
+def _sampled_dots(indptr, indices, A, W):
+    _checks.csr(indptr, indices)
+    _checks.shape("W", W, "F", "d")
+    _checks.shape("A", A, indptr.shape[0] - 1, W.shape[1])
+    _checks.floating("A", A, W, "W")
+    body = pick("sampled_dots", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(A, W)})
+    return body(indptr, indices, A, W)
+
+
+@_sampled_dots.register_fake
+def _(indptr, indices, A, W):
+    return A.new_empty(indices.shape[0])
+
+
+def _cpu(indptr, indices, A, W):
+    indptr, indices, A, W = contiguous(indptr, indices, A, W)
+    (rows, d), features = A.shape, W.shape[0]
+    out = torch.empty(indices.shape[0])
+    if _dense.is_dense("sampled_dots", indices.shape[0], rows, features):
+        for first, last in _dense.chunks(rows, features):
+            _dense.gather(indptr, indices, first, last, A[first:last] @ W.T, out)
+        return out
+    _C.sampled_dots((address(indptr), address(indices)), rows, address(A), address(W), d, address(out), threads())
+    return out
+
+
+def _reference(indptr, indices, A, W):
+    return (A @ W.T)[_dense.row_ids(indptr, indices.shape[0]), indices.long()]

@@ -1,0 +1,61 @@
+"""transpose: the entries of a code ordered by feature.
+
+Body ``cpu``: counting by parts of rows, in parallel.  ``reference``: a stable sort.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sae_fast.code import SparseCode, Transposed
+from sae_fast.ops import _checks
+from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._native import _C, address, contiguous, threads
+
+
+def transpose(code: SparseCode) -> Transposed:
+    """CSR → CSC.  Rows ascend within a feature, whatever the thread count."""
+    return Transposed(*torch.ops.sae_fast.transpose(code.indptr, code.indices, code.d_sae))
+
+
+@torch.library.custom_op(
+    "sae_fast::transpose",
+    mutates_args=(),
+    schema="(Tensor indptr, Tensor indices, int features) -> (Tensor colptr, Tensor rows, Tensor perm)",
+)
+def _transpose(indptr, indices, features):
+    _checks.csr(indptr, indices)
+    if features < 1:
+        raise ValueError(f"features: got {features}, want at least 1")
+    rejects = cpu_rejects()
+    if rejects is None and indptr.device.type != "cpu":
+        rejects = f"the code is on {indptr.device}"
+    body = pick("transpose", {"cpu": _cpu, "reference": _reference}, {"cpu": rejects})
+    return body(indptr, indices, features)
+
+
+@_transpose.register_fake
+def _(indptr, indices, features):
+    return indptr.new_empty(features + 1), torch.empty_like(indices), indptr.new_empty(indices.shape[0])
+
+
+def _cpu(indptr, indices, features):
+    indptr, indices = contiguous(indptr, indices)
+    rows, nnz, parts = indptr.shape[0] - 1, indices.shape[0], threads()
+    scratch = torch.empty(parts, features, dtype=torch.int64)
+    colptr = torch.empty(features + 1, dtype=torch.int64)
+    out_rows, perm = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz, dtype=torch.int64)
+    _C.transpose((address(indptr), address(indices)), rows, features, parts, address(scratch), address(colptr),
+                 address(out_rows), address(perm), threads())  # fmt: skip
+    return colptr, out_rows, perm
+
+
+def _reference(indptr, indices, features):
+    rows = torch.repeat_interleave(
+        torch.arange(indptr.shape[0] - 1, device=indptr.device), indptr[1:] - indptr[:-1], output_size=indices.shape[0]
+    )
+    perm = torch.argsort(indices, stable=True)
+    counts = torch.bincount(indices.long(), minlength=features)
+    colptr = torch.zeros(features + 1, dtype=torch.int64, device=indices.device)
+    colptr[1:] = counts.cumsum(0)
+    return colptr, rows[perm].int(), perm

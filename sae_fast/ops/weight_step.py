@@ -1,0 +1,176 @@
+"""weight_step: outer ∘ projection ∘ Adam (β1 = 0) ∘ renormalisation in one visit of each touched weight row; and row_step,
+the same from a gradient that is already dense.
+
+Body ``cpu``: a thread owns a feature; above the crossover density feature chunks are multiplied densely, then stepped.
+``reference``: dense, plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import RowGradient
+from sae_fast.ops import _checks, _dense
+from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._native import _C, address, threads
+
+
+def weight_step(
+    W: Tensor,
+    v: Tensor,
+    last_step: Tensor,
+    gradient: RowGradient,
+    *,
+    step: int,
+    lr: float,
+    beta2: float,
+    eps: float,
+    unit_rows: bool = False,
+    first_feature: int = 0,
+    grad_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """One exact lazy Adam step, in place, on the rows of W [n, d] whose features (``first_feature`` .. + n) have entries.
+
+    v [n, d] is the raw second moment as of ``last_step`` [n] int64; ``step`` counts from 1.  A row without entries has a
+    zero gradient, hence a zero step at β1 = 0; only its v would decay, and that is made up for when it is next touched:
+    v ← β2^Δt v.  ``unit_rows``: the gradient's component along the row is removed before, the row renormalised after.
+    ``grad_scale`` (0-d, for clipping) multiplies the gradient; ``skip`` (0-d bool) makes the call a no-op.
+    """
+    csc = gradient.csc
+    torch.ops.sae_fast.weight_step(
+        W, v, last_step, csc.colptr, csc.rows, csc.perm, gradient.values, gradient.A, gradient.self_coefficient,
+        first_feature, step, lr, beta2, eps, unit_rows, grad_scale, skip,
+    )  # fmt: skip
+
+
+def row_step(
+    W: Tensor,
+    v: Tensor,
+    last_step: Tensor,
+    grad: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta2: float,
+    eps: float,
+    unit_rows: bool = False,
+    grad_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """The step of :func:`weight_step` from a dense gradient [n, d]; every row counts as touched."""
+    torch.ops.sae_fast.row_step(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip)
+
+
+@torch.library.custom_op(
+    "sae_fast::weight_step",
+    mutates_args=("W", "v", "last_step"),
+    schema="(Tensor(a!) W, Tensor(b!) v, Tensor(c!) last_step, Tensor colptr, Tensor rows, Tensor perm, Tensor[] values,"
+    " Tensor[] A, Tensor? self_coefficient, int first_feature, int step, float lr, float beta2, float eps,"
+    " bool unit_rows, Tensor? grad_scale, Tensor? skip) -> ()",
+)
+def _weight_step(
+    W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps, unit_rows,
+    grad_scale, skip,
+):  # fmt: skip
+    _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
+    _checks.adam_state(W, v, last_step, step, lr, beta2, eps)
+    body = pick("weight_step", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W)})
+    if skip is None or not bool(skip):
+        body(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
+             unit_rows, grad_scale)  # fmt: skip
+
+
+@_weight_step.register_fake
+def _(*args):
+    return None
+
+
+@torch.library.custom_op(
+    "sae_fast::row_step",
+    mutates_args=("W", "v", "last_step"),
+    schema="(Tensor(a!) W, Tensor(b!) v, Tensor(c!) last_step, Tensor grad, int step, float lr, float beta2, float eps,"
+    " bool unit_rows, Tensor? grad_scale, Tensor? skip) -> ()",
+)
+def _row_step(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip):
+    _checks.shape("W", W, "n", "d")
+    _checks.shape("grad", grad, *W.shape)
+    _checks.floating("grad", grad, W, "W")
+    _checks.adam_state(W, v, last_step, step, lr, beta2, eps)
+    body = pick("row_step", {"cpu": _cpu_rows, "reference": _reference_rows}, {"cpu": cpu_rejects(W)})
+    if skip is None or not bool(skip):
+        body(W, v, last_step, grad.contiguous(), step, lr, beta2, eps, unit_rows, grad_scale)
+
+
+@_row_step.register_fake
+def _(*args):
+    return None
+
+
+def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
+         unit_rows, grad_scale):  # fmt: skip
+    if _dense.is_dense("weight_step", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
+        for first, last in _dense.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
+            at = slice(first, last)
+            coefficient = None if self_coefficient is None else self_coefficient[at]
+            grad = dense_gradient(
+                W[at], colptr, rows, perm, values, A, coefficient, first_feature + first, last - first
+            )
+            _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale)
+        return
+    values, A = [x.contiguous() for x in values], [a.contiguous() for a in A]
+    colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
+    sources = [(address(x), address(a)) for x, a in zip(values, A, strict=True)]
+    self_coefficient = None if self_coefficient is None else self_coefficient.contiguous()
+    _C.weight_step(
+        (address(colptr), address(rows), address(perm)), sources, W.shape[1], first_feature, W.shape[0],
+        address(self_coefficient), _scale(grad_scale), _C.Adam(lr, beta2, eps, step, unit_rows, unit_rows), address(W),
+        address(v), address(last_step), threads(),
+    )  # fmt: skip
+
+
+def _cpu_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale):
+    adam = _C.Adam(lr, beta2, eps, step, unit_rows, unit_rows)
+    _C.row_step(address(grad), W.shape[1], W.shape[0], _scale(grad_scale), adam, address(W), address(v),
+                address(last_step), threads())  # fmt: skip
+
+
+def _scale(grad_scale: Tensor | None) -> float:
+    return 1.0 if grad_scale is None else float(grad_scale)
+
+
+def dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, n):
+    """The gradient [n, d] of the features first_feature .. + n."""
+    grad = torch.ops.sae_fast.outer(colptr, rows, perm, values, A, None, first_feature, n)
+    return grad if self_coefficient is None else grad + self_coefficient[:, None] * W
+
+
+def project_rows(grad: Tensor, W: Tensor) -> Tensor:
+    """grad without its component along each row of W."""
+    direction = torch.nn.functional.normalize(W, dim=1)
+    return grad - (grad * direction).sum(1, keepdim=True) * direction
+
+
+def _reference(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
+               unit_rows, grad_scale):  # fmt: skip
+    n = W.shape[0]
+    grad = dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, n)
+    range_ = colptr[first_feature : first_feature + n + 1]
+    at = (range_[1:] > range_[:-1]).nonzero()[:, 0]
+    rows_of = [W[at], v[at], last_step[at]]
+    _reference_rows(*rows_of, grad[at], step, lr, beta2, eps, unit_rows, grad_scale)
+    for tensor, new in zip((W, v, last_step), rows_of, strict=True):
+        tensor[at] = new
+
+
+def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale):
+    if grad_scale is not None:
+        grad = grad * grad_scale
+    if unit_rows:
+        grad = project_rows(grad, W)
+    v.mul_((beta2 ** (step - last_step).double()).to(v.dtype)[:, None]).addcmul_(grad, grad, value=1 - beta2)
+    last_step.fill_(step)
+    W.addcdiv_(grad, (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps), value=-lr)
+    if unit_rows:
+        W.copy_(torch.nn.functional.normalize(W, dim=1))

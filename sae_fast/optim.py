@@ -1,0 +1,164 @@
+"""RowAdam: Adam that visits only the weight rows that have a gradient, and is exact.
+
+With β1 = 0 (the paper's and dictionary_learning's setting) a row with a zero gradient has a zero step; only its second
+moment decays, and v ← β2^Δt v makes up for that at the next visit.  So a step costs what its touched rows cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from sae_fast import ops
+from sae_fast.code import RowGradient
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Equal to ``torch.optim.Adam`` (plus, with ``unit_rows``, gradient projection before and renormalisation after).
+
+    A parameter's gradient is a RowGradient given to :meth:`step`, or else its dense ``.grad``.  The lazy route is taken
+    for RowGradients at β1 = 0 and eps > 0; otherwise the gradient is made dense and torch's fused Adam runs.
+    ``params`` may be groups; ``unit_rows=True`` in a group holds the rows of its [F, d] weights at unit norm: the component
+    of the gradient along each row is removed, Adam steps, the row is renormalised.  State: ``step``, ``exp_avg_sq`` (raw,
+    as of ``last_step`` [F]), and ``exp_avg`` when β1 > 0; state_dict() keeps it raw, so that resuming is bitwise.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.0, 0.999),
+        eps: float = 1e-8,
+        unit_rows: bool = False,
+    ):
+        if not lr >= 0:
+            raise ValueError(f"lr: got {lr}, want ≥ 0")
+        if not (len(betas) == 2 and all(0 <= b < 1 for b in betas)):
+            raise ValueError(f"betas: got {betas}, want two numbers in [0, 1)")
+        if not eps >= 0:
+            raise ValueError(f"eps: got {eps}, want ≥ 0")
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, unit_rows=unit_rows))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dtype not in (torch.float32, torch.float64):
+                    raise ValueError(
+                        f"params: got a parameter in {p.dtype}, want float32 masters; keep bf16 modules for inference"
+                    )
+                if group["unit_rows"] and p.dim() != 2:
+                    raise ValueError(f"unit_rows: got a parameter of shape {tuple(p.shape)}, want [F, d]")
+                if not p.is_contiguous():
+                    raise ValueError(f"params: got strides {p.stride()}, want contiguous parameters")
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Any = None,
+        rows: Mapping[Tensor, RowGradient] | None = None,
+        grad_scale: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> Any:
+        """One step on every parameter that has a gradient, in ``rows`` or in ``.grad``.
+
+        ``grad_scale`` (0-d) multiplies every gradient; ``skip`` (0-d bool) makes the step a no-op.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if skip is not None and bool(skip):
+            return loss
+        for group in self.param_groups:
+            for p in group["params"]:
+                gradient = (rows or {}).get(p, p.grad)
+                if gradient is not None:
+                    self._step_one(p, gradient, group, grad_scale)
+        return loss
+
+    def _step_one(self, p: Tensor, gradient: RowGradient | Tensor, group: dict, grad_scale: Tensor | None) -> None:
+        state = self.state[p]
+        if not state:
+            self._initialise(p, state, group)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        if beta2 != state["beta2"]:
+            self._catch_up(p, state, state["step"] - 1)
+            state["beta2"] = beta2
+        lazy = beta1 == 0 and group["eps"] > 0
+        W, v = _as_rows(p), _as_rows(state["exp_avg_sq"])
+        settings = dict(
+            step=state["step"], lr=float(group["lr"]), beta2=beta2, eps=group["eps"], unit_rows=group["unit_rows"],
+            grad_scale=grad_scale,
+        )  # fmt: skip
+        if lazy and isinstance(gradient, RowGradient):
+            ops.weight_step(W, v, state["last_step"], gradient, **settings)
+        elif lazy:
+            ops.row_step(W, v, state["last_step"], _as_rows(gradient), **settings)
+        else:
+            self._dense_step(p, gradient, state, group, grad_scale)
+
+    def _dense_step(self, p, gradient, state, group, grad_scale) -> None:
+        self._catch_up(p, state, state["step"] - 1)
+        grad = to_dense(gradient, p)
+        if grad_scale is not None:
+            grad = grad * grad_scale
+        if group["unit_rows"]:
+            grad = ops.project_rows(grad, p)
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        adam(
+            [p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [torch.tensor(float(state["step"] - 1))],
+            foreach=False, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=float(group["lr"]),
+            weight_decay=0.0, eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        state["last_step"].fill_(state["step"])
+        if group["unit_rows"]:
+            p.copy_(torch.nn.functional.normalize(p, dim=1))
+
+    def _initialise(self, p: Tensor, state: dict, group: dict) -> None:
+        state["step"] = 0
+        state["beta2"] = group["betas"][1]
+        state["exp_avg_sq"] = torch.zeros_like(p)
+        state["last_step"] = torch.zeros(_as_rows(p).shape[0], dtype=torch.int64, device=p.device)
+        if group["unit_rows"]:  # once: the lazy route never visits an idle row
+            p.copy_(torch.nn.functional.normalize(p, dim=1))
+
+    @staticmethod
+    def _catch_up(p: Tensor, state: dict, step: int) -> None:
+        """Decays every row of v to what it would be at ``step`` in plain Adam."""
+        decay = state["beta2"] ** (step - state["last_step"]).clamp(min=0).double()
+        _as_rows(state["exp_avg_sq"]).mul_(decay.to(p.dtype)[:, None])
+        state["last_step"].clamp_(min=step)
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Brings every second moment up to date, so that ``exp_avg_sq`` reads as torch.optim.Adam's: for export."""
+        for p, state in self.state.items():
+            self._catch_up(p, state, state["step"])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        # torch casts every state tensor to its parameter's dtype; the row counters are integers.
+        saved = state_dict["state"]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, parameters, strict=True):
+            if i in saved:
+                self.state[p]["last_step"] = saved[i]["last_step"].to(p.device, torch.int64, copy=True)
+
+
+def to_dense(gradient: RowGradient | Tensor, p: Tensor) -> Tensor:
+    """The gradient in the shape of its parameter p."""
+    if isinstance(gradient, Tensor):
+        return gradient
+    grad = ops.outer(gradient.csc, gradient.values, gradient.A).reshape(p.shape)
+    return grad if gradient.self_coefficient is None else grad + gradient.self_coefficient[:, None] * p
+
+
+def _as_rows(p: Tensor) -> Tensor:
+    """A weight as it is; a vector as rows of one element; anything else as one element a row."""
+    return p if p.dim() == 2 else p.view(-1, 1)

@@ -1,0 +1,172 @@
+"""Sparse autoencoders in plain PyTorch, in the symbols of the papers: the oracle of every test.
+
+Gated SAE: Rajamanoharan et al. 2024a, "Improving Dictionary Learning with Gated Sparse Autoencoders" (arXiv
+2404.16014).  JumpReLU: Rajamanoharan et al. 2024b (arXiv 2407.14435).  Nothing here is fast and nothing is fused; every
+function runs in the dtype of its arguments, on any device, and is differentiable.
+
+Shapes: x [B, d] (any leading dimensions), W_enc and W_dec [F, d] (one feature a row), biases and r_mag [F], b_dec [d].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DIALECTS = ("paper", "saelens")
+
+
+class Loss(NamedTuple):
+    """The terms of a loss: 0-d tensors, sums over d and F, means over the batch."""
+
+    total: Tensor
+    reconstruction: Tensor
+    sparsity: Tensor
+    auxiliary: Tensor
+
+
+class GatedCode(NamedTuple):
+    """What a Gated SAE's encoder computes, dense, [..., F] each."""
+
+    f: Tensor  # f̃ = gate ⊙ ReLU(π_mag): the features
+    gate: Tensor  # 1[π_gate > 0]
+    pi_gate: Tensor
+    pi_mag: Tensor
+    u: Tensor  # x_c W_encᵀ
+
+
+def pre_activation(x: Tensor, W_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """u = (x − b_dec) W_encᵀ, [..., F]."""
+    return (x - b_dec) @ W_enc.T
+
+
+def decode(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """x̂ = f W_dec + b_dec, [..., d]."""
+    return f @ W_dec + b_dec
+
+
+# ---- Gated SAE ------------------------------------------------------------------------------------------------------
+
+
+def gated_encode(x: Tensor, W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor, b_dec: Tensor) -> GatedCode:
+    """The Gated encoder with tied weights (2404.16014, equations 3–5).  The Heaviside step is strict."""
+    u = pre_activation(x, W_enc, b_dec)
+    pi_gate = u + b_gate
+    pi_mag = torch.exp(r_mag) * u + b_mag
+    gate = (pi_gate > 0).to(u.dtype)
+    return GatedCode(gate * torch.relu(pi_mag), gate, pi_gate, pi_mag, u)
+
+
+def gated_loss(
+    x: Tensor,
+    W_enc: Tensor,
+    b_gate: Tensor,
+    b_mag: Tensor,
+    r_mag: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    l1_coefficient: float,
+    dialect: str = "paper",
+    target: Tensor | None = None,
+) -> Loss:
+    """Equation (8): ‖x − x̂‖² + λ‖ReLU(π_gate)‖₁ + ‖x − x̂_aux‖².
+
+    ``paper``: x̂_aux = ReLU(π_gate) sg(W_dec) + sg(b_dec).  ``saelens``: the sparsity of feature i is weighted by ‖d_i‖
+    and x̂_aux is not stopped.  λ here is d · λ of the paper, which divides the squared error by d.  ``target`` replaces
+    x in both errors (transcoders).  MATH.md §1.
+    """
+    if dialect not in DIALECTS:
+        raise ValueError(f"dialect: got {dialect!r}, want one of {DIALECTS}")
+    target = x if target is None else target
+    code = gated_encode(x, W_enc, b_gate, b_mag, r_mag, b_dec)
+    gates = torch.relu(code.pi_gate)
+    x_hat = decode(code.f, W_dec, b_dec)
+    if dialect == "paper":
+        x_hat_aux = decode(gates, W_dec.detach(), b_dec.detach())
+        weight = torch.ones_like(b_gate)
+    else:
+        x_hat_aux = decode(gates, W_dec, b_dec)
+        weight = W_dec.norm(dim=1)
+    reconstruction = (target - x_hat).pow(2).sum(-1).mean()
+    sparsity = l1_coefficient * (gates * weight).sum(-1).mean()
+    auxiliary = (target - x_hat_aux).pow(2).sum(-1).mean()
+    return Loss(reconstruction + sparsity + auxiliary, reconstruction, sparsity, auxiliary)
+
+
+# ---- Baseline ReLU SAE ----------------------------------------------------------------------------------------------
+
+
+def relu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """f = ReLU((x − b_dec) W_encᵀ + b_enc)."""
+    return torch.relu(pre_activation(x, W_enc, b_dec) + b_enc)
+
+
+def relu_loss(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    l1_coefficient: float,
+    dialect: str = "paper",
+    target: Tensor | None = None,
+) -> Loss:
+    """‖x − x̂‖² + λ‖f‖₁; in the ``saelens`` dialect f_i is weighted by ‖d_i‖.  The auxiliary term is 0."""
+    if dialect not in DIALECTS:
+        raise ValueError(f"dialect: got {dialect!r}, want one of {DIALECTS}")
+    target = x if target is None else target
+    f = relu_encode(x, W_enc, b_enc, b_dec)
+    weight = torch.ones_like(b_enc) if dialect == "paper" else W_dec.norm(dim=1)
+    reconstruction = (target - decode(f, W_dec, b_dec)).pow(2).sum(-1).mean()
+    sparsity = l1_coefficient * (f * weight).sum(-1).mean()
+    return Loss(reconstruction + sparsity, reconstruction, sparsity, torch.zeros_like(reconstruction))
+
+
+# ---- JumpReLU form --------------------------------------------------------------------------------------------------
+
+
+def jumprelu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor) -> Tensor:
+    """f = 1[π > θ] ⊙ ReLU(π), π = (x − b_dec) W_encᵀ + b_enc (2407.14435, equation 3)."""
+    pi = pre_activation(x, W_enc, b_dec) + b_enc
+    return (pi > threshold).to(pi.dtype) * torch.relu(pi)
+
+
+def gated_to_jumprelu(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(W_enc', b_enc', θ) of the JumpReLU SAE that computes the same f̃ (2404.16014, Appendix E; MATH.md §1).
+
+    Exact in the reals; exp(r_mag) · W_enc rounds, so an entry within rounding of its threshold may flip.
+    """
+    scale = torch.exp(r_mag)
+    return scale[:, None] * W_enc, b_mag.clone(), b_mag - scale * b_gate
+
+
+# ---- One optimizer step ---------------------------------------------------------------------------------------------
+
+
+def adam_step(
+    W: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    unit_rows: bool = False,
+) -> None:
+    """Adam in place on W, m and v; ``step`` counts from 1.
+
+    With ``unit_rows`` the gradient's component along each (normalised) row is removed first, and the rows are brought
+    back to unit norm after: the constrained Adam of the paper's Appendix and of dictionary_learning.
+    """
+    if unit_rows:
+        direction = W / W.norm(dim=1, keepdim=True)
+        grad = grad - (grad * direction).sum(1, keepdim=True) * direction
+    beta1, beta2 = betas
+    m.lerp_(grad, 1 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    W.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+    if unit_rows:
+        W.div_(W.norm(dim=1, keepdim=True))

@@ -1,0 +1,128 @@
+"""Save and load: safetensors and one JSON, never half-written.
+
+The JSON is the manifest: it names the tensor files that belong to it.  New tensor files are written first, under fresh
+names; renaming the new manifest over the old one is the moment at which the checkpoint changes; the old files go last.
+A kill at any point leaves a checkpoint that reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_fast import nn
+
+FORMAT, VERSION, MANIFEST = "sae_fast", 1, "config.json"
+CLASSES = {cls.__name__: cls for cls in (nn.GatedSAE, nn.ReluSAE, nn.JumpReluSAE)}
+
+
+def save(sae: nn.SparseAutoencoder, path: str | os.PathLike) -> None:
+    """Writes ``sae`` into the folder ``path`` (made if missing), replacing what a former save left there."""
+    if type(sae).__name__ not in CLASSES:
+        raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(CLASSES)}")
+    write(path, {"sae": describe(sae)}, {"weights": sae.state_dict()})
+
+
+def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.SparseAutoencoder:
+    """The SAE that :func:`save` or ``Trainer.save`` wrote into the folder ``path``.
+
+    ``FileNotFoundError`` when there is no checkpoint; ``ValueError`` that names the file, key or tensor when it is not
+    one of ours, is truncated, or lacks something.
+    """
+    manifest, tensors = read(path, ("weights",))
+    return rebuild(manifest, tensors["weights"]).to(device)
+
+
+def describe(sae: nn.SparseAutoencoder) -> dict[str, Any]:
+    dtype = str(sae.W_enc.dtype).removeprefix("torch.")
+    return {"class": type(sae).__name__, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype}
+
+
+def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAutoencoder:
+    about = manifest["sae"]
+    if about.get("class") not in CLASSES:
+        raise ValueError(f"{MANIFEST}: class: got {about.get('class')!r}, want one of {sorted(CLASSES)}")
+    sae = CLASSES[about["class"]](about["d_in"], about["d_sae"], dtype=getattr(torch, about["dtype"]), seed=0)
+    for name, parameter in sae.state_dict().items():
+        if name not in weights:
+            raise ValueError(f"weights: tensor {name!r} is missing")
+        if weights[name].shape != parameter.shape or weights[name].dtype != parameter.dtype:
+            raise ValueError(
+                f"weights: {name}: got {weights[name].dtype} {tuple(weights[name].shape)}, "
+                f"want {parameter.dtype} {tuple(parameter.shape)}"
+            )
+    if extra := set(weights) - set(sae.state_dict()):
+        raise ValueError(f"weights: unknown tensors {sorted(extra)}")
+    sae.load_state_dict(weights)
+    return sae
+
+
+def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Writes each named group of tensors and then the manifest."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    files = {group: f"{group}-{token}.safetensors" for group in tensors}
+    manifest = {"format": FORMAT, "version": VERSION, "files": files, **manifest}
+    temporary = folder / f"{MANIFEST}.{token}.tmp"
+    try:
+        for group, contents in tensors.items():
+            save_file({k: t.detach().cpu().contiguous().clone() for k, t in contents.items()}, folder / files[group])
+            _sync(folder / files[group])
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+        _sync(temporary)
+        os.replace(temporary, folder / MANIFEST)
+        _sync(folder)
+    except BaseException:
+        for leftover in [temporary, *(folder / name for name in files.values())]:
+            leftover.unlink(missing_ok=True)
+        raise
+    for group in tensors:
+        for old in folder.glob(f"{group}-*.safetensors"):
+            if old.name != files[group]:
+                old.unlink()
+
+
+def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The manifest and the named groups of tensors."""
+    folder = Path(path)
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"path: {folder} holds no {MANIFEST}; want a folder that save() wrote")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / MANIFEST}: not valid JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder / MANIFEST}: got no format {FORMAT!r}; this is not a checkpoint of this package")
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"{folder / MANIFEST}: version: got {manifest.get('version')!r}, want {VERSION}")
+    tensors = {}
+    for group in groups:
+        if group not in manifest["files"]:
+            raise ValueError(
+                f"{folder / MANIFEST}: files: no {group!r}; it was saved without (save with Trainer.save?)"
+            )
+        file = folder / manifest["files"][group]
+        try:
+            tensors[group] = load_file(file)
+        except FileNotFoundError as error:
+            raise ValueError(f"{file}: missing, though {MANIFEST} names it") from error
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated or damaged: {error}") from error
+    return manifest, tensors
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,251 @@
+"""Trainer: the fused training step, schedules, a loop with a progress bar, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_fast import nn, ops
+from sae_fast.code import RowGradient, SparseCode
+from sae_fast.optim import RowAdam
+from sae_fast.reference import DIALECTS
+from sae_fast.train import checkpoint, schedules
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What one step saw, before its update.  Losses are means over the batch; reading a field may synchronise."""
+
+    step: int
+    lr: float
+    l1_coefficient: float
+    losses: Tensor
+    code: SparseCode
+
+    @property
+    def reconstruction(self) -> float:
+        return float(self.losses[0])
+
+    @property
+    def sparsity(self) -> float:
+        """λ included."""
+        return float(self.losses[1])
+
+    @property
+    def auxiliary(self) -> float:
+        return float(self.losses[2])
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.sum())
+
+    @cached_property
+    def l0(self) -> float:
+        """Mean number of non-zero features an example."""
+        return float((self.code.magnitudes != 0).sum()) / self.code.batch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A Trainer's arguments, as its checkpoint keeps them."""
+
+    lr: float
+    l1_coefficient: float
+    betas: tuple[float, float]
+    eps: float
+    dialect: str
+    lr_warmup_steps: int
+    lr_decay_start: int | None
+    total_steps: int | None
+    l1_warmup_steps: int
+    init_l0: float | None
+    grad_clip: float | None
+
+    def __post_init__(self) -> None:
+        if self.dialect not in DIALECTS:
+            raise ValueError(f"dialect: got {self.dialect!r}, want one of {DIALECTS}")
+        for name in ("lr_warmup_steps", "l1_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want ≥ 0")
+        if not self.l1_coefficient >= 0:
+            raise ValueError(f"l1_coefficient: got {self.l1_coefficient}, want ≥ 0")
+        if (self.lr_decay_start is None) != (self.total_steps is None):
+            raise ValueError("lr_decay_start, total_steps: got one without the other, want both or neither")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"grad_clip: got {self.grad_clip}, want > 0 or None")
+
+
+class Trainer:
+    """Trains a GatedSAE or ReluSAE; the sole writer of its weights between steps.
+
+    The ``paper`` dialect holds the decoder rows at unit norm (projection, Adam, renormalisation); ``saelens`` weights the
+    sparsity by the decoder norms instead.  lr and l1_coefficient are constant unless warm-up or decay steps are given:
+    both warm up linearly from 0; the learning rate falls linearly to 0 from ``lr_decay_start`` to ``total_steps``.
+    ``init_l0``: calibrate the encoder biases on the first batch (see ``calibrate_``).  ``grad_clip``: the largest global
+    gradient norm.  ``betas[0] = 0`` takes the lazy optimizer (see RowAdam).
+    """
+
+    def __init__(
+        self,
+        sae: nn.SparseAutoencoder,
+        lr: float = 3e-4,
+        l1_coefficient: float = 1.0,
+        betas: tuple[float, float] = (0.0, 0.999),
+        eps: float = 1e-8,
+        dialect: str = "paper",
+        lr_warmup_steps: int = 0,
+        lr_decay_start: int | None = None,
+        total_steps: int | None = None,
+        l1_warmup_steps: int = 0,
+        init_l0: float | None = None,
+        grad_clip: float | None = None,
+    ):
+        if not hasattr(sae, "loss"):
+            raise ValueError(f"sae: got {type(sae).__name__}, want a GatedSAE or ReluSAE; others are for inference")
+        self.sae = sae
+        self.settings = Settings(
+            lr, l1_coefficient, tuple(betas), eps, dialect, lr_warmup_steps, lr_decay_start, total_steps,  # type: ignore[arg-type]
+            l1_warmup_steps, init_l0, grad_clip,
+        )  # fmt: skip
+        rest = [p for name, p in sae.named_parameters() if name != "W_dec"]
+        groups = [{"params": [sae.W_dec], "unit_rows": dialect == "paper"}, {"params": rest}]
+        self.optimizer = RowAdam(groups, lr=lr, betas=betas, eps=eps)
+        self.step_count = 0
+
+    def step(self, x: Tensor) -> StepLog:
+        """One optimizer step on a batch x [..., d_in].
+
+        A NaN or infinity in x is a ``ValueError``, a non-finite loss or gradient a ``FloatingPointError``; both name the
+        step, and leave weights and optimizer as they were.
+        """
+        settings, index = self.settings, self.step_count
+        try:
+            rows = self.sae.check_input(x)
+            if rows.shape[0] == 0:
+                raise ValueError(f"x: got shape {tuple(x.shape)}, want at least one example")
+            if index == 0:
+                self._prepare(rows)
+        except ValueError as error:
+            raise ValueError(f"step {index}: {error}") from error
+        l1 = settings.l1_coefficient * schedules.warmup(index, settings.l1_warmup_steps)
+        losses, code, gradients = self.sae.row_gradients(rows, l1, settings.dialect)
+        self._check_finite(index, losses, gradients)
+        by_parameter = {getattr(self.sae, name): g for name, g in gradients.items()}
+        lr = settings.lr * schedules.warmup(index, settings.lr_warmup_steps)
+        lr *= schedules.decay(index, settings.lr_decay_start, settings.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step(rows=by_parameter, grad_scale=self._clip(gradients))
+        self.step_count += 1
+        return StepLog(index, lr, l1, losses, code)
+
+    def fit(
+        self, batches: Iterable[Tensor], steps: int | None = None, log_every: int = 10, progress: bool = True
+    ) -> list[dict[str, float]]:
+        """Steps through ``batches`` (at most ``steps`` of them) under a progress bar.
+
+        Returns one record every ``log_every`` steps and for the last: step, loss, reconstruction, sparsity, auxiliary, l0,
+        fvu (of that batch), lr, l1_coefficient, seconds (since the start of this call).
+        """
+        if log_every < 1:
+            raise ValueError(f"log_every: got {log_every}, want ≥ 1")
+        history: list[dict[str, float]] = []
+        start = time.perf_counter()
+        latest: tuple[StepLog, Tensor] | None = None
+        with tqdm(total=steps, disable=not progress, unit="step", desc="training", dynamic_ncols=True) as bar:
+            for done, x in enumerate(batches, start=1):
+                if steps is not None and done > steps:
+                    break
+                latest = (self.step(x), x)
+                if latest[0].step % log_every == 0:
+                    history.append(_record(*latest, time.perf_counter() - start))
+                    last = history[-1]
+                    bar.set_postfix(loss=f"{last['loss']:.4g}", l0=f"{last['l0']:.1f}", fvu=f"{last['fvu']:.3f}")
+                bar.update()
+                if done == steps:
+                    break
+        if latest is not None and (not history or history[-1]["step"] != latest[0].step):
+            history.append(_record(*latest, time.perf_counter() - start))
+        return history
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes weights, raw optimizer state and settings into the folder ``path``, atomically; ``sf.load`` reads the SAE
+        from it, :meth:`load` all of it, to resume bit for bit."""
+        tensors, numbers = {}, {}
+        for name, parameter in self.sae.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}.{key}"] = value
+                else:
+                    numbers[f"{name}.{key}"] = value
+        about = {"step": self.step_count, "settings": dataclasses.asdict(self.settings), "optimizer": numbers}
+        groups = {"weights": self.sae.state_dict(), "optimizer": tensors}
+        checkpoint.write(path, {"sae": checkpoint.describe(self.sae), "trainer": about}, groups)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> Trainer:
+        """The Trainer that :meth:`save` wrote.  Errors as :func:`sae_fast.load`."""
+        manifest, tensors = checkpoint.read(path, ("weights", "optimizer"))
+        sae = checkpoint.rebuild(manifest, tensors["weights"]).to(device)
+        about = manifest["trainer"]
+        trainer = cls(sae, **{**about["settings"], "betas": tuple(about["settings"]["betas"])})
+        trainer.step_count = about["step"]
+        parameters = dict(sae.named_parameters())
+        entries: dict[str, Any] = {**tensors["optimizer"], **about["optimizer"]}
+        for full_name, value in entries.items():
+            name, key = full_name.rsplit(".", 1)
+            if name not in parameters:
+                raise ValueError(f"optimizer: state for an unknown parameter {name!r}")
+            trainer.optimizer.state[parameters[name]][key] = value.to(device) if isinstance(value, Tensor) else value
+        return trainer
+
+    def _prepare(self, rows: Tensor) -> None:
+        if self.settings.init_l0 is not None:
+            self.sae.calibrate_(rows, self.settings.init_l0)
+        if self.settings.dialect == "paper":
+            with torch.no_grad():
+                self.sae.W_dec.copy_(torch.nn.functional.normalize(self.sae.W_dec, dim=1))
+
+    def _check_finite(self, index: int, losses: Tensor, gradients: dict[str, RowGradient | Tensor]) -> None:
+        parts = {"reconstruction": losses[0], "sparsity": losses[1], "auxiliary": losses[2]}
+        for name, gradient in gradients.items():
+            values = gradient.values if isinstance(gradient, RowGradient) else [gradient]
+            parts.update({f"gradient of {name}": v for v in values})
+        for name, value in parts.items():
+            if not bool(torch.isfinite(value).all()):
+                raise FloatingPointError(
+                    f"step {index}: the {name} is not finite; the weights are those of step {index - 1}"
+                )
+
+    @torch.no_grad()
+    def _clip(self, gradients: dict[str, RowGradient | Tensor]) -> Tensor | None:
+        """0-d factor that brings the global gradient norm to ``grad_clip``, or None."""
+        if self.settings.grad_clip is None:
+            return None
+        total = torch.zeros((), dtype=torch.float64, device=self.sae.W_enc.device)
+        for name, gradient in gradients.items():
+            if isinstance(gradient, RowGradient):
+                W = getattr(self.sae, name)
+                total += ops.grad_sqnorm(gradient, W if W.dim() == 2 else W.view(-1, 1))
+            else:
+                total += gradient.double().pow(2).sum()
+        return (self.settings.grad_clip / (total.sqrt() + 1e-6)).clamp(max=1.0).to(self.sae.W_enc.dtype)
+
+
+def _record(log: StepLog, x: Tensor, seconds: float) -> dict[str, float]:
+    rows = x.reshape(-1, x.shape[-1]).float()
+    variance = float((rows - rows.mean(0)).pow(2).sum(1).mean())
+    return {
+        "step": log.step, "loss": log.loss, "reconstruction": log.reconstruction, "sparsity": log.sparsity,
+        "auxiliary": log.auxiliary, "l0": log.l0, "fvu": log.reconstruction / variance if variance else float("nan"),
+        "lr": log.lr, "l1_coefficient": log.l1_coefficient, "seconds": seconds,
+    }  # fmt: skip
