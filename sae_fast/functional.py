@@ -6,11 +6,14 @@ Formulas: MATH.md §2.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from sae_fast.code import Transposed
-from sae_fast.ops import decode_loss, encode
+from sae_fast.ops.decode_loss import decode_loss
+from sae_fast.ops.encode import encode
 from sae_fast.reference import DIALECTS, Loss
 
 _ops = torch.ops.sae_fast
@@ -63,14 +66,15 @@ def sparsity_weight(W_dec: Tensor, l1_coefficient: float, dialect: str) -> Tenso
     return W_dec.new_full((W_dec.shape[0],), l1_coefficient)
 
 
-def feature_sums(csc: Transposed, values: Tensor, rows: int) -> Tensor:
-    """[F]: the sum of values [nnz] over each feature's entries, in ascending row order (bitwise repeatable)."""
+def feature_sums(csc, values: Tensor, rows: int) -> Tensor:
+    """[F]: the sum of values [nnz] over each feature's entries in a Transposed code, in ascending row
+    order: bitwise repeatable."""
     return _ops.outer(*_csc(csc), [values], [values.new_ones(rows, 1)], None, 0, csc.colptr.shape[0] - 1)[:, 0]
 
 
-def value_to_pre_gradients(activation: str, u: Tensor, values: Tensor, grads: Tensor, scale: Tensor | None):
-    """From the gradient of the values [V, nnz] to those of the entries' u, bias, r_mag and b_mag, [nnz] each (the last two
-    None unless gated).  ``scale`` is exp(r_mag) at the entries."""
+def value_to_pre_gradients(activation: str, u: Tensor, values: Tensor, grads: Tensor, scale):
+    """From the gradient of the values [V, nnz] to those of the entries' u, bias, r_mag and b_mag, [nnz] each
+    (the last two None unless gated).  ``scale`` is exp(r_mag) at the entries."""
     grads = grads * (values != 0)
     if activation != "gated":
         return grads[0], grads[0], None, None
@@ -119,7 +123,7 @@ def _decode_backward(ctx, grad):
     indptr, indices, values, W_dec = ctx.saved_tensors
     bounds = [0, W_dec.shape[0]] if ctx.groups is None else ctx.groups
     grad = grad.unsqueeze(1) if ctx.groups is None else grad
-    ranges = list(zip(bounds, bounds[1:], strict=False))
+    ranges = list(pairwise(bounds))
     grad_values = grad_W = None
     if ctx.needs_input_grad[2]:
         sets = []
@@ -209,7 +213,7 @@ def _decode_loss_backward(ctx, grad_losses, *_constants):
 torch.library.register_autograd("sae_fast::decode_loss", _decode_loss_backward, setup_context=_decode_loss_setup)
 
 
-def _csc(csc: Transposed) -> tuple[Tensor, Tensor, Tensor]:
+def _csc(csc) -> tuple[Tensor, Tensor, Tensor]:
     return csc.colptr, csc.rows, csc.perm
 
 

@@ -54,10 +54,10 @@ class RowAdam(torch.optim.Optimizer):
                     raise ValueError(f"params: got strides {p.stride()}, want contiguous parameters")
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Any = None,
-        rows: Mapping[Tensor, RowGradient] | None = None,
+        rows: Mapping[torch.nn.Parameter, RowGradient | Tensor] | None = None,
         grad_scale: Tensor | None = None,
         skip: Tensor | None = None,
     ) -> Any:
@@ -93,12 +93,12 @@ class RowAdam(torch.optim.Optimizer):
             step=state["step"], lr=float(group["lr"]), beta2=beta2, eps=group["eps"], unit_rows=group["unit_rows"],
             grad_scale=grad_scale,
         )  # fmt: skip
-        if lazy and isinstance(gradient, RowGradient):
-            ops.weight_step(W, v, state["last_step"], gradient, **settings)
-        elif lazy:
-            ops.row_step(W, v, state["last_step"], _as_rows(gradient), **settings)
-        else:
+        if not lazy:
             self._dense_step(p, gradient, state, group, grad_scale)
+        elif isinstance(gradient, RowGradient):
+            ops.weight_step(W, v, state["last_step"], gradient, **settings)
+        else:
+            ops.row_step(W, v, state["last_step"], _as_rows(gradient), **settings)
 
     def _dense_step(self, p, gradient, state, group, grad_scale) -> None:
         self._catch_up(p, state, state["step"] - 1)

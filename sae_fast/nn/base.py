@@ -119,7 +119,7 @@ class SparseAutoencoder(nn.Module):
             above, below = top.gather(0, count[None])[0], top.gather(0, count[None] + 1)[0]
             bias[first : first + 1024] = -(above + below) / 2
         if "b_mag" in self.per_feature:
-            self.b_mag.copy_(bias)
+            self.get_parameter("b_mag").copy_(bias)
 
     @torch.no_grad()
     def row_gradients(
@@ -135,7 +135,7 @@ class SparseAutoencoder(nn.Module):
         weight = functional.sparsity_weight(self.W_dec, l1_coefficient, dialect)
         out = ops.decode_loss(code, self.W_dec, self.b_dec, x, weight, n)
         csc = ops.transpose(code)
-        scale = torch.exp(self.r_mag)[code.indices] if self.activation == "gated" else None
+        scale = torch.exp(self.get_parameter("r_mag"))[code.indices] if self.activation == "gated" else None
         delta, *entries = functional.value_to_pre_gradients(self.activation, code.u, code.values, out.grads, scale)
         ones = x.new_ones(n, 1)
         grads: dict[str, RowGradient | Tensor] = {"W_enc": RowGradient(csc, [delta], [x_c])}

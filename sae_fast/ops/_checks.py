@@ -64,9 +64,7 @@ def finite(name: str, x: Tensor) -> None:
     good = torch.isfinite(x)
     if not bool(good.all()):
         index = tuple(int(i) for i in (~good).nonzero()[0])
-        raise ValueError(
-            f"{name}: got {x[index].item()} at index {index} of shape {tuple(x.shape)}, want finite values"
-        )
+        raise ValueError(f"{name}: got {x[index].item()} at index {index} of shape {tuple(x.shape)}, want finite values")
 
 
 def row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature) -> None:
@@ -92,9 +90,7 @@ def adam_state(W: Tensor, v: Tensor, last_step: Tensor, step: int, lr: float, be
     dtype("last_step", last_step, torch.int64)
     for name, tensor in {"W": W, "v": v, "last_step": last_step}.items():
         if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name}: got strides {tensor.stride()}, want a contiguous tensor, as it is updated in place"
-            )
+            raise ValueError(f"{name}: got strides {tensor.stride()}, want a contiguous tensor, as it is updated in place")
     if step < 1:
         raise ValueError(f"step: got {step}, want a count from 1")
     if not (lr >= 0 and 0 <= beta2 < 1 and eps > 0):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _forced: list[str] = []
 _logged: set[tuple[str, str]] = set()
 
+_C: Any = None
 try:
-    from sae_fast import _C
+    from sae_fast import _C  # type: ignore[attr-defined, no-redef]
 except ImportError as error:  # an unbuilt checkout: the reference serves, slowly
-    _C = None  # type: ignore[assignment]
     logger.warning("the C++ engine is not built (%s); the reference bodies will run", error)
 
 

@@ -6,6 +6,7 @@ Body ``cpu``: gathers rows; above the crossover density it fills dense row chunk
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,13 +17,11 @@ from sae_fast.ops._dispatch import cpu_rejects, pick
 from sae_fast.ops._native import _C, address, contiguous, threads
 
 
-def decode(
-    code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups: Sequence[int] | None = None
-) -> Tensor:
+def decode(code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups: Sequence[int] | None = None) -> Tensor:
     """out[v, g, b] = Σ values[v, j] · W_dec[indices[j]] over the entries j of row b in feature group g.  No bias.
 
-    W_dec [F, d_out]; values [V, nnz] or [nnz], by default the magnitudes.  ``groups`` are G + 1 ascending feature bounds, such
-    as (0, 64, 256): G disjoint ranges, each decoded by itself (Matryoshka prefixes are a cumulative sum over them).
+    W_dec [F, d_out]; values [V, nnz] or [nnz], by default the magnitudes.  ``groups`` are G + 1 ascending feature
+    bounds, such as (0, 64, 256): G disjoint ranges, each decoded by itself (Matryoshka prefixes are a cumulative sum over them).
     Returns [V, G, B, d_out]; without ``groups`` [V, B, d_out]; without V when values is [nnz] or not given.
     Differentiable with respect to values and W_dec.
     """
@@ -70,7 +69,7 @@ def _cpu(indptr, indices, values, W_dec, bounds):
             block = torch.empty(last - first, features)
             for v in range(values.shape[0]):
                 _dense.scatter(indptr, indices, None, first, last, values[v], block)
-                for g, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+                for g, (lo, hi) in enumerate(pairwise(bounds)):
                     torch.mm(block[:, lo:hi], W_dec[lo:hi], out=out[v, g, first:last])
         return out
     _C.decode((address(indptr), address(indices)), rows, indices.shape[0], address(values), values.shape[0],
@@ -80,4 +79,4 @@ def _cpu(indptr, indices, values, W_dec, bounds):
 
 def _reference(indptr, indices, values, W_dec, bounds):
     f = torch.stack([_dense.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
-    return torch.stack([f[..., a:b] @ W_dec[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], dim=1)
+    return torch.stack([f[..., a:b] @ W_dec[a:b] for a, b in pairwise(bounds)], dim=1)

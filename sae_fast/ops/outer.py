@@ -94,9 +94,7 @@ def _check(colptr, rows, perm, values, A, features, first_feature, n_features) -
         if features.numel() and not 0 <= int(features.min()) <= int(features.max()) < total:
             raise ValueError(f"features: got values outside 0 … {total - 1}")
     elif first_feature < 0 or n_features < 0 or first_feature + n_features > total:
-        raise ValueError(
-            f"first_feature, n_features: got {first_feature}, {n_features}, want a range within F = {total}"
-        )
+        raise ValueError(f"first_feature, n_features: got {first_feature}, {n_features}, want a range within F = {total}")
 
 
 def _body(values, A):

@@ -114,9 +114,7 @@ def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first
         for first, last in _dense.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
             at = slice(first, last)
             coefficient = None if self_coefficient is None else self_coefficient[at]
-            grad = dense_gradient(
-                W[at], colptr, rows, perm, values, A, coefficient, first_feature + first, last - first
-            )
+            grad = dense_gradient(W[at], colptr, rows, perm, values, A, coefficient, first_feature + first, last - first)
             _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale)
         return
     values, A = [x.contiguous() for x in values], [a.contiguous() for a in A]
@@ -158,10 +156,9 @@ def _reference(W, v, last_step, colptr, rows, perm, values, A, self_coefficient,
     grad = dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, n)
     range_ = colptr[first_feature : first_feature + n + 1]
     at = (range_[1:] > range_[:-1]).nonzero()[:, 0]
-    rows_of = [W[at], v[at], last_step[at]]
-    _reference_rows(*rows_of, grad[at], step, lr, beta2, eps, unit_rows, grad_scale)
-    for tensor, new in zip((W, v, last_step), rows_of, strict=True):
-        tensor[at] = new
+    W_at, v_at, last_at = W[at], v[at], last_step[at]
+    _reference_rows(W_at, v_at, last_at, grad[at], step, lr, beta2, eps, unit_rows, grad_scale)
+    W[at], v[at], last_step[at] = W_at, v_at, last_at
 
 
 def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale):

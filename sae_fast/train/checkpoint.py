@@ -107,9 +107,7 @@ def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, An
     tensors = {}
     for group in groups:
         if group not in manifest["files"]:
-            raise ValueError(
-                f"{folder / MANIFEST}: files: no {group!r}; it was saved without (save with Trainer.save?)"
-            )
+            raise ValueError(f"{folder / MANIFEST}: files: no {group!r}; it was saved without (save with Trainer.save?)")
         file = folder / manifest["files"][group]
         try:
             tensors[group] = load_file(file)

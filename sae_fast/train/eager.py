@@ -50,6 +50,7 @@ class EagerTrainer:
         with torch.no_grad():
             direction = F.normalize(sae.W_dec, dim=1)
             grad = sae.W_dec.grad
+            assert grad is not None
             grad.sub_((grad * direction).sum(1, keepdim=True) * direction)
             self.optimizer.step()
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))

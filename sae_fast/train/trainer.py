@@ -139,7 +139,7 @@ class Trainer:
         l1 = settings.l1_coefficient * schedules.warmup(index, settings.l1_warmup_steps)
         losses, code, gradients = self.sae.row_gradients(rows, l1, settings.dialect)
         self._check_finite(index, losses, gradients)
-        by_parameter = {getattr(self.sae, name): g for name, g in gradients.items()}
+        by_parameter = {self.sae.get_parameter(name): g for name, g in gradients.items()}
         lr = settings.lr * schedules.warmup(index, settings.lr_warmup_steps)
         lr *= schedules.decay(index, settings.lr_decay_start, settings.total_steps)
         for group in self.optimizer.param_groups:
@@ -222,9 +222,7 @@ class Trainer:
             parts.update({f"gradient of {name}": v for v in values})
         for name, value in parts.items():
             if not bool(torch.isfinite(value).all()):
-                raise FloatingPointError(
-                    f"step {index}: the {name} is not finite; the weights are those of step {index - 1}"
-                )
+                raise FloatingPointError(f"step {index}: the {name} is not finite; the weights are unchanged")
 
     @torch.no_grad()
     def _clip(self, gradients: dict[str, RowGradient | Tensor]) -> Tensor | None:
