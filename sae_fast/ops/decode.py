@@ -21,7 +21,8 @@ def decode(code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups
     """out[v, g, b] = Σ values[v, j] · W_dec[indices[j]] over the entries j of row b in feature group g.  No bias.
 
     W_dec [F, d_out]; values [V, nnz] or [nnz], by default the magnitudes.  ``groups`` are G + 1 ascending feature
-    bounds, such as (0, 64, 256): G disjoint ranges, each decoded by itself (Matryoshka prefixes are a cumulative sum over them).
+    bounds, such as (0, 64, 256): G disjoint ranges, each decoded by itself (Matryoshka prefixes are a cumulative sum
+    over them).
     Returns [V, G, B, d_out]; without ``groups`` [V, B, d_out]; without V when values is [nnz] or not given.
     Differentiable with respect to values and W_dec.
     """

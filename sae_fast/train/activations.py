@@ -44,9 +44,7 @@ class ActivationStore:
         """
         folder = Path(folder)
         if not (folder / "store.json").is_file():
-            raise FileNotFoundError(
-                f"{str(folder)!r} holds no activation store: there is no store.json in it"
-            )
+            raise FileNotFoundError(f"{str(folder)!r} holds no activation store: there is no store.json in it")
         info = json.loads((folder / "store.json").read_text())
         if info["version"] != VERSION:
             got = f"the store in {str(folder)!r} has version {info['version']}"
@@ -110,9 +108,7 @@ class ActivationStore:
         """
         per_epoch = self.n_tokens // batch_size if batch_size > 0 else 0
         if per_epoch == 0:
-            raise ValueError(
-                f"batch_size: got {batch_size}, want 1 to {self.n_tokens}, the tokens there are"
-            )
+            raise ValueError(f"batch_size: got {batch_size}, want 1 to {self.n_tokens}, the tokens there are")
         if steps is not None and epochs is not None:
             raise ValueError(f"steps, epochs: got {steps} and {epochs}, want one of them")
         end = steps if epochs is None else epochs * per_epoch

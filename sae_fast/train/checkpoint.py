@@ -88,7 +88,9 @@ def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, 
     for group in tensors:
         for old in folder.glob(f"{group}-*.safetensors"):
             if old.name != files[group]:
-                old.unlink()
+                old.unlink(missing_ok=True)
+    for stale in folder.glob(f"{MANIFEST}.*.tmp"):  # of a save that was killed
+        stale.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

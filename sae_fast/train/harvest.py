@@ -50,9 +50,7 @@ def harvest(
     and MissingExtra if `transformers` is not installed.
     """
     source = _open_model(model, layer, context_length)
-    key = _key(
-        model=source.fingerprint, layer=layer, context_length=context_length, text=_hash(text.encode())
-    )
+    key = _key(model=source.fingerprint, layer=layer, context_length=context_length, text=_hash(text.encode()))
     root = cache_folder(cache) / "activations"
     if (root / key).is_dir():
         return ActivationStore.open(root / key)
@@ -98,9 +96,7 @@ class HiddenStates:
         self.config: Any = model.config
         probe = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
         wanted = self._run_all(probe)
-        self.block = next(
-            (block for block in self._candidates() if _same(self._run_until(block, probe), wanted)), None
-        )
+        self.block = next((block for block in self._candidates() if _same(self._run_until(block, probe), wanted)), None)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -169,17 +165,11 @@ def _open_model(model: str | Path, layer: int, context_length: int) -> _Source:
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"model: {str(model)!r} is neither a folder nor a hub id that loads: {reason}"
-            ) from error
+            raise ValueError(f"model: {str(model)!r} is neither a folder nor a hub id that loads: {reason}") from error
     if config.is_encoder_decoder or not hasattr(config.get_text_config(), "num_hidden_layers"):
-        raise ValueError(
-            f"model: got a {config.model_type} model, want one stack of transformer blocks over text"
-        )
+        raise ValueError(f"model: got a {config.model_type} model, want one stack of transformer blocks over text")
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"model: its tokenizer, a {type(tokenizer).__name__}, is slow, want one that keeps offsets"
-        )
+        raise ValueError(f"model: its tokenizer, a {type(tokenizer).__name__}, is slow, want one that keeps offsets")
     text_config = config.get_text_config()
     if not 0 <= layer <= text_config.num_hidden_layers:
         last = f"{text_config.num_hidden_layers} (the model's last block)"
@@ -231,10 +221,7 @@ def _contexts(tokenizer: Any, text: str, context_length: int) -> _Contexts:
     encoded = tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.concatenate([np.array(i, dtype=np.int64) for i in encoded["input_ids"]])
     begins = np.cumsum([0, *map(len, pieces)])
-    spans = [
-        np.array(o, np.int64).reshape(-1, 2) + b
-        for o, b in zip(encoded["offset_mapping"], begins, strict=False)
-    ]
+    spans = [np.array(o, np.int64).reshape(-1, 2) + b for o, b in zip(encoded["offset_mapping"], begins, strict=False)]
     n_contexts = len(ids) // context_length
     if n_contexts == 0:
         raise ValueError(f"text: got {len(ids)} tokens, want at least one context of {context_length}")
@@ -277,9 +264,7 @@ def _run(
         torch.tensor(contexts.prefix, dtype=torch.int64),
         torch.tensor(contexts.suffix, dtype=torch.int64),
     )
-    with tqdm(
-        total=len(out), desc=f"harvest layer {layer}", unit="tok", unit_scale=True, disable=not progress
-    ) as bar:
+    with tqdm(total=len(out), desc=f"harvest layer {layer}", unit="tok", unit_scale=True, disable=not progress) as bar:
         for begin in range(0, n_contexts, batch_size):
             ids = torch.from_numpy(contexts.ids[begin : begin + batch_size])
             wrapped = torch.cat([before.expand(len(ids), -1), ids, after.expand(len(ids), -1)], dim=1)

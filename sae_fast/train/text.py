@@ -42,9 +42,7 @@ def read_text_file(path: str | Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text file {str(path)!r} is not UTF-8: byte {error.start} cannot be decoded"
-        ) from None
+        raise ValueError(f"text file {str(path)!r} is not UTF-8: byte {error.start} cannot be decoded") from None
     if not text.strip():
         raise ValueError(f"text file {str(path)!r} is empty, want text to run the model over")
     return text
@@ -54,9 +52,7 @@ def _module_documents(library: Path) -> Iterator[tuple[str, str]]:
     """(name, docstrings) of each public module that has any."""
     sources = sorted(library.rglob("*.py"))
     if not sources:
-        raise FileNotFoundError(
-            f"no Python sources in {str(library)!r}, where this Python keeps its standard library"
-        )
+        raise FileNotFoundError(f"no Python sources in {str(library)!r}, where this Python keeps its standard library")
     for source in sources:
         parts = source.relative_to(library).parts
         if not NOT_LIBRARY.isdisjoint(parts[:-1]) or not all(_is_public(part) for part in parts):

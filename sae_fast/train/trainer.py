@@ -132,13 +132,16 @@ class Trainer:
             rows = self.sae.check_input(x)
             if rows.shape[0] == 0:
                 raise ValueError(f"x: got shape {tuple(x.shape)}, want at least one example")
-            if index == 0:
-                self._prepare(rows)
+            undo = self._prepare(rows) if index == 0 else {}
         except ValueError as error:
             raise ValueError(f"step {index}: {error}") from error
         l1 = settings.l1_coefficient * schedules.warmup(index, settings.l1_warmup_steps)
         losses, code, gradients = self.sae.row_gradients(rows, l1, settings.dialect)
-        self._check_finite(index, losses, gradients)
+        try:
+            self._check_finite(index, losses, gradients)
+        except FloatingPointError:
+            self.sae.load_state_dict(undo, strict=False)
+            raise
         by_parameter = {self.sae.get_parameter(name): g for name, g in gradients.items()}
         lr = settings.lr * schedules.warmup(index, settings.lr_warmup_steps)
         lr *= schedules.decay(index, settings.lr_decay_start, settings.total_steps)
@@ -208,12 +211,18 @@ class Trainer:
             trainer.optimizer.state[parameters[name]][key] = value.to(device) if isinstance(value, Tensor) else value
         return trainer
 
-    def _prepare(self, rows: Tensor) -> None:
+    @torch.no_grad()
+    def _prepare(self, rows: Tensor) -> dict[str, Tensor]:
+        """What the first step does before it starts: calibration, unit rows.  Returns what it changed, as it was."""
+        undo = {}
         if self.settings.init_l0 is not None:
+            undo = {name: self.sae.get_parameter(name).clone() for name in self.sae.per_feature}
             self.sae.calibrate_(rows, self.settings.init_l0)
-        if self.settings.dialect == "paper":
-            with torch.no_grad():
-                self.sae.W_dec.copy_(torch.nn.functional.normalize(self.sae.W_dec, dim=1))
+        norms = self.sae.W_dec.norm(dim=1)
+        if self.settings.dialect == "paper" and bool(((norms - 1).abs() > 1e-5).any()):
+            undo["W_dec"] = self.sae.W_dec.clone()
+            self.sae.W_dec.copy_(torch.nn.functional.normalize(self.sae.W_dec, dim=1))
+        return undo
 
     def _check_finite(self, index: int, losses: Tensor, gradients: dict[str, RowGradient | Tensor]) -> None:
         parts = {"reconstruction": losses[0], "sparsity": losses[1], "auxiliary": losses[2]}
