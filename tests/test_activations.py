@@ -1,74 +1,15 @@
-"""Activation stores: what is harvested, that the cache is whole and reused, and the order of batches."""
+"""Activation stores: the order of batches, the held-out part, and what is not a store."""
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from sae_fast.extras import MissingExtra
 from sae_fast.train import activations
-from sae_fast.train import harvest as harvesting
 from sae_fast.train.activations import ActivationStore
-from sae_fast.train.harvest import HiddenStates, harvest
-
-WORDS = ["the", "of", "and", "a", "gate", "opens", "when", "its", "sum", "is", "above", "zero", "."]
-TEXT = "The gate opens when its sum\nis above zero . " * 9
-CONTEXT = 6
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
-def tiny_model(transformers, kind):
-    sizes = dict(vocab_size=len(WORDS) + 3, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
-    torch.manual_seed(0)
-    config = {
-        "bert": lambda: transformers.BertConfig(**sizes, intermediate_size=32, max_position_embeddings=32),
-        "gpt2": lambda: transformers.GPT2Config(**sizes, n_positions=32, bos_token_id=1, eos_token_id=1),
-        "llama": lambda: transformers.LlamaConfig(**sizes, intermediate_size=32, max_position_embeddings=32),
-        "gpt_neox": lambda: transformers.GPTNeoXConfig(
-            **sizes, intermediate_size=32, max_position_embeddings=32
-        ),
-        "albert": lambda: transformers.AlbertConfig(**sizes, intermediate_size=32, embedding_size=8),
-    }[kind]()
-    return transformers.AutoModel.from_config(config).eval()
-
-
-def tiny_tokenizer(transformers, kind):
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    if kind == "bert":
-        tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    names = dict(cls_token="[CLS]", sep_token="[SEP]") if kind == "bert" else dict(bos_token="[CLS]")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **names)
-
-
-@pytest.fixture(scope="module")
-def model_folders(transformers, tmp_path_factory):
-    """{kind: folder of a tiny model with random weights and its tokenizer}."""
-    folders = {}
-    for kind in ("bert", "gpt2"):
-        folders[kind] = tmp_path_factory.mktemp(kind)
-        tiny_model(transformers, kind).save_pretrained(folders[kind])
-        tiny_tokenizer(transformers, kind).save_pretrained(folders[kind])
-    return folders
-
-
-def harvested(model_folders, tmp_path, kind="bert", **arguments):
-    defaults = dict(
-        layer=2, context_length=CONTEXT, batch_size=4, cache=tmp_path, device="cpu", progress=False
-    )
-    arguments = defaults | arguments
-    return harvest(model_folders[kind], arguments.pop("text", TEXT), **arguments)
 
 
 @pytest.fixture
@@ -76,9 +17,7 @@ def store(tmp_path) -> ActivationStore:
     """A store of 10 contexts of 4 tokens, made without a model: activation i is [i, -i]."""
     n_tokens = 40
     text = "".join(f"w{i:02d} " for i in range(n_tokens))
-    info = dict(
-        d=2, n_tokens=n_tokens, context_length=4, layer=0, model="none", key="k", version=activations.VERSION
-    )
+    info = dict(d=2, n_tokens=n_tokens, context_length=4, layer=0, model="none", key="k", version=activations.VERSION)
     rows = np.arange(n_tokens, dtype=np.float32)
     np.save(tmp_path / "activations.npy", np.stack([rows, -rows], axis=1))
     np.save(tmp_path / "tokens.npy", rows.astype(np.int32))
@@ -86,173 +25,6 @@ def store(tmp_path) -> ActivationStore:
     (tmp_path / "text.txt").write_text(text)
     (tmp_path / "store.json").write_text(json.dumps(info))
     return ActivationStore.open(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "gpt_neox", "albert"])
-@pytest.mark.parametrize("layer", range(4))
-def test_stopping_early_changes_nothing(transformers, kind, layer):
-    model = tiny_model(transformers, kind)
-    ids = torch.arange(12).view(2, 6)
-    with torch.inference_mode():
-        wanted = model(input_ids=ids, output_hidden_states=True).hidden_states[layer]
-    hidden_states = HiddenStates(model, layer)
-    # ALBERT shares one block among all layers, and the last layer has no block after it: both run to the end.
-    assert (hidden_states.block is not None) == (kind != "albert" and layer < 3)
-    assert torch.equal(hidden_states(ids), wanted)
-    assert torch.equal(
-        model(input_ids=ids, output_hidden_states=True).hidden_states[layer], wanted
-    )  # left as it was
-
-
-def test_blocks_above_the_layer_do_not_run(transformers):
-    model = tiny_model(transformers, "bert")
-    runs = []
-    for i, block in enumerate(model.encoder.layer):
-        block.register_forward_hook(lambda *_, i=i: runs.append(i))
-    hidden_states = HiddenStates(model, 2)
-    runs.clear()
-    hidden_states(torch.arange(6).view(1, 6))
-    assert runs == [0, 1]
-
-
-@pytest.mark.parametrize("kind, prefix, suffix", [("bert", [1], [2]), ("gpt2", [1], [])])
-def test_harvest_keeps_the_hidden_state_of_the_text_alone(
-    transformers, model_folders, tmp_path, kind, prefix, suffix
-):
-    store = harvested(model_folders, tmp_path, kind)
-    model = transformers.AutoModel.from_pretrained(model_folders[kind]).eval()
-    vocabulary = {word: i + 3 for i, word in enumerate(WORDS)}
-    ids = torch.tensor([vocabulary[word] for word in TEXT.lower().split()])
-    ids = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    wrapped = torch.stack([torch.tensor([*prefix, *context, *suffix]) for context in ids.tolist()])
-    with torch.no_grad():
-        wanted = model(input_ids=wrapped, output_hidden_states=True).hidden_states[2][:, 1 : 1 + CONTEXT]
-    assert (store.d, store.n_tokens, store.context_length) == (16, ids.numel(), CONTEXT)
-    assert store.tokens.tolist() == ids.flatten().tolist()
-    assert store.activations.dtype == np.float32
-    torch.testing.assert_close(torch.tensor(store.activations), wanted.reshape(-1, 16))
-
-
-def test_tokens_are_found_in_the_text_as_written(model_folders, tmp_path):
-    store = harvested(model_folders, tmp_path)
-    assert store.around(0, after=2) == ("", "The", " gate opens")
-    assert store.around(7, before=9, after=9) == (
-        "is ",
-        "above",
-        " zero . The gate",
-    )  # within its context of 6 tokens
-    assert store.around(5) == ("The gate opens when its ", "sum", "")
-    words = TEXT.split()
-    assert [store.around(i)[1] for i in range(store.n_tokens)] == words[: store.n_tokens]
-
-
-def test_pieces_of_the_text_change_neither_tokens_nor_places(model_folders, tmp_path, monkeypatch):
-    whole = harvested(model_folders, tmp_path / "a")
-    monkeypatch.setattr(harvesting, "PIECE", 20)
-    pieces = harvested(model_folders, tmp_path / "b")
-    assert np.array_equal(whole.tokens, pieces.tokens)
-    assert all(whole.around(i) == pieces.around(i) for i in range(whole.n_tokens))
-
-
-def test_a_cached_store_is_reused_and_anything_else_is_not(model_folders, tmp_path, monkeypatch):
-    first = harvested(model_folders, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(harvesting, "_run", lambda *_: pytest.fail("ran the model again"))
-        assert harvested(model_folders, tmp_path).folder == first.folder
-        monkeypatch.setenv("SAE_FAST_CACHE", str(tmp_path))
-        assert harvested(model_folders, None).folder == first.folder
-    others = [dict(layer=1), dict(context_length=5), dict(text=TEXT + "the gate"), dict(kind="gpt2")]
-    folders = {harvested(model_folders, tmp_path, **other).folder for other in others}
-    assert len(folders) == 4 and first.folder not in folders
-    with monkeypatch.context() as patch:
-        patch.setattr(harvesting, "VERSION", activations.VERSION + 1)
-        patch.setattr(activations, "VERSION", activations.VERSION + 1)
-        assert harvested(model_folders, tmp_path).folder != first.folder
-
-
-def test_other_weights_in_the_same_folder_are_another_model(transformers, model_folders, tmp_path):
-    folder = tmp_path / "model"
-    model = tiny_model(transformers, "bert")
-    model.save_pretrained(folder)
-    tiny_tokenizer(transformers, "bert").save_pretrained(folder)
-    before = harvested({"bert": folder}, tmp_path)
-    with torch.no_grad():
-        model.embeddings.word_embeddings.weight.mul_(2)
-    model.save_pretrained(folder)
-    after = harvested({"bert": folder}, tmp_path)
-    assert before.folder != after.folder
-    assert not np.allclose(before.activations, after.activations)
-
-
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_harvest_leaves_nothing(model_folders, tmp_path, monkeypatch, interruption):
-    calls = itertools.count()
-
-    def interrupted(self, ids):
-        if next(calls) == 1:
-            raise interruption
-        return torch.zeros(*ids.shape, 16)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(HiddenStates, "__call__", interrupted)
-        with pytest.raises(interruption):
-            harvested(model_folders, tmp_path)
-    assert list((tmp_path / "activations").iterdir()) == []
-    assert np.abs(harvested(model_folders, tmp_path).activations).sum() > 0
-
-
-def test_two_harvests_at_once_end_with_one_store(model_folders, tmp_path, monkeypatch):
-    run = harvesting._run
-
-    def slow_run(*arguments):
-        monkeypatch.setattr(harvesting, "_run", run)
-        harvested(model_folders, tmp_path)  # another process finishes first
-        run(*arguments)
-
-    monkeypatch.setattr(harvesting, "_run", slow_run)
-    store = harvested(model_folders, tmp_path)
-    assert store.n_tokens > 0
-    assert [folder.name for folder in (tmp_path / "activations").iterdir()] == [store.folder.name]
-
-
-def test_a_full_disk_is_noticed_before_the_model_runs(model_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(harvesting.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(OSError, match="SAE_FAST_CACHE"):
-        harvested(model_folders, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(layer=4), r"layer: got 4, want 0 .* to 3"),
-        (dict(layer=-1), "layer: got -1"),
-        (dict(context_length=31), "context_length: got 31, want at most 30"),
-        (dict(context_length=0), "context_length: got 0"),
-        (dict(text="The gate"), "text: got 2 tokens, want at least one context of 6"),
-        (dict(text=""), "text: got 0 tokens"),
-    ],
-)
-def test_arguments_that_do_not_fit_the_model(model_folders, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        harvested(model_folders, tmp_path, **arguments)
-
-
-def test_no_model_there(transformers, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="neither a folder nor a hub id"):
-        harvest(tmp_path / "empty", TEXT, 1, cache=tmp_path)
-
-
-def test_activations_that_are_not_finite(model_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(HiddenStates, "__call__", lambda self, ids: torch.full((*ids.shape, 16), torch.nan))
-    with pytest.raises(ValueError, match="layer 2 are not all finite"):
-        harvested(model_folders, tmp_path)
-
-
-def test_without_transformers(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'sae-fast\[demo\]'"):
-        harvest("model", TEXT, 1, cache=tmp_path)
 
 
 def test_each_pass_is_a_fresh_permutation(store):
@@ -279,9 +51,7 @@ def test_batches_without_end(store):
     assert len(list(itertools.islice(store.batches(40), 5))) == 5
 
 
-@pytest.mark.parametrize(
-    "arguments", [dict(batch_size=0), dict(batch_size=41), dict(batch_size=4, steps=1, epochs=1)]
-)
+@pytest.mark.parametrize("arguments", [dict(batch_size=0), dict(batch_size=41), dict(batch_size=4, steps=1, epochs=1)])
 def test_batches_that_cannot_be(store, arguments):
     with pytest.raises(ValueError, match=r"(batch_size|steps, epochs): got"):
         store.batches(**arguments)

@@ -195,11 +195,7 @@ def test_float32_input_with_a_large_mean():
 def test_a_sparse_code_counts_only_what_fires():
     x, x_hat, f = batch()
     assert_same(of(x, x_hat, sparse(f)), of(x, x_hat, f))
-    assert (
-        metrics.l0(sparse(f))
-        == metrics.l0(f)
-        == pytest.approx((f != 0).sum(1).double().mean().item(), **EXACT)
-    )
+    assert metrics.l0(sparse(f)) == metrics.l0(f) == pytest.approx((f != 0).sum(1).double().mean().item(), **EXACT)
     assert metrics.dead_fraction(sparse(f)) == 1 / D_SAE
 
 

@@ -20,9 +20,7 @@ def test_the_documentation_is_large_and_readable(documentation):
 
 
 def test_it_is_the_same_in_another_process(documentation):
-    script = (
-        "import sys, sae_fast.train.text as t; sys.stdout.buffer.write(t.stdlib_documentation().encode())"
-    )
+    script = "import sys, sae_fast.train.text as t; sys.stdout.buffer.write(t.stdlib_documentation().encode())"
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert other.stdout == documentation.encode()
 
@@ -40,9 +38,7 @@ def test_public_docstrings_in_the_order_of_the_source(tmp_path):
         'class _B:\n    def h(self):\n        """Inside a private class."""\n'
         'async def last():\n    """A coroutine."""\n'
     )
-    assert list(text._module_documents(tmp_path)) == [
-        ("m.py", "A module.\n\nA class.\n\nA method.\n\nA coroutine.")
-    ]
+    assert list(text._module_documents(tmp_path)) == [("m.py", "A module.\n\nA class.\n\nA method.\n\nA coroutine.")]
 
 
 def test_a_python_without_sources(tmp_path):

@@ -165,7 +165,7 @@ def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support
         positive = torch.relu(pi)
         flat = positive if support == "topk" else positive.reshape(1, -1)
         chosen = flat.topk(k if support == "topk" else min(k * x.shape[0], flat.shape[1]), dim=1).indices
-        member = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True).view_as(pi) & (pi > 0)
+        member = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True).view_as(pi) & ~(pi <= 0)
     indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
     indptr[1:] = member.sum(1).cumsum(0)
     if activation == "gated":

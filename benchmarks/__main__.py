@@ -1,0 +1,79 @@
+"""`python -m benchmarks`: checks and times every case, prints the table, writes the CSV."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks import machine, memory, results
+from benchmarks.cases import CASES
+from benchmarks.data import FULL, QUICK
+from benchmarks.runner import Measurement, measure
+
+HERE = Path(__file__).parent
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
+    provider: Annotated[list[str] | None, typer.Option(help="Only this provider; may be repeated.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Calls of each provider; by default 11, or 3 with --quick.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The CSV; by default benchmarks/results/<machine>.csv, or out/ with --quick.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option(help="Small shapes, without the slow providers: a test, not a measurement.")
+    ] = False,
+) -> None:
+    """Checks and times every case, prints the table, writes the CSV.  Exits with 1 if a provider is wrong."""
+    providers = {name for each in CASES.values() for name in each.providers}
+    for option, given, known in (("--case", case, CASES), ("--provider", provider, providers)):
+        unknown = set(given or []) - set(known)
+        if unknown:
+            raise typer.BadParameter(
+                f"got {', '.join(sorted(unknown))}, want one of {', '.join(sorted(known))}", param_hint=option
+            )
+    folder = HERE.parent / "out" if quick else HERE / "results"
+    out = out or folder / f"{machine.slug()}.csv"
+    rounds = rounds or (3 if quick else 11)
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(f"{machine.device()}   {machine.versions()}   commit {machine.commit() or 'unknown'}")
+    wrong = False
+    for each in [CASES[name] for name in case or CASES]:
+        if not each.choose(provider or (), quick):
+            continue
+        with console.status(f"{each.name} …"):
+            measurement = measure(each, QUICK if quick else FULL, rounds, provider or (), quick)
+            figures = results.rows(measurement, peaks(measurement, console))
+        results.show(console, measurement, figures)
+        results.write(out, figures)
+        wrong |= bool(measurement.faults)
+    console.print(f"written to {os.path.relpath(out)}")
+    raise typer.Exit(int(wrong))
+
+
+def peaks(measurement: Measurement, console: Console) -> dict[str, list[int]]:
+    """Peak memory of the providers that were timed, where the case asks for it."""
+    found: dict[str, list[int]] = {}
+    for name in measurement.seconds:
+        if measurement.case.memory and not measurement.case.providers[name].floor:
+            try:
+                found[name] = list(memory.peak_bytes(measurement.case.name, name, measurement.shape))
+            except RuntimeError as error:
+                console.print(f"[yellow]{measurement.case.name}: no peak memory of {name}: {error}")
+    return found
+
+
+if __name__ == "__main__":
+    logging.captureWarnings(True)
+    app()

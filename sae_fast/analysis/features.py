@@ -1,0 +1,149 @@
+"""What features fire on: for a few of them, the contexts with the highest activations, as Markdown to read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_fast.train.activations import ActivationStore
+
+CHUNK = 4096  # tokens encoded at a time
+
+
+@dataclass(frozen=True)
+class Example:
+    """A token on which a feature fires: its activation, and the text before it, its own, and after it."""
+
+    token: int
+    activation: float
+    text: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature, the fraction of tokens it fires on, its largest activation, and its top contexts, best first."""
+
+    index: int
+    density: float
+    maximum: float
+    examples: list[Example]
+
+
+def choose(sae: Any, store: ActivationStore, count: int = 10, least: int = 10) -> list[int]:
+    """Up to `count` features that show the range of densities, from rare to common; none that is dead. Deterministic.
+
+    Of the features that fire on at least `least` tokens of the store (of all alive ones, if those are too few),
+    ordered by density and cut into `count` equal groups, each group gives the one with the highest activation.
+    """
+    fires, maximum = _scan(sae, store)
+    alive = (fires >= least).nonzero().flatten()
+    if len(alive) < count:
+        alive = fires.nonzero().flatten()
+    by_density = alive[fires[alive].argsort(stable=True)]
+    groups = [group for group in by_density.tensor_split(count) if len(group)]
+    return [int(group[maximum[group].argmax()]) for group in groups]
+
+
+def report(
+    sae: Any, store: ActivationStore, features: Sequence[int], examples: int = 6, progress: bool = False
+) -> list[Feature]:
+    """The `examples` top contexts of each of some features, over a whole store.
+
+    No two examples of a feature are from one context or read the same. `sae`: anything with `encode_sparse`, `d_sae`
+    and `W_enc`. Raises ValueError for a feature that does not exist.
+    """
+    for feature in features:
+        if not 0 <= feature < sae.d_sae:
+            raise ValueError(f"features: got {feature}, want 0 to {sae.d_sae - 1}")
+    return [
+        Feature(
+            index=feature,
+            density=len(tokens) / store.n_tokens,
+            maximum=float(activations.max()) if len(tokens) else 0.0,
+            examples=_top(store, tokens, activations, examples),
+        )
+        for feature, (tokens, activations) in zip(features, _firings(sae, store, features, progress), strict=True)
+    ]
+
+
+def markdown(features: Sequence[Feature], title: str) -> str:
+    """A page that shows each feature's top contexts with the token that fires marked [[**so**]]."""
+    lines = [
+        f"# {title}",
+        "",
+        "Features from rare to common. *Density* is the fraction of tokens a feature fires on. Each line is the part",
+        "of a context around one of its highest activations, with the token that fires marked [[**so**]].",
+    ]
+    for feature in sorted(features, key=lambda feature: feature.density):
+        rarity = f"density {feature.density:.3%} · max {feature.maximum:.2f}"
+        lines += ["", f"## Feature {feature.index}", "", rarity, "", "| activation | context |", "|---:|:---|"]
+        lines += [f"| {example.activation:.2f} | {_marked(*example.text)} |" for example in feature.examples]
+    return "\n".join(lines) + "\n"
+
+
+def _scan(sae: Any, store: ActivationStore) -> tuple[Tensor, Tensor]:
+    """(on how many tokens each feature fires [F] int64, its largest activation [F] float32)."""
+    fires, maximum = torch.zeros(sae.d_sae, dtype=torch.int64), torch.zeros(sae.d_sae)
+    for _, indices, values in _entries(sae, store):
+        fires += torch.bincount(indices, minlength=sae.d_sae)
+        maximum.scatter_reduce_(0, indices, values, "amax")
+    return fires, maximum
+
+
+def _entries(sae: Any, store: ActivationStore, progress: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(token, feature, activation) of every non-zero activation, a chunk of tokens at a time, on the CPU."""
+    device = sae.W_enc.device
+    chunks = tqdm(store.chunks(CHUNK), "features", -(-store.n_tokens // CHUNK), disable=not progress)
+    begin = 0
+    with torch.inference_mode():
+        for x in chunks:
+            code = sae.encode_sparse(x.to(device))
+            rows = torch.arange(len(x), device=device).repeat_interleave(code.indptr.diff())
+            fires = code.magnitudes > 0
+            entries = rows[fires] + begin, code.indices[fires].long(), code.magnitudes[fires].float()
+            yield tuple(entry.cpu() for entry in entries)  # type: ignore[misc]
+            begin += len(x)
+
+
+def _firings(sae: Any, store: ActivationStore, features: Sequence[int], progress: bool) -> list[tuple[Tensor, Tensor]]:
+    """For each feature, (tokens, activations) where it fires."""
+    place = torch.full((sae.d_sae,), -1)
+    place[list(features)] = torch.arange(len(features))
+    found = []
+    for tokens, indices, values in _entries(sae, store, progress):
+        kept = place[indices] >= 0
+        found.append((tokens[kept], place[indices[kept]], values[kept]))
+    tokens, places, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return [(tokens[places == i], values[places == i]) for i in range(len(features))]
+
+
+def _top(store: ActivationStore, tokens: Tensor, activations: Tensor, count: int) -> list[Example]:
+    examples: list[Example] = []
+    seen: set[object] = set()
+    for i in activations.argsort(descending=True, stable=True).tolist():
+        token = int(tokens[i])
+        text = store.around(token)
+        context, reading = token // store.context_length, _plain("".join(text))
+        if context in seen or reading in seen:
+            continue
+        seen |= {context, reading}
+        examples.append(Example(token, float(activations[i]), text))
+        if len(examples) == count:
+            break
+    return examples
+
+
+def _marked(before: str, at: str, after: str) -> str:
+    return f"…{_plain(before, keep_ends=True)}[[**{_plain(at)}**]]{_plain(after, keep_ends=True)}…"
+
+
+def _plain(text: str, keep_ends: bool = False) -> str:
+    """On one line, with what Markdown would take for markup escaped."""
+    text = re.sub(r"\s+", " ", text)
+    return re.sub(r"([\\`*_\[<|~$])", r"\\\1", text if keep_ends else text.strip())

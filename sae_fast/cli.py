@@ -1,0 +1,101 @@
+"""`sae-fast demo` and `sae-fast train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from sae_fast.demo import Run
+
+app = typer.Typer(
+    help="Train sparse autoencoders on what a transformer computes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+Steps = Annotated[int, typer.Option(help="Training steps.")]
+Out = Annotated[Path, typer.Option(help="The folder for checkpoint, metrics, plot and features.")]
+Seed = Annotated[int, typer.Option(help="Of the weights and of the order of the tokens.")]
+
+
+@app.command()
+def demo(out: Out = Path("out/demo"), steps: Steps = 2000, seed: Seed = 0) -> None:
+    """Train a Gated SAE on layer 3 of MiniLM, over the documentation inside Python's standard library."""
+    with one_line_errors():
+        from sae_fast.demo import Recipe, demo_model, run
+        from sae_fast.train.text import stdlib_documentation
+
+        recipe = Recipe(steps=steps, seed=seed)
+        result = run(demo_model(), 3, stdlib_documentation(), out, recipe, name="all-MiniLM-L6-v2")
+        show(result, out)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="A Hugging Face model: its folder or hub id.")],
+    layer: Annotated[int, typer.Option(help="0: the embedding; i: the output of block i.")],
+    text: Annotated[Path, typer.Option(help="A UTF-8 file to run the model over.")],
+    out: Out = Path("out/train"),
+    d_sae: Annotated[int, typer.Option(help="Features.")] = 6144,
+    batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
+    steps: Steps = 2000,
+    lr: Annotated[float, typer.Option(help="Learning rate, constant and then falling over the last fifth.")] = 2e-3,
+    l1: Annotated[float, typer.Option(help="Sparsity coefficient λ, for activations of unit variance.")] = 2.5,
+    init_l0: Annotated[float, typer.Option("--init-l0", "--l0", help="Features per token to start with.")] = 64,
+    context_length: Annotated[int, typer.Option(help="Tokens per context.")] = 128,
+    seed: Seed = 0,
+) -> None:
+    """Train a Gated SAE on a layer of your own model, over your own text.
+
+    Activations are scaled to unit variance per dimension for training; the SAE that is saved takes them as they are.
+    A higher --l1 gives fewer features per token and a worse reconstruction.
+    """
+    with one_line_errors():
+        from sae_fast.demo import Recipe, run
+        from sae_fast.train.text import read_text_file
+
+        recipe = Recipe(d_sae=d_sae, batch_size=batch_size, steps=steps, lr=lr, l1=l1, init_l0=init_l0, seed=seed)
+        show(run(model, layer, read_text_file(text), out, recipe, context_length), out)
+
+
+def show(result: Run, out: Path) -> None:
+    """Prints the closing table."""
+    held_out, training, step = result.held_out.compute(), result.training, result.step
+    rows = [
+        ("L0, features per token", f"{held_out['l0']:.1f}"),
+        ("FVU, fraction of variance unexplained", f"{held_out['fvu']:.4f}"),
+        ("relative reconstruction bias γ", f"{held_out['relative_reconstruction_bias']:.3f}"),
+        ("dead features", f"{held_out['dead_fraction']:.1%}"),
+        ("training", f"{training['tokens_per_second']:,.0f} tokens/s"),
+        ("a step", f"{step['engine_ms']:.1f} ms"),
+        ("a step of dense PyTorch, here and now", f"{step['dense_ms']:.1f} ms"),
+        ("times faster", f"{step['times_faster']:.1f}×"),
+    ]
+    table = Table(title=f"on {held_out['tokens']:,} held-out tokens", title_justify="left", show_header=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right", style="bold")
+    for i, row in enumerate(rows):
+        table.add_row(*row, end_section=i == 3)
+    console = Console()
+    console.print(table)
+    console.print(f"Wrote checkpoint/, metrics.json, training.png and features.md into {out}", highlight=False)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can put right is said in a line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        message = Text.assemble(("error: ", "bold red"), " ".join(str(error).split()))
+        Console(stderr=True).print(message, soft_wrap=True)
+        raise typer.Exit(1) from None

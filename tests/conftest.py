@@ -1,0 +1,69 @@
+"""Fixtures for every test: fresh memory is poisoned, process-wide settings are restored, GPU tests skip with a reason."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch starts OpenMP: thousands of tiny parallel regions, whose threads would spin for each other, several times
+# slower where the cores are shared with anything else.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from sae_fast.ops import _dense, _dispatch
+
+# Examples are drawn from a fixed seed: a test that passes here passes everywhere.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch.cuda is not available on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """torch.empty and its kin give NaN (integers: the largest), inside the ops too: what no kernel wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def restored_settings():
+    """The thread count and the instruction set are process-wide."""
+    threads, engine = torch.get_num_threads(), _dispatch._C
+    isa = engine.isa() if engine else None
+    yield
+    torch.set_num_threads(threads)
+    if engine:
+        engine.set_isa(isa)
+
+
+@pytest.fixture(params=_dispatch._C.supported_isas() if _dispatch._C else ["unbuilt"])
+def isa(request):
+    """Runs the test once for each instruction set that this machine has; ``restored_settings`` undoes it."""
+    if _dispatch._C is None:
+        pytest.skip("the extension sae_fast._C is not built")
+    _dispatch._C.set_isa(request.param)
+    return request.param
+
+
+@pytest.fixture(params=["sparse", "dense"])
+def route(request, monkeypatch):
+    """Runs the test on either side of every op's density switch."""
+    crossover = {"sparse": float("inf"), "dense": -1.0}[request.param]
+    for op in _dense.CROSSOVER:
+        monkeypatch.setitem(_dense.CROSSOVER, op, crossover)
+    return request.param

@@ -1,0 +1,196 @@
+"""Harvesting: which hidden state is kept, where its tokens are in the text, and that the cache is whole and reused."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import WORDS, save_tiny_model, tiny_model, tiny_tokenizer
+
+from sae_fast.extras import MissingExtra
+from sae_fast.train import activations
+from sae_fast.train import harvest as harvesting
+from sae_fast.train.harvest import HiddenStates, harvest
+
+TEXT = "The gate opens when its sum\nis above zero . " * 9
+CONTEXT = 6
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def model_folders(transformers, tmp_path_factory):
+    return {kind: save_tiny_model(transformers, kind, tmp_path_factory.mktemp(kind)) for kind in ("bert", "gpt2")}
+
+
+def harvested(model_folders, tmp_path, kind="bert", **arguments):
+    defaults = dict(layer=2, context_length=CONTEXT, batch_size=4, cache=tmp_path, device="cpu", progress=False)
+    arguments = defaults | arguments
+    return harvest(model_folders[kind], arguments.pop("text", TEXT), **arguments)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "gpt_neox", "albert"])
+@pytest.mark.parametrize("layer", range(4))
+def test_stopping_early_changes_nothing(transformers, kind, layer):
+    model = tiny_model(transformers, kind)
+    ids = torch.arange(12).view(2, 6)
+    with torch.inference_mode():
+        wanted = model(input_ids=ids, output_hidden_states=True).hidden_states[layer]
+    hidden_states = HiddenStates(model, layer)
+    # ALBERT shares one block among all layers, and the last layer has no block after it: both run to the end.
+    assert (hidden_states.block is not None) == (kind != "albert" and layer < 3)
+    assert torch.equal(hidden_states(ids), wanted)
+    assert torch.equal(model(input_ids=ids, output_hidden_states=True).hidden_states[layer], wanted)  # left as it was
+
+
+def test_blocks_above_the_layer_do_not_run(transformers):
+    model = tiny_model(transformers, "bert")
+    runs = []
+    for i, block in enumerate(model.encoder.layer):
+        block.register_forward_hook(lambda *_, i=i: runs.append(i))
+    hidden_states = HiddenStates(model, 2)
+    runs.clear()
+    hidden_states(torch.arange(6).view(1, 6))
+    assert runs == [0, 1]
+
+
+@pytest.mark.parametrize("kind, prefix, suffix", [("bert", [1], [2]), ("gpt2", [1], [])])
+def test_harvest_keeps_the_hidden_state_of_the_text_alone(transformers, model_folders, tmp_path, kind, prefix, suffix):
+    store = harvested(model_folders, tmp_path, kind)
+    model = transformers.AutoModel.from_pretrained(model_folders[kind]).eval()
+    vocabulary = {word: i + 3 for i, word in enumerate(WORDS)}
+    ids = torch.tensor([vocabulary[word] for word in TEXT.lower().split()])
+    ids = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    wrapped = torch.stack([torch.tensor([*prefix, *context, *suffix]) for context in ids.tolist()])
+    with torch.no_grad():
+        wanted = model(input_ids=wrapped, output_hidden_states=True).hidden_states[2][:, 1 : 1 + CONTEXT]
+    assert (store.d, store.n_tokens, store.context_length) == (16, ids.numel(), CONTEXT)
+    assert store.tokens.tolist() == ids.flatten().tolist()
+    assert store.activations.dtype == np.float32
+    torch.testing.assert_close(torch.tensor(store.activations), wanted.reshape(-1, 16))
+
+
+def test_tokens_are_found_in_the_text_as_written(model_folders, tmp_path):
+    store = harvested(model_folders, tmp_path)
+    assert store.around(0, after=2) == ("", "The", " gate opens")
+    assert store.around(7, before=9, after=9) == (
+        "is ",
+        "above",
+        " zero . The gate",
+    )  # within its context of 6 tokens
+    assert store.around(5) == ("The gate opens when its ", "sum", "")
+    words = TEXT.split()
+    assert [store.around(i)[1] for i in range(store.n_tokens)] == words[: store.n_tokens]
+
+
+def test_pieces_of_the_text_change_neither_tokens_nor_places(model_folders, tmp_path, monkeypatch):
+    whole = harvested(model_folders, tmp_path / "a")
+    monkeypatch.setattr(harvesting, "PIECE", 20)
+    pieces = harvested(model_folders, tmp_path / "b")
+    assert np.array_equal(whole.tokens, pieces.tokens)
+    assert all(whole.around(i) == pieces.around(i) for i in range(whole.n_tokens))
+
+
+def test_a_cached_store_is_reused_and_anything_else_is_not(model_folders, tmp_path, monkeypatch):
+    first = harvested(model_folders, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(harvesting, "_run", lambda *_: pytest.fail("ran the model again"))
+        assert harvested(model_folders, tmp_path).folder == first.folder
+        monkeypatch.setenv("SAE_FAST_CACHE", str(tmp_path))
+        assert harvested(model_folders, None).folder == first.folder
+    others = [dict(layer=1), dict(context_length=5), dict(text=TEXT + "the gate"), dict(kind="gpt2")]
+    folders = {harvested(model_folders, tmp_path, **other).folder for other in others}
+    assert len(folders) == 4 and first.folder not in folders
+    with monkeypatch.context() as patch:
+        patch.setattr(harvesting, "VERSION", activations.VERSION + 1)
+        patch.setattr(activations, "VERSION", activations.VERSION + 1)
+        assert harvested(model_folders, tmp_path).folder != first.folder
+
+
+def test_other_weights_in_the_same_folder_are_another_model(transformers, model_folders, tmp_path):
+    folder = tmp_path / "model"
+    model = tiny_model(transformers, "bert")
+    model.save_pretrained(folder)
+    tiny_tokenizer(transformers, "bert").save_pretrained(folder)
+    before = harvested({"bert": folder}, tmp_path)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.mul_(2)
+    model.save_pretrained(folder)
+    after = harvested({"bert": folder}, tmp_path)
+    assert before.folder != after.folder
+    assert not np.allclose(before.activations, after.activations)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_harvest_leaves_nothing(model_folders, tmp_path, monkeypatch, interruption):
+    calls = itertools.count()
+
+    def interrupted(self, ids):
+        if next(calls) == 1:
+            raise interruption
+        return torch.zeros(*ids.shape, 16)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HiddenStates, "__call__", interrupted)
+        with pytest.raises(interruption):
+            harvested(model_folders, tmp_path)
+    assert list((tmp_path / "activations").iterdir()) == []
+    assert np.abs(harvested(model_folders, tmp_path).activations).sum() > 0
+
+
+def test_two_harvests_at_once_end_with_one_store(model_folders, tmp_path, monkeypatch):
+    run = harvesting._run
+
+    def slow_run(*arguments):
+        monkeypatch.setattr(harvesting, "_run", run)
+        harvested(model_folders, tmp_path)  # another process finishes first
+        run(*arguments)
+
+    monkeypatch.setattr(harvesting, "_run", slow_run)
+    store = harvested(model_folders, tmp_path)
+    assert store.n_tokens > 0
+    assert [folder.name for folder in (tmp_path / "activations").iterdir()] == [store.folder.name]
+
+
+def test_a_full_disk_is_noticed_before_the_model_runs(model_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(harvesting.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(OSError, match="SAE_FAST_CACHE"):
+        harvested(model_folders, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(layer=4), r"layer: got 4, want 0 .* to 3"),
+        (dict(layer=-1), "layer: got -1"),
+        (dict(context_length=31), "context_length: got 31, want at most 30"),
+        (dict(context_length=0), "context_length: got 0"),
+        (dict(text="The gate"), "text: got 2 tokens, want at least one context of 6"),
+        (dict(text=""), "text: got 0 tokens"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_model(model_folders, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        harvested(model_folders, tmp_path, **arguments)
+
+
+def test_no_model_there(transformers, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="neither a folder nor a hub id"):
+        harvest(tmp_path / "empty", TEXT, 1, cache=tmp_path)
+
+
+def test_activations_that_are_not_finite(model_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(HiddenStates, "__call__", lambda self, ids: torch.full((*ids.shape, 16), torch.nan))
+    with pytest.raises(ValueError, match="layer 2 are not all finite"):
+        harvested(model_folders, tmp_path)
+
+
+def test_without_transformers(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'sae-fast\[demo\]'"):
+        harvest("model", TEXT, 1, cache=tmp_path)

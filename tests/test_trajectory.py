@@ -1,0 +1,109 @@
+"""Whole runs: the engine stays as close to plain PyTorch as plain PyTorch stays to itself.
+
+β1 = 0 Adam turns rounding into full-size steps, so no fixed tolerance holds for 300 steps: torch would fail it against
+itself.
+The yardstick is the spread of the reference when the rows of each batch are permuted, which changes nothing but the order
+of its sums: at each step, the engine may deviate from the reference by twice the largest of 8 such deviations.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import sae_fast as sf
+from sae_fast import reference
+from sae_fast.ops import _dense
+
+NAMES = ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec")
+D_IN, D_SAE, BATCH, STEPS, RUNS = 32, 256, 128, 300, 8
+BETAS, EPS = (0.0, 0.999), 1e-8
+# Where even permuted runs agree to the last bit the spread is 0, and an equally good result may round otherwise: one
+# rounding to float32 of each parameter, four of a loss (each of its terms, and their sum).
+ROUNDING = {"parameters": 2.0**-24, "loss": 4 * 2.0**-24}
+
+
+def superposition(truth: int, active: float, seed: int) -> list[Tensor]:
+    """STEPS batches of sparse combinations of ``truth`` random directions in D_IN dimensions."""
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(truth, D_IN, generator=g), dim=1)
+    shape = (STEPS, BATCH, truth)
+    amounts = (torch.rand(shape, generator=g) < active / truth) * (1.5 + 3 * torch.rand(shape, generator=g))
+    return list(amounts @ directions)
+
+
+class Run:
+    """The loss [STEPS] and all the parameters [STEPS, n] of a run, and how far another is from it, relatively."""
+
+    def __init__(self):
+        self.losses, self.states = [], []
+
+    def record(self, loss: float, parameters: dict[str, Tensor]) -> None:
+        self.losses.append(loss)
+        self.states.append(torch.cat([parameters[name].detach().flatten() for name in NAMES]))
+
+    def deviation(self, other: Run) -> dict[str, Tensor]:
+        loss, wanted = (torch.tensor(run.losses, dtype=torch.float64) for run in (self, other))
+        states, wanted_states = (torch.stack(run.states).double() for run in (self, other))
+        return {
+            "loss": (loss - wanted).abs() / wanted,
+            "parameters": (states - wanted_states).norm(dim=1) / wanted_states.norm(dim=1),
+        }
+
+
+def reference_run(start: dict[str, Tensor], batches: list[Tensor], lr: float, l1: float, permutation: int | None) -> Run:
+    """sae_fast.reference.gated_loss, autograd and reference.adam_step, in float32."""
+    run, g = Run(), None if permutation is None else torch.Generator().manual_seed(permutation)
+    p = {name: t.clone().requires_grad_() for name, t in start.items()}
+    m, v = ({name: torch.zeros_like(t) for name, t in start.items()} for _ in range(2))
+    for step, x in enumerate(batches, start=1):
+        if g is not None:
+            x = x[torch.randperm(len(x), generator=g)]
+        loss = reference.gated_loss(x, *(p[name] for name in NAMES), l1).total
+        gradients = torch.autograd.grad(loss, [p[name] for name in NAMES])
+        with torch.no_grad():
+            for name, gradient in zip(NAMES, gradients, strict=True):
+                reference.adam_step(p[name], gradient, m[name], v[name], step, lr, BETAS, EPS, unit_rows=name == "W_dec")
+        run.record(float(loss.detach()), p)
+    return run
+
+
+def engine_run(sae: sf.GatedSAE, batches: list[Tensor], lr: float, l1: float) -> tuple[Run, list[float]]:
+    """The Trainer's run, and the share of open gates at each step."""
+    run, densities, trainer = Run(), [], sf.Trainer(sae, lr=lr, l1_coefficient=l1, betas=BETAS, eps=EPS)
+    for x in batches:
+        log = trainer.step(x)
+        run.record(log.loss, dict(sae.named_parameters()))
+        densities.append(log.code.nnz / (BATCH * D_SAE))
+    return run, densities
+
+
+@pytest.mark.parametrize("start", ["calibrated", "zero biases"])
+def test_three_hundred_steps_stay_within_the_spread_of_the_permuted_reference(start):
+    torch.set_num_threads(1)  # these problems are small: threads would only wait for each other
+    lr, l1, truth = (3e-3, 2.0, 128) if start == "calibrated" else (5e-3, 8.0, 128)
+    batches = superposition(truth, active=4, seed=0)
+    sae = sf.GatedSAE(D_IN, D_SAE, seed=0)
+    if start == "calibrated":
+        sae.calibrate_(batches[0], 8)
+    first = {name: p.detach().clone() for name, p in sae.named_parameters()}
+
+    ours, densities = engine_run(sae, batches, lr, l1)
+    if start == "calibrated":
+        assert max(densities) < min(_dense.CROSSOVER.values()), "sparse from the start"
+    else:
+        assert densities[0] > 0.4 and densities[-1] < min(_dense.CROSSOVER.values()), "the run crosses the density switch"
+    plain = reference_run(first, batches, lr, l1, None)
+    assert plain.losses[-1] < 0.75 * plain.losses[0], "it trains"
+    moved = (plain.states[-1] - torch.cat([first[name].flatten() for name in NAMES])).norm() / plain.states[-1].norm()
+    assert moved > 0.1
+
+    spread = [reference_run(first, batches, lr, l1, seed).deviation(plain) for seed in range(RUNS)]
+    for what, deviation in ours.deviation(plain).items():
+        allowed = 2 * torch.stack([s[what] for s in spread]).amax(0) + ROUNDING[what]
+        worst = int((deviation / allowed).argmax())
+        assert (deviation <= allowed).all(), (
+            f"{what}: at step {worst} the engine is {deviation[worst]:.2e} from the reference, allowed {allowed[worst]:.2e}"
+        )
+        assert allowed.max() < 1e-2, f"{what}: the spread is too wide to tell anything"

@@ -1,0 +1,117 @@
+"""ops.transpose: the entries of a code by feature, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    SHAPES,
+    assert_repeats,
+    assert_same_bits,
+    corrupt_codes,
+    opcheck,
+    raises_and_changes_nothing,
+    random_code,
+    strided,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_fast import ops, use_backend
+from sae_fast.code import SparseCode
+
+
+def assert_transposed(code: SparseCode) -> None:
+    """Entry by entry, in Python: feature by feature, rows ascending, perm pointing back."""
+    by_feature: list[list[tuple[int, int]]] = [[] for _ in range(code.d_sae)]
+    offsets = code.indptr.tolist()
+    for row in range(code.batch):
+        for j in range(offsets[row], offsets[row + 1]):
+            by_feature[int(code.indices[j])].append((row, j))
+    csc = ops.transpose(code)
+    assert (csc.colptr.dtype, csc.rows.dtype, csc.perm.dtype) == (torch.int64, torch.int32, torch.int64)
+    assert csc.colptr.diff().tolist() == [len(entries) for entries in by_feature] and csc.colptr[0] == 0
+    flat = [entry for entries in by_feature for entry in entries]
+    assert list(zip(csc.rows.tolist(), csc.perm.tolist(), strict=True)) == flat
+
+
+SIZES = sorted({(B, F) for B, _, F in SHAPES if B * F < 30_000})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_orders_entries_by_feature(size, backend):
+    with use_backend(backend):
+        assert_transposed(random_code(*size))
+
+
+def test_on_every_instruction_set(isa):
+    assert_transposed(random_code(57, 100))
+
+
+def test_a_large_code_as_a_stable_sort_has_it(isa):
+    code = random_code(257, 4099)
+    csc = ops.transpose(code)
+    assert torch.equal(csc.perm, torch.argsort(code.indices.long(), stable=True))
+    assert torch.equal(csc.rows.long(), code.row_ids()[csc.perm])
+    assert torch.equal(csc.colptr.diff(), torch.bincount(code.indices.long(), minlength=4099))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 16])
+def test_repeats_bit_for_bit_at_every_thread_count(threads):
+    """Also with more threads than rows."""
+    for code in (random_code(257, 1000), random_code(3, 100), random_code(1, 33)):
+        torch.set_num_threads(1)
+        expected = ops.transpose(code)
+        assert_repeats(lambda: ops.transpose(code), threads=(threads,))  # noqa: B023
+        assert_same_bits(expected, ops.transpose(code))
+
+
+def test_one_feature_may_own_every_entry(isa):
+    code = random_code(257, 1)
+    csc = ops.transpose(replace(code, shape=torch.Size((257, 500)), indices=code.indices + 499))
+    assert not csc.colptr[:-1].any() and csc.colptr[-1] == code.nnz
+    assert torch.equal(csc.perm, torch.arange(code.nnz))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_code_without_rows_or_entries(backend):
+    with use_backend(backend):
+        for code in (random_code(0, 33), replace(random_code(9, 33), indptr=torch.zeros(10, dtype=torch.int64),
+                                                 indices=torch.zeros(0, dtype=torch.int32))):  # fmt: skip
+            csc = ops.transpose(code)
+            assert_same_bits(csc.colptr, torch.zeros(34, dtype=torch.int64))
+            assert csc.rows.shape == csc.perm.shape == (0,)
+
+
+def test_strides_do_not_matter():
+    code = random_code(57, 100)
+    apart = replace(code, indptr=strided(code.indptr), indices=strided(code.indices))
+    assert not apart.indptr.is_contiguous()
+    assert_same_bits(ops.transpose(code), ops.transpose(apart))
+
+
+@given(B=st.integers(0, 40), F=st.integers(1, 90), seed=st.integers(0, 1000), threads=st.integers(1, 4))
+def test_any_size_and_thread_count(B, F, seed, threads):
+    torch.set_num_threads(threads)
+    assert_transposed(random_code(B, F, seed=seed))
+
+
+@pytest.mark.parametrize("name, code", corrupt_codes(9, 33))
+def test_a_corrupt_code_is_a_value_error(name, code):
+    with use_backend("reference"), raises_and_changes_nothing("indptr|indices", code):
+        ops.transpose(code)
+
+
+@pytest.mark.parametrize("features", [0, -1])
+def test_a_count_of_features_below_one_is_a_value_error(features):
+    code = random_code(9, 33)
+    with raises_and_changes_nothing(f"features: got {features}", code):
+        torch.ops.sae_fast.transpose(code.indptr, code.indices, features)
+
+
+def test_opcheck():
+    code = random_code(9, 33)
+    opcheck(torch.ops.sae_fast.transpose.default, (code.indptr, code.indices, 33))
