@@ -102,7 +102,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def _dense_step(self, p, gradient, state, group, grad_scale) -> None:
         self._catch_up(p, state, state["step"] - 1)
-        grad = to_dense(gradient, p)
+        grad = to_dense(gradient, p).contiguous()  # the fused kernel walks memory, not indices
         if grad_scale is not None:
             grad = grad * grad_scale
         if group["unit_rows"]:
@@ -161,4 +161,4 @@ def to_dense(gradient: RowGradient | Tensor, p: Tensor) -> Tensor:
 
 def _as_rows(p: Tensor) -> Tensor:
     """A weight as it is; a vector as rows of one element; anything else as one element a row."""
-    return p if p.dim() == 2 else p.view(-1, 1)
+    return p if p.dim() == 2 else p.reshape(-1, 1)

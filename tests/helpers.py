@@ -285,7 +285,7 @@ def assert_is_code(code: SparseCode) -> None:
     assert code.indptr[0] == 0 and code.indptr[-1] == code.nnz and bool((code.indptr.diff() >= 0).all())
     assert code.indptr.shape == (code.batch + 1,) and code.u.shape == (code.nnz,) and code.values.shape[1:] == (code.nnz,)
     if code.nnz:
-        assert 0 <= int(code.indices.min()) and int(code.indices.max()) < code.d_sae
+        assert int(code.indices.min()) >= 0 and int(code.indices.max()) < code.d_sae
     rows = torch.repeat_interleave(torch.arange(code.batch), code.indptr.diff())
     keys = rows * code.d_sae + code.indices.long()
     assert bool((keys.diff() > 0).all()), "features ascend within a row"

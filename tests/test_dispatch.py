@@ -49,6 +49,7 @@ def body_taken(op: str, monkeypatch, dtype=torch.float32) -> str:
     module_name, *names = BODIES[op]
     module = op_module(module_name)
     for name, function in ((n, getattr(module, n)) for n in names):
+
         def spy(*args, _name=name, _function=function):
             taken.append(_name)
             return _function(*args)
@@ -113,7 +114,10 @@ def test_use_backend_ends_with_an_exception_too(monkeypatch):
 
 
 def test_an_unknown_backend_is_a_value_error_that_lists_them():
-    with pytest.raises(ValueError, match=r"name: got 'gpu', want one of .*reference.*cpu.*triton.*cuda"), use_backend("gpu"):
+    with (
+        pytest.raises(ValueError, match=r"name: got 'gpu', want one of .*reference.*cpu.*triton.*cuda"),
+        use_backend("gpu"),
+    ):
         pass
     assert sae_fast.use_backend is use_backend
 
@@ -141,17 +145,17 @@ def test_a_rejection_is_logged_once_with_its_reason(caplog, monkeypatch):
 
 
 def test_no_body_at_all_is_an_error_with_every_reason():
-    with pytest.raises(RuntimeError, match="nothing: no body can take these arguments: .*too big"):
+    with pytest.raises(RuntimeError, match=r"nothing: no body can take these arguments: .*too big"):
         _dispatch.pick("nothing", {"cpu": lambda: None}, {"cpu": "too big"})
 
 
 # ---- The density switch ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op, key", [("decode", "decode"), ("sampled_dots", "sampled_dots"), ("decode_loss", "decode_loss"),
-                                     ("outer", "outer"), ("weight_step", "weight_step"), ("grad_sqnorm", "outer")])  # fmt: skip
-def test_the_route_follows_the_density_of_the_code(op, key, monkeypatch):
+@pytest.mark.parametrize("op", ["decode", "sampled_dots", "decode_loss", "outer", "weight_step", "grad_sqnorm"])
+def test_the_route_follows_the_density_of_the_code(op, monkeypatch):
     """nnz / (B·F) on either side of the op's crossover, and no clock: the same arguments take the same route."""
+    key = "outer" if op == "grad_sqnorm" else op
     density, decide = CODE.nnz / (9 * 33), _dense.is_dense
     for crossover, dense in ((1.001 * density, False), (0.999 * density, True)):
         decisions = []
@@ -198,6 +202,18 @@ def test_a_finite_check_names_the_first_bad_index():
 def test_a_tensor_on_another_device_is_a_value_error_that_names_both():
     with pytest.raises(ValueError, match="b: got a tensor on meta, want cpu, the device of W"):
         _checks.floating("b", torch.zeros(3, device="meta"), torch.zeros(3), "W")
+
+
+def test_fresh_memory_is_poisoned_inside_an_op_too():
+    """What conftest.py promises to every other test: an element that no kernel wrote is a NaN, or the largest integer."""
+
+    @torch.library.custom_op("sae_fast_tests::fresh", mutates_args=())
+    def fresh(like: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.empty(1000), like.new_empty(1000), torch.empty_like(like), torch.empty(1000, dtype=torch.int64)]
+
+    *floats, integers = fresh(torch.zeros(1000))
+    assert all(bool(t.isnan().all()) for t in floats)
+    assert bool((integers == torch.iinfo(torch.int64).max).all())
 
 
 def test_the_bodies_agree_bit_for_bit_where_arithmetic_is_exact():

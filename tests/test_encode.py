@@ -354,7 +354,9 @@ def test_opcheck():
     """All but test_aot_dispatch_static: nnz depends on the data, and a static trace has no size for it."""
     p = make_inputs(3, 63, 33)
     op = torch.ops.sae_fast.encode.default
-    opcheck(op, positional(p), ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"])
+    opcheck(
+        op, positional(p), ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    )
     # opcheck's dynamic test adds up all outputs in place, from the first, an integer: it cannot run with gradients.
     opcheck(op, positional(p.leaves()), ["test_schema", "test_autograd_registration", "test_faketensor"])
 

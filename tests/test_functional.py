@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -153,7 +155,9 @@ def test_ties_at_zero_carry_no_gradient():
 def test_a_gate_open_at_magnitude_zero_has_auxiliary_and_sparsity_gradient_only():
     """S \\ S′: with every magnitude at 0, W_enc learns from the gates alone, and r_mag and b_mag from nothing."""
     p = make_inputs(57, 63, 33)
-    closed = Problem(*(torch.full_like(t, -1e3) if name == "b_mag" else t for name, t in zip(NAMES, p.tensors(), strict=False)))
+    closed = Problem(
+        *(torch.full_like(t, -1e3) if name == "b_mag" else t for name, t in zip(NAMES, p.tensors(), strict=False))
+    )
     grads = gradients("gated", 1, closed, None, torch.float32, "paper", TOTAL)
     assert not grads["r_mag"].any() and not grads["b_mag"].any() and not grads["W_dec"].any()
     assert (grads["b_gate"] != 0).sum() > 10
@@ -178,6 +182,13 @@ def test_backward_repeats_bit_for_bit_at_every_thread_count(monkeypatch):
         return [grads[name] for name in ("loss", "W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec", "x")]
 
     assert_repeats(run)
+
+
+def test_a_mean_over_no_examples_is_a_value_error():
+    """Torch's own is a silent NaN."""
+    p = make_inputs(3, 63, 33)
+    with pytest.raises(ValueError, match="normaliser: got 0"):
+        gated(functional.gated_loss, replace(p, x=p.x[:0]), None, "paper", TOTAL)
 
 
 def test_an_unknown_dialect_is_a_value_error():
@@ -250,8 +261,14 @@ def test_encode_is_differentiable_in_its_values_and_in_u(activation, backend):
 def test_topk_supports_pass_gradients_to_the_chosen(support):
     p = make_inputs(57, 63, 33, density=0.3)
     chosen = ops.encode(p.x_c, p.W_enc, p.b_gate, activation="relu", support=support, k=3)
-    ours = lambda x, W, bias: (ops.encode(x, W, bias, activation="relu", support=support, k=3).values * numbers(1, 1, chosen.nnz, like=x)).sum()  # noqa: E501, E731
-    plain = lambda x, W, bias: (at_entries(chosen, torch.relu(x @ W.T + bias)) * numbers(1, 1, chosen.nnz, like=x)).sum()  # noqa: E731
+
+    def ours(x, W, bias):
+        values = ops.encode(x, W, bias, activation="relu", support=support, k=3).values
+        return (values * numbers(1, 1, chosen.nnz, like=x)).sum()
+
+    def plain(x, W, bias):
+        return (at_entries(chosen, torch.relu(x @ W.T + bias)) * numbers(1, chosen.nnz, like=x)).sum()
+
     compare(ours, plain, p.x_c, p.W_enc, p.b_gate)
 
 
@@ -267,7 +284,7 @@ def test_decode_is_differentiable_in_values_and_weights(V, groups, route):
 
     def plain(values, W):
         f = dense(code, values)
-        out = torch.stack([f[..., a:b] @ W[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], dim=1)
+        out = torch.stack([f[..., a:b] @ W[a:b] for a, b in pairwise(bounds)], dim=1)
         return (out * numbers(1, *head, like=W)).sum()
 
     compare(ours, plain, code.values, W)

@@ -179,7 +179,8 @@ BAD = {
     "integer W": (SOUND, dict(W=torch.zeros(33, 5, dtype=torch.int64)), "W: got torch.int64"),
     "W of another dtype": (SOUND, dict(W=torch.zeros(33, 5, dtype=torch.float64)), "got torch.float32|got torch.float64"),
     "W of another width": (SOUND, dict(W=torch.zeros(33, 4)), r"A\[0\]: got shape"),
-    "more rows than features": (replace(SOUND, self_coefficient=None), dict(W=torch.zeros(34, 5)), "first_feature: got 0 with 34"),
+    "more rows than features": (
+        replace(SOUND, self_coefficient=None), dict(W=torch.zeros(34, 5)), "first_feature: got 0 with 34"),
     "negative first feature": (SOUND, dict(first_feature=-1), "first_feature: got -1"),
     "no source": (replace(SOUND, values=[], A=[]), {}, "values, A: got 0 and 0"),
     "values too short": (replace(SOUND, values=[VALUES[0, :-1]]), {}, r"values\[0\]: got shape"),

@@ -43,7 +43,7 @@ def objects(tmp_path_factory) -> dict[str, list[str]]:
 
 @checkout
 def test_kernels_define_no_weak_symbols(objects):
-    """One compiled for AVX-512 could be the copy that the linker keeps for every machine (csrc/include/sae_fast/cpu.hpp)."""
+    """One compiled for AVX-512 could be the copy that the linker keeps for every machine (the rule in cpu.hpp)."""
     assert len(objects) >= 9
     weak = {name: [line for line in lines if re.search(r" [WVu] ", line)] for name, lines in objects.items()}
     assert not any(weak.values()), weak
@@ -70,7 +70,7 @@ def test_kernels_and_headers_know_no_torch():
 
 @checkout
 def test_kernel_files_include_no_standard_containers():
-    """Inline library code is what makes weak symbols; the compactor, which needs it, is compiled once, with the bindings."""
+    """Inline library code is what makes weak symbols; the compactor, which needs it, is compiled with the bindings."""
     for source in SOURCES:
         includes = re.findall(r"#include\s*<([^>]+)>", source.read_text())
         assert not {"vector", "string", "map", "algorithm", "memory", "functional"} & set(includes), source.name
@@ -126,7 +126,7 @@ def test_set_isa_switches_and_rejects():
     for isa in _C.supported_isas():
         _C.set_isa(isa)
         assert _C.isa() == isa
-    with pytest.raises(ValueError, match="SAE_FAST_CPU_ISA.*got 'sse', this machine has: .*plain"):
+    with pytest.raises(ValueError, match=r"SAE_FAST_CPU_ISA.*got 'sse', this machine has: .*plain"):
         _C.set_isa("sse")
     assert _C.isa() == isa, "a rejected name changes nothing"
     _C.set_isa(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import Problem, make_inputs, randn
@@ -58,7 +60,7 @@ def test_gated_encode_is_the_definition_entry_by_entry():
 
 def test_the_heaviside_step_is_strict():
     p = problem()
-    tied = Problem(**(dict(zip(GATED, p.tensors(), strict=True)) | dict(b_gate=-reference.pre_activation(p.x, p.W_enc, p.b_dec)[3])))
+    tied = replace(p, b_gate=-reference.pre_activation(p.x, p.W_enc, p.b_dec)[3])
     code = reference.gated_encode(*tied.gated())
     assert not code.pi_gate[3].any() and not code.gate[3].any() and not code.f[3].any()
 

@@ -357,7 +357,7 @@ def test_any_range_of_any_size_accumulates_an_exact_second_moment(B, d, F, seed,
     grad = dense(code, values.double())[0].T @ A[0].double()
     grad[:first] = 0
     assert torch.equal(v.double(), grad.square() / 2)
-    assert torch.equal(W == before, grad == 0)
+    assert torch.equal(before == W, grad == 0)
 
 
 # ---- row_step --------------------------------------------------------------------------------------------------------

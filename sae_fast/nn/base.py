@@ -118,6 +118,8 @@ class SparseAutoencoder(nn.Module):
             top = torch.cat([top[:1] + gap, top, u.amin(0, keepdim=True) - gap])
             above, below = top.gather(0, count[None])[0], top.gather(0, count[None] + 1)[0]
             bias[first : first + 1024] = -(above + below) / 2
+        if "threshold" in self.per_feature:  # π has to exceed it
+            bias += self.get_parameter("threshold").clamp(min=0)
         if "b_mag" in self.per_feature:
             self.get_parameter("b_mag").copy_(bias)
 

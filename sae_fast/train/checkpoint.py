@@ -21,6 +21,7 @@ from torch import Tensor
 from sae_fast import nn
 
 FORMAT, VERSION, MANIFEST = "sae_fast", 1, "config.json"
+GROUPS = ("weights", "optimizer")
 CLASSES = {cls.__name__: cls for cls in (nn.GatedSAE, nn.ReluSAE, nn.JumpReluSAE)}
 
 
@@ -47,10 +48,15 @@ def describe(sae: nn.SparseAutoencoder) -> dict[str, Any]:
 
 
 def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAutoencoder:
-    about = manifest["sae"]
-    if about.get("class") not in CLASSES:
-        raise ValueError(f"{MANIFEST}: class: got {about.get('class')!r}, want one of {sorted(CLASSES)}")
-    sae = CLASSES[about["class"]](about["d_in"], about["d_sae"], dtype=getattr(torch, about["dtype"]), seed=0)
+    name, d_in, d_sae, dtype_name = (
+        entry(manifest, kind, "sae", key) for key, kind in (("class", str), ("d_in", int), ("d_sae", int), ("dtype", str))
+    )
+    if name not in CLASSES:
+        raise ValueError(f"{MANIFEST}: sae.class: got {name!r}, want one of {sorted(CLASSES)}")
+    dtype = getattr(torch, dtype_name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{MANIFEST}: sae.dtype: got {dtype_name!r}, want a dtype of torch")
+    sae = CLASSES[name](d_in, d_sae, dtype=dtype, seed=0)
     for name, parameter in sae.state_dict().items():
         if name not in weights:
             raise ValueError(f"weights: tensor {name!r} is missing")
@@ -80,14 +86,16 @@ def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, 
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
         _sync(temporary)
         os.replace(temporary, folder / MANIFEST)
-        _sync(folder)
     except BaseException:
-        for leftover in [temporary, *(folder / name for name in files.values())]:
-            leftover.unlink(missing_ok=True)
+        current = folder / MANIFEST
+        if not (current.is_file() and token.encode() in current.read_bytes()):  # else the new checkpoint is in place
+            for leftover in [temporary, *(folder / name for name in files.values())]:
+                leftover.unlink(missing_ok=True)
         raise
-    for group in tensors:
+    _sync(folder)
+    for group in GROUPS:
         for old in folder.glob(f"{group}-*.safetensors"):
-            if old.name != files[group]:
+            if old.name not in files.values():
                 old.unlink(missing_ok=True)
     for stale in folder.glob(f"{MANIFEST}.*.tmp"):  # of a save that was killed
         stale.unlink(missing_ok=True)
@@ -100,7 +108,7 @@ def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, An
         raise FileNotFoundError(f"path: {folder} holds no {MANIFEST}; want a folder that save() wrote")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"{folder / MANIFEST}: not valid JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{folder / MANIFEST}: got no format {FORMAT!r}; this is not a checkpoint of this package")
@@ -108,16 +116,27 @@ def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, An
         raise ValueError(f"{folder / MANIFEST}: version: got {manifest.get('version')!r}, want {VERSION}")
     tensors = {}
     for group in groups:
-        if group not in manifest["files"]:
+        if group not in entry(manifest, dict, "files"):
             raise ValueError(f"{folder / MANIFEST}: files: no {group!r}; it was saved without (save with Trainer.save?)")
-        file = folder / manifest["files"][group]
+        file = folder / entry(manifest, str, "files", group)
         try:
-            tensors[group] = load_file(file)
+            # Copies: load_file maps the file, and what is loaded must outlive it.
+            tensors[group] = {name: t.clone() for name, t in load_file(file).items()}
         except FileNotFoundError as error:
             raise ValueError(f"{file}: missing, though {MANIFEST} names it") from error
         except SafetensorError as error:
             raise ValueError(f"{file}: truncated or damaged: {error}") from error
     return manifest, tensors
+
+
+def entry(manifest: dict[str, Any], kind: type, *keys: str) -> Any:
+    """The value at these nested keys of a manifest, or ``ValueError`` that names them."""
+    value: Any = manifest
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{MANIFEST}: {'.'.join(keys)}: got {value!r}, want {kind.__name__}")
+    return value
 
 
 def _sync(path: Path) -> None:

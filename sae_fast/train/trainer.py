@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -80,6 +81,10 @@ class Settings:
             raise ValueError(f"l1_coefficient: got {self.l1_coefficient}, want ≥ 0")
         if (self.lr_decay_start is None) != (self.total_steps is None):
             raise ValueError("lr_decay_start, total_steps: got one without the other, want both or neither")
+        if self.lr_decay_start is not None and self.total_steps is not None and self.lr_decay_start > self.total_steps:
+            raise ValueError(f"lr_decay_start: got {self.lr_decay_start}, want ≤ total_steps = {self.total_steps}")
+        if self.init_l0 is not None and not self.init_l0 > 0:
+            raise ValueError(f"init_l0: got {self.init_l0}, want > 0 or None")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip: got {self.grad_clip}, want > 0 or None")
 
@@ -161,21 +166,19 @@ class Trainer:
         """
         if log_every < 1:
             raise ValueError(f"log_every: got {log_every}, want ≥ 1")
+        if steps is not None:
+            batches = itertools.islice(batches, steps)
         history: list[dict[str, float]] = []
         start = time.perf_counter()
         latest: tuple[StepLog, Tensor] | None = None
         with tqdm(total=steps, disable=not progress, unit="step", desc="training", dynamic_ncols=True) as bar:
-            for done, x in enumerate(batches, start=1):
-                if steps is not None and done > steps:
-                    break
+            for x in batches:
                 latest = (self.step(x), x)
                 if latest[0].step % log_every == 0:
                     history.append(_record(*latest, time.perf_counter() - start))
                     last = history[-1]
                     bar.set_postfix(loss=f"{last['loss']:.4g}", l0=f"{last['l0']:.1f}", fvu=f"{last['fvu']:.3f}")
                 bar.update()
-                if done == steps:
-                    break
         if latest is not None and (not history or history[-1]["step"] != latest[0].step):
             history.append(_record(*latest, time.perf_counter() - start))
         return history
@@ -199,16 +202,24 @@ class Trainer:
         """The Trainer that :meth:`save` wrote.  Errors as :func:`sae_fast.load`."""
         manifest, tensors = checkpoint.read(path, ("weights", "optimizer"))
         sae = checkpoint.rebuild(manifest, tensors["weights"]).to(device)
-        about = manifest["trainer"]
-        trainer = cls(sae, **{**about["settings"], "betas": tuple(about["settings"]["betas"])})
-        trainer.step_count = about["step"]
+        settings = checkpoint.entry(manifest, dict, "trainer", "settings")
+        names = {field.name for field in dataclasses.fields(Settings)}
+        if set(settings) != names:
+            missing, unknown = sorted(names - set(settings)), sorted(set(settings) - names)
+            raise ValueError(f"{checkpoint.MANIFEST}: trainer.settings: {missing} missing, {unknown} unknown")
+        betas = tuple(checkpoint.entry(manifest, list, "trainer", "settings", "betas"))
+        trainer = cls(sae, **{**settings, "betas": betas})
+        trainer.step_count = checkpoint.entry(manifest, int, "trainer", "step")
         parameters = dict(sae.named_parameters())
-        entries: dict[str, Any] = {**tensors["optimizer"], **about["optimizer"]}
+        entries: dict[str, Any] = {**tensors["optimizer"], **checkpoint.entry(manifest, dict, "trainer", "optimizer")}
         for full_name, value in entries.items():
             name, key = full_name.rsplit(".", 1)
             if name not in parameters:
                 raise ValueError(f"optimizer: state for an unknown parameter {name!r}")
             trainer.optimizer.state[parameters[name]][key] = value.to(device) if isinstance(value, Tensor) else value
+        if trainer.step_count:
+            for name, parameter in parameters.items():
+                _check_state(name, parameter, trainer.optimizer.state[parameter], momentum=betas[0] > 0)
         return trainer
 
     @torch.no_grad()
@@ -219,7 +230,7 @@ class Trainer:
             undo = {name: self.sae.get_parameter(name).clone() for name in self.sae.per_feature}
             self.sae.calibrate_(rows, self.settings.init_l0)
         norms = self.sae.W_dec.norm(dim=1)
-        if self.settings.dialect == "paper" and bool(((norms - 1).abs() > 1e-5).any()):
+        if self.settings.dialect == "paper" and bool(((norms - 1).abs() > 8 * torch.finfo(norms.dtype).eps).any()):
             undo["W_dec"] = self.sae.W_dec.clone()
             self.sae.W_dec.copy_(torch.nn.functional.normalize(self.sae.W_dec, dim=1))
         return undo
@@ -227,11 +238,25 @@ class Trainer:
     def _check_finite(self, index: int, losses: Tensor, gradients: dict[str, RowGradient | Tensor]) -> None:
         parts = {"reconstruction": losses[0], "sparsity": losses[1], "auxiliary": losses[2]}
         for name, gradient in gradients.items():
-            values = gradient.values if isinstance(gradient, RowGradient) else [gradient]
-            parts.update({f"gradient of {name}": v for v in values})
+            parts[f"gradient of {name}"] = self._bound(name, gradient)
         for name, value in parts.items():
             if not bool(torch.isfinite(value).all()):
                 raise FloatingPointError(f"step {index}: the {name} is not finite; the weights are unchanged")
+
+    @torch.no_grad()
+    def _bound(self, name: str, gradient: RowGradient | Tensor) -> Tensor:
+        """Finite if and only if every element of the gradient is.  A bound settles it but for values near overflow."""
+        if isinstance(gradient, Tensor) or gradient.csc.rows.shape[0] == 0:
+            return gradient if isinstance(gradient, Tensor) else torch.zeros(())
+        W = self.sae.get_parameter(name)
+        largest = partial(torch.linalg.vector_norm, ord=float("inf"))
+        pairs = zip(gradient.values, gradient.A, strict=True)
+        bound = torch.stack([largest(v).double() * largest(a) * a.shape[0] for v, a in pairs]).sum()
+        if gradient.self_coefficient is not None:
+            bound = bound + largest(gradient.self_coefficient).double() * largest(W)
+        if float(bound) < torch.finfo(W.dtype).max:
+            return bound
+        return ops.grad_sqnorm(gradient, W if W.dim() == 2 else W.view(-1, 1))
 
     @torch.no_grad()
     def _clip(self, gradients: dict[str, RowGradient | Tensor]) -> Tensor | None:
@@ -246,6 +271,21 @@ class Trainer:
             else:
                 total += gradient.double().pow(2).sum()
         return (self.settings.grad_clip / (total.sqrt() + 1e-6)).clamp(max=1.0).to(self.sae.W_enc.dtype)
+
+
+def _check_state(name: str, parameter: Tensor, state: dict[str, Any], momentum: bool) -> None:
+    """``ValueError`` unless ``state`` is RowAdam's for this parameter."""
+    want = {"exp_avg_sq": (parameter.shape, parameter.dtype), "last_step": (parameter.shape[:1], torch.int64)}
+    if momentum:
+        want["exp_avg"] = want["exp_avg_sq"]
+    for key, (shape, dtype) in want.items():
+        value = state.get(key)
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"optimizer: {name}.{key}: got {got}, want {dtype} {tuple(shape)}")
+    for key in ("step", "beta2"):
+        if not isinstance(state.get(key), (int, float)):
+            raise ValueError(f"optimizer: {name}.{key}: got {state.get(key)!r}, want a number")
 
 
 def _record(log: StepLog, x: Tensor, seconds: float) -> dict[str, float]:
