@@ -99,6 +99,8 @@ class SparseCode:
         widths = {code.d_sae for code in codes}
         if len(widths) > 1:
             raise ValueError(f"codes: got feature counts {sorted(widths)}, want one")
+        if len({code.values.shape[0] for code in codes}) > 1:
+            raise ValueError(f"codes: got {[code.values.shape[0] for code in codes]} value sets, want the same in each")
         starts = [0]
         for code in codes:
             starts.append(starts[-1] + code.nnz)

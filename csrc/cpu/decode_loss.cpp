@@ -40,7 +40,7 @@ void decode_loss(Csr code, int64_t nnz, const float* magnitudes, const float* ga
     const float* sparse = gates ? gates : magnitudes;
     float* g_mag = grads;
     float* g_gate = gates ? grads + nnz : grads;
-    float sparsity = 0;
+    double sparsity = 0;
     const auto finish = [&](int64_t at, float dot_mag, float dot_aux) {
       const float weight = sparsity_weight[code.indices[at]];
       const float g = magnitudes[at] == 0.0f ? 0.0f : two * dot_mag;
@@ -65,7 +65,7 @@ void decode_loss(Csr code, int64_t nnz, const float* magnitudes, const float* ga
       finish(j, dot(r, row, d), gates ? dot(ra, row, d) : 0.0f);
     }
     losses[b * 3 + 0] = dot(r, r, d);
-    losses[b * 3 + 1] = sparsity;
+    losses[b * 3 + 1] = static_cast<float>(sparsity);
     losses[b * 3 + 2] = gates ? dot(ra, ra, d) : 0.0f;
   }
 }

@@ -31,30 +31,52 @@ def floating(name: str, tensor: Tensor, like: Tensor | None = None, like_name: s
         raise ValueError(f"{name}: got a tensor on {tensor.device}, want {like.device}, the device of {like_name}")
 
 
-def csr(indptr: Tensor, indices: Tensor) -> None:
+def offsets(name: str, starts: Tensor, nnz: int) -> None:
+    """Ascending from 0 to nnz.  On the CPU only: a GPU would synchronise."""
+    if starts.device.type == "cpu" and not (starts[0] == 0 and starts[-1] == nnz and bool((starts.diff() >= 0).all())):
+        raise ValueError(
+            f"{name}: got offsets from {int(starts[0])} to {int(starts[-1])}, want them ascending from 0 to {nnz}"
+        )
+
+
+def within(name: str, tensor: Tensor, size: int) -> None:
+    """Every value in 0 .. size - 1: the engine reads and writes there.  On the CPU only: a GPU would synchronise."""
+    if tensor.device.type == "cpu" and tensor.numel():
+        low, high = (int(t) for t in tensor.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"{name}: got values from {low} to {high}, want them within 0 … {size - 1}")
+
+
+def csr(indptr: Tensor, indices: Tensor, features: int) -> None:
     shape("indptr", indptr, "B + 1")
     shape("indices", indices, "nnz")
     dtype("indptr", indptr, torch.int64)
     dtype("indices", indices, torch.int32)
     if indptr.shape[0] < 1:
         raise ValueError("indptr: got no element, want B + 1 of them")
+    offsets("indptr", indptr, indices.shape[0])
+    within("indices", indices, features)
 
 
-def csc(colptr: Tensor, rows: Tensor, perm: Tensor) -> None:
+def csc(colptr: Tensor, rows: Tensor, perm: Tensor, batch: int) -> None:
     shape("colptr", colptr, "F + 1")
     shape("rows", rows, "nnz")
     shape("perm", perm, rows.shape[0])
     dtype("colptr", colptr, torch.int64)
     dtype("rows", rows, torch.int32)
     dtype("perm", perm, torch.int64)
+    offsets("colptr", colptr, rows.shape[0])
+    within("rows", rows, batch)
+    within("perm", perm, rows.shape[0])
 
 
 def sources(values: list[Tensor], A: list[Tensor], nnz: int) -> None:
     if len(values) != len(A) or not values:
         raise ValueError(f"values, A: got {len(values)} and {len(A)} tensors, want as many of each, at least one")
+    shape("A[0]", A[0], "B", "d")
     for s, (v, a) in enumerate(zip(values, A, strict=True)):
         shape(f"values[{s}]", v, nnz)
-        shape(f"A[{s}]", a, A[0].shape[0], A[0].shape[1] if A[0].dim() == 2 else "d")
+        shape(f"A[{s}]", a, *A[0].shape)
         floating(f"values[{s}]", v, A[0], "A[0]")
         floating(f"A[{s}]", a, A[0], "A[0]")
 
@@ -69,10 +91,11 @@ def finite(name: str, x: Tensor) -> None:
 
 def row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature) -> None:
     """A RowGradient for the features first_feature .. + n of W [n, d]."""
-    csc(colptr, rows, perm)
     shape("W", W, "n", "d")
     floating("W", W)
+    shape("rows", rows, "nnz")
     sources(values, A, rows.shape[0])
+    csc(colptr, rows, perm, A[0].shape[0])
     shape("A[0]", A[0], "B", W.shape[1])
     floating("A[0]", A[0], W, "W")
     if self_coefficient is not None:
@@ -83,7 +106,10 @@ def row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_featu
         raise ValueError(f"first_feature: got {first_feature} with {W.shape[0]} rows, want a range within F = {total}")
 
 
-def adam_state(W: Tensor, v: Tensor, last_step: Tensor, step: int, lr: float, beta2: float, eps: float) -> None:
+def adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip) -> None:
+    for name, scalar in {"grad_scale": grad_scale, "skip": skip}.items():
+        if scalar is not None:
+            shape(name, scalar)
     shape("v", v, *W.shape)
     floating("v", v, W, "W")
     shape("last_step", last_step, W.shape[0])
@@ -93,5 +119,7 @@ def adam_state(W: Tensor, v: Tensor, last_step: Tensor, step: int, lr: float, be
             raise ValueError(f"{name}: got strides {tensor.stride()}, want a contiguous tensor, as it is updated in place")
     if step < 1:
         raise ValueError(f"step: got {step}, want a count from 1")
+    if last_step.device.type == "cpu" and last_step.numel() and int(last_step.max()) >= step:
+        raise ValueError(f"step: got {step}, want one after the last_step of every row, up to {int(last_step.max())}")
     if not (lr >= 0 and 0 <= beta2 < 1 and eps > 0):
         raise ValueError(f"lr, beta2, eps: got {lr}, {beta2}, {eps}, want lr ≥ 0, 0 ≤ beta2 < 1, eps > 0")

@@ -26,6 +26,7 @@ def decode(code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups
     Returns [V, G, B, d_out]; without ``groups`` [V, B, d_out]; without V when values is [nnz] or not given.
     Differentiable with respect to values and W_dec.
     """
+    _checks.shape("W_dec", W_dec, code.d_sae, "d_out")
     values = code.magnitudes if values is None else values
     sets = values if values.dim() == 2 else values[None]
     out = torch.ops.sae_fast.decode(code.indptr, code.indices, sets, W_dec, groups)
@@ -38,9 +39,9 @@ def decode(code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups
     schema="(Tensor indptr, Tensor indices, Tensor values, Tensor W_dec, int[]? groups) -> Tensor",
 )
 def _decode(indptr, indices, values, W_dec, groups):
-    _checks.csr(indptr, indices)
-    _checks.shape("values", values, "V", indices.shape[0])
     _checks.shape("W_dec", W_dec, "F", "d_out")
+    _checks.csr(indptr, indices, W_dec.shape[0])
+    _checks.shape("values", values, "V", indices.shape[0])
     _checks.floating("values", values, W_dec, "W_dec")
     bounds = _bounds(groups, W_dec.shape[0])
     body = pick("decode", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(values, W_dec)})

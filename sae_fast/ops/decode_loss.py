@@ -46,6 +46,7 @@ def decode_loss(
     ``losses`` is differentiable with respect to the values, W_dec, b_dec, target and sparsity_weight; ``stop_auxiliary``
     keeps the auxiliary term's gradient from W_dec and b_dec.  The other outputs are constants to autograd.
     """
+    _checks.shape("W_dec", W_dec, code.d_sae, "d_out")
     return DecodeLoss(
         *torch.ops.sae_fast.decode_loss(
             code.indptr,
@@ -69,8 +70,8 @@ def decode_loss(
     " -> (Tensor losses, Tensor residual, Tensor residual_aux, Tensor grads)",
 )
 def _decode_loss(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, stop_auxiliary):
-    _checks.csr(indptr, indices)
     _checks.shape("W_dec", W_dec, "F", "d_out")
+    _checks.csr(indptr, indices, W_dec.shape[0])
     features, d = W_dec.shape
     _checks.shape("values", values, "V", indices.shape[0])
     if values.shape[0] not in (1, 2):
@@ -108,6 +109,8 @@ def _cpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normali
     residual = torch.empty(rows, d)
     residual_aux = torch.empty(rows if V == 2 else 0, d)
     losses, grads = torch.empty(rows, 3), torch.empty(V, nnz)
+    if nnz == 0:  # torch gives an empty tensor the address 0, which would read as "no gates"
+        values = torch.empty(V, 1)
     gates = values[1] if V == 2 else None
     _C.decode_loss(
         (address(indptr), address(indices)), rows, nnz, address(values[0]), address(gates), address(W_dec),
@@ -145,8 +148,9 @@ def _finish(indices, values, residuals, grads, sparsity_weight, normaliser):
     grads = grads * (2 / normaliser)
     grads[-1] += weight / normaliser
     grads *= values != 0
-    squares = residuals.pow(2).sum(2)
-    auxiliary = squares[1].sum() if values.shape[0] == 2 else squares.new_zeros(())
-    losses = torch.stack([squares[0].sum(), (weight * values[-1]).sum(), auxiliary]) / normaliser
+    squares = residuals.pow(2).sum((1, 2), dtype=torch.float64)
+    auxiliary = squares[1] if values.shape[0] == 2 else squares.new_zeros(())
+    sparsity = (weight * values[-1]).sum(dtype=torch.float64)
+    losses = (torch.stack([squares[0], sparsity, auxiliary]) / normaliser).to(residuals.dtype)
     residual_aux = residuals[1].clone() if values.shape[0] == 2 else residuals.new_empty(0, residuals.shape[2])
     return losses, residuals[0].clone(), residual_aux, grads

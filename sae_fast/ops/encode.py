@@ -88,6 +88,8 @@ def _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slac
         raise ValueError(f"support: got {support!r}, want one of {SUPPORTS}")
     _checks.shape("W_enc", W_enc, "F", "d")
     features, d = W_enc.shape
+    if features < 1:
+        raise ValueError(f"W_enc: got shape {tuple(W_enc.shape)}, want at least one feature")
     _checks.shape("x", x, "B", d)
     _checks.floating("x", x, W_enc, "W_enc")
     vectors = {"bias": bias}
@@ -100,7 +102,7 @@ def _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slac
         _checks.floating(name, vector, W_enc, "W_enc")
     if support != "threshold" and not 1 <= k <= features:
         raise ValueError(f"k: got {k}, want 1 ≤ k ≤ F = {features}")
-    if slack < 0 or (slack > 0 and support != "threshold"):
+    if not slack >= 0 or (slack > 0 and support != "threshold"):
         raise ValueError(f"slack: got {slack} with support {support!r}, want ≥ 0, and 0 unless support is 'threshold'")
 
 
@@ -115,19 +117,11 @@ def _cut(threshold: Tensor | None, activation: str, slack: float, bias: Tensor) 
 def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
     x, W_enc, bias = x.contiguous(), W_enc.contiguous(), bias.contiguous()
     cut = None if cut is None else cut.contiguous()
-    rows, features = x.shape[0], W_enc.shape[0]
-    pieces = [_cpu_rows(x[b : b + ROWS], W_enc, bias, cut) for b in range(0, rows, ROWS)]
-    if len(pieces) == 1:
-        indptr, indices, u = pieces[0]
-    else:
-        start, parts = 0, [torch.zeros(1, dtype=torch.int64)]
-        for piece in pieces:
-            parts.append(piece[0][1:] + start)
-            start += piece[1].shape[0]
-        indptr = torch.cat(parts)
-        indices = torch.cat([p[1] for p in pieces]) if pieces else torch.empty(0, dtype=torch.int32)
-        u = torch.cat([p[2] for p in pieces]) if pieces else torch.empty(0)
-    del features
+    pieces = [_cpu_rows(x[b : b + ROWS], W_enc, bias, cut) for b in range(0, x.shape[0], ROWS)]
+    pieces = pieces or [(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32), torch.empty(0))]
+    counts, indices, u = (torch.cat(part) for part in zip(*pieces, strict=True))
+    indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=indptr[1:])
     values = torch.empty(2 if activation == "gated" else 1, u.shape[0])
     vectors = [v if v is None else v.contiguous() for v in (scale, b_mag, threshold)]
     _C.activate(
@@ -138,7 +132,7 @@ def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
 
 
 def _cpu_rows(x: Tensor, W_enc: Tensor, bias: Tensor, cut: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """indptr, indices and u of a block of rows."""
+    """Entries a row [rows], indices and u [nnz] of a block of rows."""
     rows, features = x.shape[0], W_enc.shape[0]
     width = min(features, max(256, TILE // rows))
     buffer = torch.empty(rows * width)
@@ -153,7 +147,7 @@ def _cpu_rows(x: Tensor, W_enc: Tensor, bias: Tensor, cut: Tensor | None) -> tup
     indptr = torch.empty(rows + 1, dtype=torch.int64)
     indices, u = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz)
     compactor.finish(address(indptr), address(indices), address(u), threads())
-    return indptr, indices, u
+    return indptr.diff(), indices, u
 
 
 def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
@@ -165,7 +159,7 @@ def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support
         positive = torch.relu(pi)
         flat = positive if support == "topk" else positive.reshape(1, -1)
         chosen = flat.topk(k if support == "topk" else min(k * x.shape[0], flat.shape[1]), dim=1).indices
-        member = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True).view_as(pi) & ~(pi <= 0)
+        member = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True).view_as(pi) & ~(pi <= 0)  # keeps a NaN
     indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
     indptr[1:] = member.sum(1).cumsum(0)
     if activation == "gated":

@@ -50,9 +50,10 @@ def _(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project
 
 
 def _cpu(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
+    W = W.contiguous()
     if _dense.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
         return _reference(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
-    W, values, A = W.contiguous(), [v.contiguous() for v in values], [a.contiguous() for a in A]
+    values, A = [v.contiguous() for v in values], [a.contiguous() for a in A]
     colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
     out = torch.empty(W.shape[0], dtype=torch.float64)
     sources = [(address(v), address(a)) for v, a in zip(values, A, strict=True)]

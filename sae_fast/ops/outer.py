@@ -85,8 +85,9 @@ def _(out, colptr, rows, perm, values, A, features, first_feature, n_features):
 
 
 def _check(colptr, rows, perm, values, A, features, first_feature, n_features) -> None:
-    _checks.csc(colptr, rows, perm)
+    _checks.shape("rows", rows, "nnz")
     _checks.sources(values, A, rows.shape[0])
+    _checks.csc(colptr, rows, perm, A[0].shape[0])
     total = colptr.shape[0] - 1
     if features is not None:
         _checks.shape("features", features, "n")

@@ -16,6 +16,7 @@ from sae_fast.ops._native import _C, address, contiguous, threads
 
 def sampled_dots(code: SparseCode, A: Tensor, W: Tensor) -> Tensor:
     """out[j] = A[row of j] · W[indices[j]], [nnz], with A [B, d] and W [F, d].  Differentiable in A and W."""
+    _checks.shape("W", W, code.d_sae, "d")
     return torch.ops.sae_fast.sampled_dots(code.indptr, code.indices, A, W)
 
 
@@ -25,8 +26,8 @@ def sampled_dots(code: SparseCode, A: Tensor, W: Tensor) -> Tensor:
     schema="(Tensor indptr, Tensor indices, Tensor A, Tensor W) -> Tensor",
 )
 def _sampled_dots(indptr, indices, A, W):
-    _checks.csr(indptr, indices)
     _checks.shape("W", W, "F", "d")
+    _checks.csr(indptr, indices, W.shape[0])
     _checks.shape("A", A, indptr.shape[0] - 1, W.shape[1])
     _checks.floating("A", A, W, "W")
     body = pick("sampled_dots", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(A, W)})

@@ -24,9 +24,9 @@ def transpose(code: SparseCode) -> Transposed:
     schema="(Tensor indptr, Tensor indices, int features) -> (Tensor colptr, Tensor rows, Tensor perm)",
 )
 def _transpose(indptr, indices, features):
-    _checks.csr(indptr, indices)
     if features < 1:
         raise ValueError(f"features: got {features}, want at least 1")
+    _checks.csr(indptr, indices, features)
     rejects = cpu_rejects()
     if rejects is None and indptr.device.type != "cpu":
         rejects = f"the code is on {indptr.device}"

@@ -75,7 +75,7 @@ def _weight_step(
     grad_scale, skip,
 ):  # fmt: skip
     _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
-    _checks.adam_state(W, v, last_step, step, lr, beta2, eps)
+    _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
     body = pick("weight_step", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W)})
     if skip is None or not bool(skip):
         body(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
@@ -97,7 +97,7 @@ def _row_step(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale
     _checks.shape("W", W, "n", "d")
     _checks.shape("grad", grad, *W.shape)
     _checks.floating("grad", grad, W, "W")
-    _checks.adam_state(W, v, last_step, step, lr, beta2, eps)
+    _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
     body = pick("row_step", {"cpu": _cpu_rows, "reference": _reference_rows}, {"cpu": cpu_rejects(W)})
     if skip is None or not bool(skip):
         body(W, v, last_step, grad.contiguous(), step, lr, beta2, eps, unit_rows, grad_scale)
@@ -111,6 +111,9 @@ def _(*args):
 def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
          unit_rows, grad_scale):  # fmt: skip
     if _dense.is_dense("weight_step", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
+        if self_coefficient is not None:  # a row without entries takes no step, as in the sparse route
+            at = slice(first_feature, first_feature + W.shape[0])
+            self_coefficient = torch.where(colptr.diff()[at] > 0, self_coefficient, 0)
         for first, last in _dense.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
             at = slice(first, last)
             coefficient = None if self_coefficient is None else self_coefficient[at]
