@@ -28,7 +28,7 @@ Seed = Annotated[int, typer.Option(help="Of the weights and of the order of the 
 
 
 @app.command()
-def demo(out: Out = Path("out/demo"), steps: Steps = 2000, seed: Seed = 0) -> None:
+def demo(out: Out = Path("out/demo"), steps: Steps = 1500, seed: Seed = 0) -> None:
     """Train a Gated SAE on layer 3 of MiniLM, over the documentation inside Python's standard library."""
     with one_line_errors():
         from sae_fast.demo import Recipe, demo_model, run
@@ -47,7 +47,7 @@ def train(
     out: Out = Path("out/train"),
     d_sae: Annotated[int, typer.Option(help="Features.")] = 6144,
     batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
-    steps: Steps = 2000,
+    steps: Steps = 1500,
     lr: Annotated[float, typer.Option(help="Learning rate, constant and then falling over the last fifth.")] = 2e-3,
     l1: Annotated[float, typer.Option(help="Sparsity coefficient λ, for activations of unit variance.")] = 2.5,
     init_l0: Annotated[float, typer.Option("--init-l0", "--l0", help="Features per token to start with.")] = 64,
@@ -87,7 +87,9 @@ def show(result: Run, out: Path) -> None:
         table.add_row(*row, end_section=i == 3)
     console = Console()
     console.print(table)
-    console.print(f"Wrote checkpoint/, metrics.json, training.png and features.md into {out}", highlight=False)
+    console.print(
+        f"Wrote checkpoint/, metrics.json, training.png and features.md into {out}", highlight=False, soft_wrap=True
+    )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Recipe:
 
     d_sae: int = 6144
     batch_size: int = 1024
-    steps: int = 2000
+    steps: int = 1500
     lr: float = 2e-3
     l1: float = 2.5
     init_l0: float = 64.0
