@@ -170,9 +170,9 @@ PYBIND11_MODULE(_C, m) {
                          at<int64_t>(last_step), threads);
   }, release());
 
-  m.def("row_step", [](Address G, int64_t d, int64_t n, float grad_scale, const Adam& adam, Address W, Address v,
+  m.def("row_step", [](Address G, Address colptr, int64_t d, int64_t n, float grad_scale, const Adam& adam, Address W, Address v,
                        Address last_step, int threads) {
-    current->row_step(at<const float>(G), d, n, grad_scale, adam, at<float>(W), at<float>(v), at<int64_t>(last_step),
+    current->row_step(at<const float>(G), at<const int64_t>(colptr), d, n, grad_scale, adam, at<float>(W), at<float>(v), at<int64_t>(last_step),
                       threads);
   }, release());
 

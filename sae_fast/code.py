@@ -120,7 +120,8 @@ class RowGradient:
 
         grad[i] = Σ_s Σ_{j in feature i} values[s][perm[j]] · A[s][rows[j]]  +  self_coefficient[i] · W[i]
 
-    values: list of [nnz]; A: list of [B, d], same length.  For a vector parameter [F], A is [B, 1] ones.
+    values: list of [nnz]; A: list of [B, d], same length; self_coefficient [F], 0 for
+    a feature without entries.  For a vector parameter [F], A is [B, 1] ones.
     """
 
     csc: Transposed

@@ -1,6 +1,6 @@
 """Gradients of the ops, and the losses as differentiable functions of x and of every parameter.
 
-Each backward pass is made of the ops themselves, so it stays sparse and runs on whichever body the forward took.
+Each backward pass is made of the ops themselves, so it stays sparse and runs on the bodies that hold when it runs.
 Formulas: MATH.md §2.
 """
 
@@ -75,7 +75,7 @@ def feature_sums(csc, values: Tensor, rows: int) -> Tensor:
 def value_to_pre_gradients(activation: str, u: Tensor, values: Tensor, grads: Tensor, scale):
     """From the gradient of the values [V, nnz] to those of the entries' u, bias, r_mag and b_mag, [nnz] each
     (the last two None unless gated).  ``scale`` is exp(r_mag) at the entries."""
-    grads = grads * (values != 0)
+    grads = torch.where(values != 0, grads, 0)
     if activation != "gated":
         return grads[0], grads[0], None, None
     magnitude = grads[0] * scale

@@ -110,8 +110,9 @@ class RowAdam(torch.optim.Optimizer):
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(p)
         beta1, beta2 = group["betas"]
+        steps = torch.tensor(float(state["step"] - 1), device=p.device)
         adam(
-            [p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [torch.tensor(float(state["step"] - 1))],
+            [p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [steps],
             foreach=False, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=float(group["lr"]),
             weight_decay=0.0, eps=group["eps"], maximize=False,
         )  # fmt: skip

@@ -201,3 +201,12 @@ def test_a_corrupt_code_is_a_value_error(name, code):
 def test_opcheck(gradients, groups):
     values, W = CODE.values.clone().requires_grad_(gradients), randn(33, 5).requires_grad_(gradients)
     opcheck(torch.ops.sae_fast.decode.default, (CODE.indptr, CODE.indices, values, W, groups))
+
+
+def test_features_that_do_not_ascend_in_a_row_are_a_value_error():
+    code = random_code(9, 33)
+    swapped = code.indices.clone()
+    first = int(code.indptr[int((code.indptr.diff() > 1).nonzero()[0])])
+    swapped[first : first + 2] = swapped[first : first + 2].flip(0)
+    with pytest.raises(ValueError, match=r"indices: got .* want them ascending in each row"):
+        ops.decode(replace(code, indices=swapped), randn(33, 5))

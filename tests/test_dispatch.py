@@ -226,3 +226,23 @@ def test_the_bodies_agree_bit_for_bit_where_arithmetic_is_exact():
             results.append(ops.encode(x, W, torch.full((33,), -0.5), **kwargs))
     assert results[0].nnz > 0
     assert_same_bits(*results)
+
+
+def test_autocast_does_not_reach_into_an_op(monkeypatch):
+    code, A, W = random_code(9, 33), randn(9, 5), randn(33, 5)
+    for route in (0, 2):
+        monkeypatch.setitem(_dense.CROSSOVER, "sampled_dots", route)
+        plain = ops.sampled_dots(code, A, W)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ops.sampled_dots(code, A, W), plain)
+
+
+def test_autocast_does_not_change_a_training_step():
+    x = randn(64, 8)
+    steps = []
+    for enabled in (False, True):
+        sae = sae_fast.GatedSAE(8, 32, seed=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            sae_fast.Trainer(sae, init_l0=4).step(x)
+        steps.append(torch.cat([p.detach().flatten() for p in sae.parameters()]))
+    assert torch.equal(*steps)

@@ -206,3 +206,13 @@ def test_opcheck():
     csc = SOUND.csc
     arguments = (W, csc.colptr, csc.rows, csc.perm, SOUND.values, SOUND.A, OWN, 0, True)
     opcheck(torch.ops.sae_fast.grad_sqnorm.default, arguments)
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+def test_squares_beyond_float32_are_summed_in_float64(size):
+    code = random_code(9, 33)
+    csc = ops.transpose(code)
+    gradient = RowGradient(csc, [torch.ones(code.nnz)], [torch.full((9, 5), size)])
+    counts = csc.colptr.diff().double()
+    want = (counts * float(torch.tensor(size))).pow(2).sum() * 5
+    torch.testing.assert_close(ops.grad_sqnorm(gradient, randn(33, 5)), want, rtol=1e-6, atol=0)

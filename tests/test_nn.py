@@ -565,3 +565,8 @@ def test_the_jumprelu_form_is_a_copy():
             p.add_(1)
     assert same_bits(jump.encode(x), f)
     assert all(p.requires_grad for p in jump.parameters())
+
+
+def test_a_value_beyond_the_modules_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"x: got inf at index \(0, 2\)"):
+        sf.GatedSAE(4, 8, dtype=torch.float16)(torch.tensor([[0.0, 1.0, 1e6, 0.0]]))

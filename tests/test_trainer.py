@@ -532,3 +532,11 @@ def test_a_gradient_that_overflows_while_the_loss_is_finite_leaves_the_last_good
     with pytest.raises(FloatingPointError, match=r"^step 0: the gradient of W_enc is not finite"):
         trainer.step(x)
     assert_same_bits(before, everything(trainer))
+
+
+def test_a_zero_decoder_row_trains_in_the_saelens_dialect():
+    sae = sf.GatedSAE(8, 32, seed=0)
+    with torch.no_grad():
+        sae.W_dec[3] = 0
+    log = sf.Trainer(sae, dialect="saelens", betas=(0.9, 0.999)).step(torch.randn(64, 8))
+    assert log.l0 > 0 and all(bool(p.isfinite().all()) for p in sae.parameters())

@@ -24,7 +24,10 @@ void grad_sqnorm(Csc code, const Source* sources, int n_sources, int64_t d, int6
       add_gradient_row(code, sources, n_sources, first + i, d, g);
       if (self_coefficient) axpy(g, W + i * d, self_coefficient[i], d);
       if (project) project_row(g, W + i * d, d);
-      out[i] = dot(g, g, d);
+      double sum = 0;  // squares of floats overflow and underflow
+#pragma omp simd reduction(+ : sum)
+      for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(g[k]) * g[k];
+      out[i] = sum;
     }
     ::free(g);
   }

@@ -50,13 +50,14 @@ void weight_step(Csc code, const Source* sources, int n_sources, int64_t d, int6
   }
 }
 
-void row_step(const float* G, int64_t d, int64_t n, float grad_scale, Adam adam, float* W, float* v,
+void row_step(const float* G, const int64_t* colptr, int64_t d, int64_t n, float grad_scale, Adam adam, float* W, float* v,
               int64_t* last_step, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     float* g = static_cast<float*>(::malloc(sizeof(float) * d));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
+      if (colptr && colptr[i] == colptr[i + 1]) continue;
       for (int64_t k = 0; k < d; ++k) g[k] = G[i * d + k];
       adam_row(W + i * d, v + i * d, g, d, grad_scale, adam, last_step + i);
     }

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sae_fast import functional, ops
 from sae_fast.code import RowGradient, SparseCode
 from sae_fast.ops import _checks
+from sae_fast.ops._dispatch import without_autocast
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,9 +84,10 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"{name}: got {got}, want a tensor of float32, bfloat16, float16 or {self.W_enc.dtype}")
         if x.dim() < 1 or x.shape[-1] != self.d_in:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [..., d_in] with d_in = {self.d_in}")
+        rows = x.to(self.W_enc.dtype)  # first: a value may overflow a narrower dtype
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            _checks.finite(name, x)
-        return x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+            _checks.finite(name, rows)
+        return rows.reshape(-1, self.d_in)
 
     def _code(self, x_c: Tensor) -> SparseCode:
         """The code of centred rows x_c [B, d_in]."""
@@ -94,6 +96,7 @@ class SparseAutoencoder(nn.Module):
     # ---- Training ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @without_autocast()
     def calibrate_(self, x: Tensor, l0: float = 64) -> None:
         """Sets the encoder bias so that about ``l0`` features fire on each example of x [..., d_in].
 
@@ -124,6 +127,7 @@ class SparseAutoencoder(nn.Module):
             self.get_parameter("b_mag").copy_(bias)
 
     @torch.no_grad()
+    @without_autocast()
     def row_gradients(
         self, x: Tensor, l1_coefficient: float, dialect: str = "paper"
     ) -> tuple[Tensor, SparseCode, dict[str, RowGradient | Tensor]]:
@@ -151,7 +155,8 @@ class SparseAutoencoder(nn.Module):
             if code.values.shape[0] == 2:  # x̂_aux is not stopped
                 values, residuals = [*values, code.gates * (2 / n)], [*residuals, out.residual_aux]
             cost = functional.feature_sums(csc, code.gates, n) * (l1_coefficient / n)
-            self_coefficient = cost / self.W_dec.norm(dim=1)
+            norm = self.W_dec.norm(dim=1)
+            self_coefficient = torch.where(norm > 0, cost / norm, 0)  # the norm's subgradient at 0, as autograd takes it
         grads["W_dec"] = RowGradient(csc, values, residuals, self_coefficient)
         decoder = sum(r.sum(0) for r in residuals) * (2 / n)
         grads["b_dec"] = decoder - functional.feature_sums(csc, delta, n) @ self.W_enc

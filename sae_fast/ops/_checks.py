@@ -47,6 +47,18 @@ def within(name: str, tensor: Tensor, size: int) -> None:
             raise ValueError(f"{name}: got values from {low} to {high}, want them within 0 … {size - 1}")
 
 
+def ascending(indptr: Tensor, indices: Tensor) -> None:
+    """Features ascend within each row.  On the CPU only: a GPU would synchronise."""
+    if indices.device.type != "cpu" or indices.shape[0] < 2:
+        return
+    falls = indices[1:] <= indices[:-1]
+    starts = indptr[(indptr > 0) & (indptr < indices.shape[0])]
+    falls[starts - 1] = False
+    if bool(falls.any()):
+        at = int(falls.nonzero()[0]) + 1
+        raise ValueError(f"indices: got {int(indices[at])} after {int(indices[at - 1])}, want them ascending in each row")
+
+
 def csr(indptr: Tensor, indices: Tensor, features: int) -> None:
     shape("indptr", indptr, "B + 1")
     shape("indices", indices, "nnz")
@@ -56,6 +68,7 @@ def csr(indptr: Tensor, indices: Tensor, features: int) -> None:
         raise ValueError("indptr: got no element, want B + 1 of them")
     offsets("indptr", indptr, indices.shape[0])
     within("indices", indices, features)
+    ascending(indptr, indices)
 
 
 def csc(colptr: Tensor, rows: Tensor, perm: Tensor, batch: int) -> None:
@@ -65,6 +78,8 @@ def csc(colptr: Tensor, rows: Tensor, perm: Tensor, batch: int) -> None:
     dtype("colptr", colptr, torch.int64)
     dtype("rows", rows, torch.int32)
     dtype("perm", perm, torch.int64)
+    if colptr.shape[0] < 1:
+        raise ValueError("colptr: got no element, want F + 1 of them")
     offsets("colptr", colptr, rows.shape[0])
     within("rows", rows, batch)
     within("perm", perm, rows.shape[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +47,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast reaches into an op's body and would hand the engine bf16 where it reads fp32."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def cpu_rejects(*tensors: Tensor | None) -> str | None:
     """Why the C++ engine cannot take these tensors, or None."""
     if _C is None:
@@ -56,7 +66,7 @@ def cpu_rejects(*tensors: Tensor | None) -> str | None:
             continue
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}"
-        if tensor.dtype != torch.float32:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
             return f"a tensor is {tensor.dtype}; the engine computes in float32"
     return None
 
@@ -68,11 +78,11 @@ def pick(op: str, bodies: Mapping[str, Callable], rejections: Mapping[str, str |
         reason = rejections.get(name) if name in bodies else f"it has the bodies {tuple(bodies)}"
         if reason:
             raise ValueError(f"use_backend({name!r}): {op} cannot run there: {reason}")
-        return bodies[name]
+        return without_autocast()(bodies[name])
     for name, body in bodies.items():
         reason = rejections.get(name)
         if not reason:
-            return body
+            return without_autocast()(body)
         if (op, reason) not in _logged:
             _logged.add((op, reason))
             logger.debug("%s: not %s: %s", op, name, reason)

@@ -44,7 +44,7 @@ def _decode(indptr, indices, values, W_dec, groups):
     _checks.shape("values", values, "V", indices.shape[0])
     _checks.floating("values", values, W_dec, "W_dec")
     bounds = _bounds(groups, W_dec.shape[0])
-    body = pick("decode", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(values, W_dec)})
+    body = pick("decode", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(values, W_dec, indptr, indices)})
     out = body(indptr, indices, values, W_dec, bounds)
     return out if groups is not None else out.squeeze(1)
 

@@ -40,9 +40,11 @@ def decode_loss(
     With N = ``normaliser`` (the batch size, for means) and the code's magnitudes m and gates g:
       x̂ = m W_dec + b_dec,  reconstruction = ‖x̂ − target‖² / N
       two value sets:  sparsity = Σ weight_i g_i / N,  x̂_aux = g W_dec + b_dec,  auxiliary = ‖x̂_aux − target‖² / N,
-                       grads = (2 r·d_i / N where m > 0,  (2 r_aux·d_i + weight_i) / N where g > 0)
-      one value set:   sparsity = Σ weight_i m_i / N,  auxiliary = 0,  grads = ((2 r·d_i + weight_i) / N where m > 0)
+                       grads = (2 r·d_i / N where m ≠ 0,  (2 r_aux·d_i + weight_i) / N where g ≠ 0)
+      one value set:   sparsity = Σ weight_i m_i / N,  auxiliary = 0,  grads = ((2 r·d_i + weight_i) / N where m ≠ 0)
     W_dec [F, d_out], b_dec [d_out], target [B, d_out] (x, or a transcoder's output), sparsity_weight [F] (λ, or λ‖d_i‖).
+    An entry whose value is 0 gets gradient 0, that of the ReLU behind it; a straight-through window takes decode and
+    sampled_dots instead.
     ``losses`` is differentiable with respect to the values, W_dec, b_dec, target and sparsity_weight; ``stop_auxiliary``
     keeps the auxiliary term's gradient from W_dec and b_dec.  The other outputs are constants to autograd.
     """
@@ -84,7 +86,7 @@ def _decode_loss(indptr, indices, values, W_dec, b_dec, target, sparsity_weight,
         _checks.floating(name, tensor, W_dec, "W_dec")
     if not normaliser > 0:
         raise ValueError(f"normaliser: got {normaliser}, want a positive number such as the batch size")
-    body = pick("decode_loss", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W_dec)})
+    body = pick("decode_loss", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W_dec, indptr, indices)})
     return body(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser)
 
 
@@ -147,7 +149,7 @@ def _finish(indices, values, residuals, grads, sparsity_weight, normaliser):
     weight = sparsity_weight[indices.long()]
     grads = grads * (2 / normaliser)
     grads[-1] += weight / normaliser
-    grads *= values != 0
+    grads = torch.where(values != 0, grads, 0)
     squares = residuals.pow(2).sum((1, 2), dtype=torch.float64)
     auxiliary = squares[1] if values.shape[0] == 2 else squares.new_zeros(())
     sparsity = (weight * values[-1]).sum(dtype=torch.float64)

@@ -1,6 +1,7 @@
 """grad_sqnorm: the squared norm of a weight gradient that is never stored: a first pass for gradient clipping.
 
-Body ``cpu``: a thread owns a feature.  ``reference``: from the dense gradient.
+Body ``cpu``: a thread owns a feature; above the crossover density feature chunks are multiplied densely.
+Body ``reference``: from the dense gradient.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def grad_sqnorm(gradient: RowGradient, W: Tensor, *, first_feature: int = 0, pro
 )
 def _grad_sqnorm(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
     _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
-    body = pick("grad_sqnorm", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W)})
+    body = pick("grad_sqnorm", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W, colptr, rows, perm)})
     return body(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
 
 
@@ -52,7 +53,11 @@ def _(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project
 def _cpu(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
     W = W.contiguous()
     if _dense.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
-        return _reference(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
+        total = torch.zeros((), dtype=torch.float64)
+        for first, last in _dense.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
+            coefficient = None if self_coefficient is None else self_coefficient[first:last]
+            total += _reference(W[first:last], colptr, rows, perm, values, A, coefficient, first_feature + first, project)
+        return total
     values, A = [v.contiguous() for v in values], [a.contiguous() for a in A]
     colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
     out = torch.empty(W.shape[0], dtype=torch.float64)

@@ -58,7 +58,7 @@ def _outer(colptr, rows, perm, values, A, features, first_feature, n_features):
     _check(colptr, rows, perm, values, A, features, first_feature, n_features)
     n = n_features if features is None else features.shape[0]
     out = torch.zeros(n, A[0].shape[1], dtype=A[0].dtype, device=A[0].device)
-    _body(values, A)(out, colptr, rows, perm, values, A, features, first_feature)
+    _body(values, A, colptr, rows, perm, features)(out, colptr, rows, perm, values, A, features, first_feature)
     return out
 
 
@@ -74,7 +74,7 @@ def _outer_(out, colptr, rows, perm, values, A, features, first_feature, n_featu
     _checks.shape("out", out, n, A[0].shape[1])
     _checks.floating("out", out, A[0], "A[0]")
     target = out if out.is_contiguous() else out.contiguous()
-    _body(values, A)(target, colptr, rows, perm, values, A, features, first_feature)
+    _body(values, A, colptr, rows, perm, features)(target, colptr, rows, perm, values, A, features, first_feature)
     if target is not out:
         out.copy_(target)
 
@@ -98,8 +98,8 @@ def _check(colptr, rows, perm, values, A, features, first_feature, n_features) -
         raise ValueError(f"first_feature, n_features: got {first_feature}, {n_features}, want a range within F = {total}")
 
 
-def _body(values, A):
-    return pick("outer", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(*values, *A)})
+def _body(values, A, *indices):
+    return pick("outer", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(*values, *A, *indices)})
 
 
 def _cpu(out, colptr, rows, perm, values, A, features, first_feature):

@@ -30,7 +30,7 @@ def _sampled_dots(indptr, indices, A, W):
     _checks.csr(indptr, indices, W.shape[0])
     _checks.shape("A", A, indptr.shape[0] - 1, W.shape[1])
     _checks.floating("A", A, W, "W")
-    body = pick("sampled_dots", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(A, W)})
+    body = pick("sampled_dots", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(A, W, indptr, indices)})
     return body(indptr, indices, A, W)
 
 

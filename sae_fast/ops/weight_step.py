@@ -76,7 +76,9 @@ def _weight_step(
 ):  # fmt: skip
     _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
     _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
-    body = pick("weight_step", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W)})
+    body = pick(
+        "weight_step", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W, last_step, colptr, rows, perm)}
+    )
     if skip is None or not bool(skip):
         body(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
              unit_rows, grad_scale)  # fmt: skip
@@ -98,7 +100,7 @@ def _row_step(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale
     _checks.shape("grad", grad, *W.shape)
     _checks.floating("grad", grad, W, "W")
     _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
-    body = pick("row_step", {"cpu": _cpu_rows, "reference": _reference_rows}, {"cpu": cpu_rejects(W)})
+    body = pick("row_step", {"cpu": _cpu_rows, "reference": _reference_rows}, {"cpu": cpu_rejects(W, last_step)})
     if skip is None or not bool(skip):
         body(W, v, last_step, grad.contiguous(), step, lr, beta2, eps, unit_rows, grad_scale)
 
@@ -111,14 +113,13 @@ def _(*args):
 def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
          unit_rows, grad_scale):  # fmt: skip
     if _dense.is_dense("weight_step", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
-        if self_coefficient is not None:  # a row without entries takes no step, as in the sparse route
-            at = slice(first_feature, first_feature + W.shape[0])
-            self_coefficient = torch.where(colptr.diff()[at] > 0, self_coefficient, 0)
+        colptr = colptr.contiguous()
         for first, last in _dense.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
             at = slice(first, last)
             coefficient = None if self_coefficient is None else self_coefficient[at]
             grad = dense_gradient(W[at], colptr, rows, perm, values, A, coefficient, first_feature + first, last - first)
-            _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale)
+            touched = colptr[first_feature + first :]
+            _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale, touched)
         return
     values, A = [x.contiguous() for x in values], [a.contiguous() for a in A]
     colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
@@ -131,9 +132,10 @@ def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first
     )  # fmt: skip
 
 
-def _cpu_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale):
+def _cpu_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, colptr=None):
+    """With colptr [n + 1], rows without entries are left alone."""
     adam = _C.Adam(lr, beta2, eps, step, unit_rows, unit_rows)
-    _C.row_step(address(grad), W.shape[1], W.shape[0], _scale(grad_scale), adam, address(W), address(v),
+    _C.row_step(address(grad), address(colptr), W.shape[1], W.shape[0], _scale(grad_scale), adam, address(W), address(v),
                 address(last_step), threads())  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 // lays them out as CSR at the end.  Nothing is dropped: storage grows.  Plain code: the vectors are the kernel's.
 #pragma once
 #include <cstring>
-#include <stdexcept>
+#include <new>
 #include <vector>
 
 #include "sae_fast/cpu.hpp"
@@ -24,7 +24,7 @@ class Compactor {
     counts_.emplace_back(rows_);
     int32_t* counts = counts_.back().data();
     bool out_of_memory = false;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(|| : out_of_memory)
     for (size_t p = 0; p < parts_.size(); ++p) {
       Part& part = parts_[p];
       try {
@@ -35,7 +35,7 @@ class Compactor {
           counts[b] = static_cast<int32_t>(n);
           part.size += n;
         }
-      } catch (const std::bad_alloc&) {
+      } catch (...) {  // an exception must not leave a parallel region
         out_of_memory = true;
       }
     }
@@ -63,6 +63,7 @@ class Compactor {
       for (const auto& counts : counts_)
         for (int64_t b = part.first; b < part.last; ++b) {
           const int64_t n = counts[b];
+          if (n == 0) continue;
           std::memcpy(indices + cursor[b], part.indices.data() + from, n * sizeof(int32_t));
           std::memcpy(u + cursor[b], part.u.data() + from, n * sizeof(float));
           cursor[b] += n;

@@ -34,15 +34,16 @@ struct Kernels {
   // out [n, d] += gradient rows of the features list[0..n) (or first .. first + n when list is null).
   void (*outer)(Csc code, const Source* sources, int n_sources, int64_t d, const int64_t* list, int64_t first,
                 int64_t n, float* out, int threads);
-  // out [n] double: squared norms of the same rows, after scaling by self_coefficient * W and, on request, projection.
+  // out [n] double: squared norms of the same rows, after adding self_coefficient * W and, on request, projection.
   void (*grad_sqnorm)(Csc code, const Source* sources, int n_sources, int64_t d, int64_t first, int64_t n,
                       const float* W, const float* self_coefficient, bool project, double* out, int threads);
   // One Adam step on the touched rows of W [n, d] (features first .. first + n).
   void (*weight_step)(Csc code, const Source* sources, int n_sources, int64_t d, int64_t first, int64_t n,
                       const float* self_coefficient, float grad_scale, Adam adam, float* W, float* v,
                       int64_t* last_step, int threads);
-  // The same from dense gradient rows G [n, d]; every row counts as touched.
-  void (*row_step)(const float* G, int64_t d, int64_t n, float grad_scale, Adam adam, float* W, float* v,
+  // The same from dense gradient rows G [n, d].  With colptr [n + 1] rows without entries are left alone; without it every
+  // row counts as touched.
+  void (*row_step)(const float* G, const int64_t* colptr, int64_t d, int64_t n, float grad_scale, Adam adam, float* W, float* v,
                    int64_t* last_step, int threads);
   // Rows first .. first + n of a CSR (perm null) or CSC as dense out [n, width], zeros elsewhere; and back: out [nnz].
   void (*scatter)(const int64_t* indptr, const int32_t* indices, const int64_t* perm, int64_t first, int64_t n,

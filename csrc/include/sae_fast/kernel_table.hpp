@@ -17,7 +17,7 @@ void outer(Csc, const Source*, int, int64_t, const int64_t*, int64_t, int64_t, f
 void grad_sqnorm(Csc, const Source*, int, int64_t, int64_t, int64_t, const float*, const float*, bool, double*, int);
 void weight_step(Csc, const Source*, int, int64_t, int64_t, int64_t, const float*, float, Adam, float*, float*,
                  int64_t*, int);
-void row_step(const float*, int64_t, int64_t, float, Adam, float*, float*, int64_t*, int);
+void row_step(const float*, const int64_t*, int64_t, int64_t, float, Adam, float*, float*, int64_t*, int);
 void scatter(const int64_t*, const int32_t*, const int64_t*, int64_t, int64_t, int64_t, const float*, float*, int);
 void gather(const int64_t*, const int32_t*, int64_t, int64_t, int64_t, const float*, float*, int);
 
