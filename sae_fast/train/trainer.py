@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from sae_fast import nn, ops
 from sae_fast.code import RowGradient, SparseCode
+from sae_fast.ops import _checks
 from sae_fast.optim import RowAdam
 from sae_fast.reference import DIALECTS
 from sae_fast.train import checkpoint, schedules
@@ -240,7 +241,7 @@ class Trainer:
         for name, gradient in gradients.items():
             parts[f"gradient of {name}"] = self._bound(name, gradient)
         for name, value in parts.items():
-            if not bool(torch.isfinite(value).all()):
+            if not bool(torch.isfinite(_checks.largest(value))):
                 raise FloatingPointError(f"step {index}: the {name} is not finite; the weights are unchanged")
 
     @torch.no_grad()
@@ -249,7 +250,7 @@ class Trainer:
         if isinstance(gradient, Tensor) or gradient.csc.rows.shape[0] == 0:
             return gradient if isinstance(gradient, Tensor) else torch.zeros(())
         W = self.sae.get_parameter(name)
-        largest = partial(torch.linalg.vector_norm, ord=float("inf"))
+        largest = _checks.largest
         pairs = zip(gradient.values, gradient.A, strict=True)
         bound = torch.stack([largest(v).double() * largest(a) * a.shape[0] for v, a in pairs]).sum()
         if gradient.self_coefficient is not None:
