@@ -23,7 +23,7 @@ class Transposed:
     perm: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseCode:
     """The active features of a batch.
 
@@ -41,6 +41,9 @@ class SparseCode:
     indices: Tensor
     u: Tensor
     values: Tensor
+
+    def __repr__(self) -> str:
+        return f"SparseCode(shape={tuple(self.shape)}, nnz={self.nnz}, value_sets={self.values.shape[0]})"
 
     @property
     def magnitudes(self) -> Tensor:

@@ -133,7 +133,7 @@ def test_the_report_is_what_was_trained(sae_fast_train, tmp_path):
     [
         (dict(text="missing.txt"), "text file 'missing.txt' does not exist"),
         (dict(layer=9), "layer: got 9, want 0"),
-        (dict(model="./nowhere"), "model: './nowhere' is neither a folder nor a hub id"),
+        (dict(model="./nowhere"), "model: the folder './nowhere' does not exist"),
         (dict(context_length=100), "context_length: got 100, want at most 30"),
         (dict(batch_size=100000), "batch_size: got 100000, want 1 to"),
         (dict(steps=0), "steps: got 0, want at least 1"),

@@ -81,7 +81,8 @@ class SparseAutoencoder(nn.Module):
         """x as [B, d_in] in the module's dtype, or ``ValueError``."""
         if not isinstance(x, Tensor) or (x.dtype not in INPUT_DTYPES and x.dtype != self.W_enc.dtype):
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: got {got}, want a tensor of float32, bfloat16, float16 or {self.W_enc.dtype}")
+            wanted = ", ".join(dict.fromkeys(str(dtype) for dtype in (*INPUT_DTYPES, self.W_enc.dtype)))
+            raise ValueError(f"{name}: got {got}, want a tensor of one of {wanted}")
         if x.dim() < 1 or x.shape[-1] != self.d_in:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [..., d_in] with d_in = {self.d_in}")
         rows = x.to(self.W_enc.dtype)  # first: a value may overflow a narrower dtype

@@ -159,6 +159,12 @@ def _open_model(model: str | Path, layer: int, context_length: int) -> _Source:
     transformers = require("transformers", extra="demo")
     if context_length < 1:
         raise ValueError(f"context_length: got {context_length}, want at least 1 token")
+    if layer < 0:
+        raise ValueError(f"layer: got {layer}, want 0 (the embedding) or more")
+    if str(model).startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ValueError(f"model: the folder {str(model)!r} does not exist")
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"model: the folder {str(model)!r} holds no config.json, want a Hugging Face model")
     with _quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(model)

@@ -23,7 +23,7 @@ from sae_fast.reference import DIALECTS
 from sae_fast.train import checkpoint, schedules
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepLog:
     """What one step saw, before its update.  Losses are means over the batch; reading a field may synchronise."""
 
@@ -32,6 +32,10 @@ class StepLog:
     l1_coefficient: float
     losses: Tensor
     code: SparseCode
+
+    def __repr__(self) -> str:
+        terms = ", ".join(f"{n}={getattr(self, n):.6g}" for n in ("loss", "reconstruction", "sparsity", "auxiliary", "l0"))
+        return f"StepLog(step={self.step}, {terms})"
 
     @property
     def reconstruction(self) -> float:
