@@ -180,7 +180,7 @@ def test_arguments_that_do_not_fit_the_model(model_folders, tmp_path, arguments,
 
 def test_no_model_there(transformers, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
         harvest(tmp_path / "empty", TEXT, 1, cache=tmp_path)
 
 
