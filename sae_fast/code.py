@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def row_ids(indptr: Tensor, nnz: int) -> Tensor:
+    """[nnz] int64: the row of each entry of a CSR, from its offsets indptr [B+1]."""
+    rows = torch.arange(indptr.shape[0] - 1, device=indptr.device)
+    return torch.repeat_interleave(rows, indptr[1:] - indptr[:-1], output_size=nnz)
+
+
 @dataclass(frozen=True)
 class Transposed:
     """The entries of a SparseCode ordered by feature (CSC), as :func:`sae_fast.ops.transpose` makes it.
@@ -71,9 +77,7 @@ class SparseCode:
 
     def row_ids(self) -> Tensor:
         """[nnz] int64: the row of each entry."""
-        counts = self.indptr[1:] - self.indptr[:-1]
-        rows = torch.arange(self.batch, device=self.indptr.device)
-        return torch.repeat_interleave(rows, counts, output_size=self.nnz)
+        return row_ids(self.indptr, self.nnz)
 
     def l0(self) -> Tensor:
         """[...] int64: features with a non-zero magnitude, for each example."""

@@ -104,10 +104,10 @@ def _entries(sae: Any, store: ActivationStore, progress: bool = False) -> Iterat
     with torch.inference_mode():
         for x in chunks:
             code = sae.encode_sparse(x.to(device))
-            rows = torch.arange(len(x), device=device).repeat_interleave(code.indptr.diff())
+            rows = code.row_ids()
             fires = code.magnitudes > 0
             entries = rows[fires] + begin, code.indices[fires].long(), code.magnitudes[fires].float()
-            yield tuple(entry.cpu() for entry in entries)  # type: ignore[misc]
+            yield tuple(entry.cpu() for entry in entries)
             begin += len(x)
 
 

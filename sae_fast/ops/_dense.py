@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sae_fast.code import row_ids
 from sae_fast.ops._native import _C, address, threads
 
 # nnz / (B · F) above which an op of the C++ engine takes its dense route, from a sweep at B 2048, d 768, F 24576 on
@@ -17,12 +18,6 @@ CHUNK = 2**23  # floats in a dense chunk: 32 MiB
 
 def is_dense(op: str, nnz: int, rows: int, features: int) -> bool:
     return nnz > CROSSOVER[op] * rows * features
-
-
-def row_ids(indptr: Tensor, nnz: int) -> Tensor:
-    """[nnz] int64: the row of each entry."""
-    rows = torch.arange(indptr.shape[0] - 1, device=indptr.device)
-    return torch.repeat_interleave(rows, indptr[1:] - indptr[:-1], output_size=nnz)
 
 
 def to_dense(indptr: Tensor, indices: Tensor, values: Tensor, features: int) -> Tensor:

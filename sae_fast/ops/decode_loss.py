@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_fast.code import SparseCode
+from sae_fast.code import SparseCode, row_ids
 from sae_fast.ops import _checks, _dense
 from sae_fast.ops._dispatch import cpu_rejects, pick
 from sae_fast.ops._native import _C, address, contiguous, threads
@@ -139,7 +139,7 @@ def _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, n
 def _reference(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
     f = torch.stack([_dense.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
     residuals = f @ W_dec + b_dec - target
-    rows = _dense.row_ids(indptr, indices.shape[0])
+    rows = row_ids(indptr, indices.shape[0])
     grads = (residuals @ W_dec.T)[:, rows, indices.long()]
     return _finish(indices, values, residuals, grads, sparsity_weight, normaliser)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_fast.code import SparseCode
+from sae_fast.code import SparseCode, row_ids
 from sae_fast.ops import _checks, _dense
 from sae_fast.ops._dispatch import cpu_rejects, pick
 from sae_fast.ops._native import _C, address, contiguous, threads
@@ -52,4 +52,4 @@ def _cpu(indptr, indices, A, W):
 
 
 def _reference(indptr, indices, A, W):
-    return (A @ W.T)[_dense.row_ids(indptr, indices.shape[0]), indices.long()]
+    return (A @ W.T)[row_ids(indptr, indices.shape[0]), indices.long()]

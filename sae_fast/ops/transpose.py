@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from sae_fast.code import SparseCode, Transposed
+from sae_fast.code import SparseCode, Transposed, row_ids
 from sae_fast.ops import _checks
 from sae_fast.ops._dispatch import cpu_rejects, pick
 from sae_fast.ops._native import _C, address, contiguous, threads
@@ -51,9 +51,7 @@ def _cpu(indptr, indices, features):
 
 
 def _reference(indptr, indices, features):
-    rows = torch.repeat_interleave(
-        torch.arange(indptr.shape[0] - 1, device=indptr.device), indptr[1:] - indptr[:-1], output_size=indices.shape[0]
-    )
+    rows = row_ids(indptr, indices.shape[0])
     perm = torch.argsort(indices, stable=True)
     counts = torch.bincount(indices.long(), minlength=features)
     colptr = torch.zeros(features + 1, dtype=torch.int64, device=indices.device)
