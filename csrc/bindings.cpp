@@ -37,6 +37,15 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
+// Whether this processor multiplies bfloat16 with sums in float: only then is the screening product cheap.
+bool has_bf16_product() {
+#ifdef SAE_FAST_HAS_AVX512
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
+}
+
 std::string current_isa;
 const Kernels* current = nullptr;
 
@@ -74,6 +83,10 @@ Csc csc(const CscAddresses& code) {
           at<const int64_t>(std::get<2>(code))};
 }
 
+std::vector<float> scratch(const CscAddresses& code, int64_t features, int64_t d, int threads) {
+  return std::vector<float>(gradient_scratch(csc(code).colptr, features, d, threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -87,22 +100,58 @@ PYBIND11_MODULE(_C, m) {
 
   using release = py::call_guard<py::gil_scoped_release>;
 
+  py::class_<Compactor::Layer>(m, "Layer")
+      .def(py::init([](Address x, Address W, int64_t d, Address bias, Address cut) {
+        return Compactor::Layer{at<const float>(x), at<const float>(W), d, at<const float>(bias), at<const float>(cut)};
+      }), py::arg("x"), py::arg("W"), py::arg("d"), py::arg("bias"), py::arg("cut"));
+
+  using Layer = Compactor::Layer;
   py::class_<Compactor>(m, "Compactor")
       .def(py::init<int64_t, int>(), py::arg("rows"), py::arg("parts"))
-      .def(
-          "add_tile",
-          [](Compactor& self, Address tile, int64_t width, int32_t first, Address bias, Address cut, int threads) {
-            self.add_tile(*current, at<const float>(tile), width, first, at<const float>(bias), at<const float>(cut),
-                          threads);
-          },
-          release())
+      .def("add_tile", [](Compactor& self, const Layer& layer, Address tile, int64_t width, int32_t first, int threads) {
+        self.add_tile(*current, layer, at<const float>(tile), width, first, threads);
+      }, release())
+      .def("add_screened_tile", [](Compactor& self, const Layer& layer, Address tile, int64_t width, int32_t first,
+                                   double dense_above, int threads) {
+        self.add_screened_tile(*current, layer, at<const uint16_t>(tile), width, first, dense_above, threads);
+      }, release())
+      .def("add_rounded_tile", [](Compactor& self, const Layer& layer, Address tile, int64_t width, int32_t first,
+                                  int threads) {
+        self.add_rounded_tile(*current, layer, at<const uint16_t>(tile), width, first, threads);
+      }, release())
+      .def("add_dense", [](Compactor& self, const Layer& layer, int64_t width, int32_t first, int threads) {
+        self.add_dense(*current, layer, width, first, threads);
+      }, release())
       .def("nnz", &Compactor::nnz)
-      .def(
-          "finish",
-          [](const Compactor& self, Address indptr, Address indices, Address u, int threads) {
-            self.finish(at<int64_t>(indptr), at<int32_t>(indices), at<float>(u), threads);
-          },
-          release());
+      .def("candidates", &Compactor::candidates)
+      .def("finish", [](const Compactor& self, Address indptr, Address indices, Address u, int threads) {
+        self.finish(at<int64_t>(indptr), at<int32_t>(indices), at<float>(u), threads);
+      }, release());
+
+  m.def("has_bf16_product", &has_bf16_product);
+  m.def("round_rows", [](Address A, int64_t n, int64_t d, int64_t K, Address out, Address norms, int threads) {
+    current->round_rows(at<const float>(A), n, d, K, at<uint16_t>(out), at<double>(norms), threads);
+  }, release());
+  m.def("stale_rows", [](Address A, int64_t n, int64_t d, Address rounded, int threads) {
+    return current->stale_rows(at<const float>(A), n, d, at<const uint16_t>(rounded), threads);
+  }, release());
+  m.def("column_residuals", [](Address A, Address rounded, int64_t n, int64_t d, int64_t K, int parts, Address out,
+                               int threads) {
+    current->column_residuals(at<const float>(A), at<const uint16_t>(rounded), n, d, K, parts, at<float>(out), threads);
+  }, release());
+
+  py::class_<Screen>(m, "Screen")
+      .def(py::init([](int64_t d, int64_t K, Address outliers, int64_t m, double gamma, Address terms) {
+        return Screen{d, K, at<const int64_t>(outliers), m, gamma, at<const double>(terms)};
+      }), py::arg("d"), py::arg("K"), py::arg("outliers"), py::arg("m"), py::arg("gamma"), py::arg("terms"));
+  m.def("screen_x", [](const Screen& screen, Address x, int64_t n, Address norms, Address rows, int threads) {
+    current->screen_x(screen, at<const float>(x), n, at<const double>(norms), at<uint16_t>(rows), threads);
+  }, release());
+  m.def("screen_w", [](const Screen& screen, Address rounded, Address W, int64_t n, Address norms, Address bias, Address cut,
+                       Address rows, int threads) {
+    current->screen_w(screen, at<const uint16_t>(rounded), at<const float>(W), n, at<const double>(norms),
+                      at<const float>(bias), at<const float>(cut), at<uint16_t>(rows), threads);
+  }, release());
 
   m.def("activate", [](int kind, int64_t nnz, Address indices, Address u, Address bias, Address scale, Address b_mag,
                        Address threshold, Address values, int threads) {
@@ -138,19 +187,20 @@ PYBIND11_MODULE(_C, m) {
                        at<int32_t>(out_rows), at<int64_t>(perm), threads);
   }, release());
 
-  m.def("outer", [](CscAddresses code, const std::vector<std::pair<Address, Address>>& sources, int64_t d, Address list,
-                    int64_t first, int64_t n, Address out, int threads) {
+  using Sources = std::vector<std::pair<Address, Address>>;
+  m.def("outer", [](CscAddresses code, int64_t features, const Sources& sources, int64_t d, Address list, int64_t first,
+                    int64_t n, Address out, int threads) {
     const auto s = make_sources(sources);
-    current->outer(csc(code), s.data(), static_cast<int>(s.size()), d, at<const int64_t>(list), first, n,
-                   at<float>(out), threads);
+    current->outer(csc(code), s.data(), static_cast<int>(s.size()), d, at<const int64_t>(list), first, n, at<float>(out),
+                   scratch(code, features, d, threads).data(), threads);
   }, release());
 
-  m.def("grad_sqnorm", [](CscAddresses code, const std::vector<std::pair<Address, Address>>& sources, int64_t d,
-                          int64_t first, int64_t n, Address W, Address self_coefficient, bool project, Address out,
-                          int threads) {
+  m.def("grad_sqnorm", [](CscAddresses code, int64_t features, const Sources& sources, int64_t d, int64_t first, int64_t n,
+                          Address W, Address self_coefficient, bool project, Address out, int threads) {
     const auto s = make_sources(sources);
     current->grad_sqnorm(csc(code), s.data(), static_cast<int>(s.size()), d, first, n, at<const float>(W),
-                         at<const float>(self_coefficient), project, at<double>(out), threads);
+                         at<const float>(self_coefficient), project, at<double>(out),
+                         scratch(code, features, d, threads).data(), threads);
   }, release());
 
   py::class_<Adam>(m, "Adam")
@@ -161,19 +211,22 @@ PYBIND11_MODULE(_C, m) {
       }), py::arg("lr"), py::arg("beta2"), py::arg("eps"), py::arg("step"), py::arg("project"),
            py::arg("renormalise"));
 
-  m.def("weight_step", [](CscAddresses code, const std::vector<std::pair<Address, Address>>& sources, int64_t d,
-                          int64_t first, int64_t n, Address self_coefficient, float grad_scale, const Adam& adam,
-                          Address W, Address v, Address last_step, int threads) {
+  using ShadowAddresses = std::pair<Address, Address>;
+  const auto shadow = [](const ShadowAddresses& s) { return Shadow{at<uint16_t>(s.first), at<double>(s.second)}; };
+  m.def("weight_step", [shadow](CscAddresses code, int64_t features, const Sources& sources, int64_t d, int64_t first,
+                                int64_t n, Address self_coefficient, float grad_scale, const Adam& adam, Address W,
+                                Address v, Address last_step, ShadowAddresses W_shadow, int threads) {
     const auto s = make_sources(sources);
-    current->weight_step(csc(code), s.data(), static_cast<int>(s.size()), d, first, n,
-                         at<const float>(self_coefficient), grad_scale, adam, at<float>(W), at<float>(v),
-                         at<int64_t>(last_step), threads);
+    current->weight_step(csc(code), s.data(), static_cast<int>(s.size()), d, first, n, at<const float>(self_coefficient),
+                         grad_scale, adam, at<float>(W), at<float>(v), at<int64_t>(last_step), shadow(W_shadow),
+                         scratch(code, features, d, threads).data(), threads);
   }, release());
 
-  m.def("row_step", [](Address G, Address colptr, int64_t d, int64_t n, float grad_scale, const Adam& adam, Address W, Address v,
-                       Address last_step, int threads) {
-    current->row_step(at<const float>(G), at<const int64_t>(colptr), d, n, grad_scale, adam, at<float>(W), at<float>(v), at<int64_t>(last_step),
-                      threads);
+  m.def("row_step", [shadow](Address G, Address colptr, int64_t d, int64_t n, float grad_scale, const Adam& adam, Address W,
+                             Address v, Address last_step, ShadowAddresses W_shadow, int threads) {
+    std::vector<float> rows(d * threads);
+    current->row_step(at<const float>(G), at<const int64_t>(colptr), d, n, grad_scale, adam, at<float>(W), at<float>(v),
+                      at<int64_t>(last_step), shadow(W_shadow), rows.data(), threads);
   }, release());
 
   m.def("scatter", [](Address indptr, Address indices, Address perm, int64_t first, int64_t n, int64_t width,

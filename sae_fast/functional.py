@@ -105,7 +105,7 @@ def _encode_backward(ctx, _indptr, _indices, grad_u, grad_values):
 
     grad_x = _ops.decode(indptr, indices, delta[None], W_enc, None)[0] if need_x else None
     grad_W = _ops.outer(*_csc(csc), [delta], [x], None, 0, W_enc.shape[0]) if need_W else None
-    return grad_x, grad_W, sums(need_bias, bias), sums(need_r, r), sums(need_b_mag, b_mag), *[None] * 5
+    return grad_x, grad_W, sums(need_bias, bias), sums(need_r, r), sums(need_b_mag, b_mag), *[None] * 8
 
 
 torch.library.register_autograd("sae_fast::encode", _encode_backward, setup_context=_encode_setup)

@@ -1,5 +1,6 @@
 // Sums of decoder rows.  A thread owns a row of the batch; each W row is read once for all value sets.
 #include "sae_fast/kernel_table.hpp"
+#include "sae_fast/parallel.hpp"
 #include "sae_fast/rows.hpp"
 
 namespace sae_fast {
@@ -7,8 +8,7 @@ namespace SAE_FAST_ISA {
 
 void decode(Csr code, int64_t nnz, const float* values, int64_t V, const float* W, int64_t d, const int64_t* bounds,
             int64_t G, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-  for (int64_t b = 0; b < code.rows; ++b) {
+  parallel_for(code.rows, 8, threads, [&](int64_t b, int) {
     int64_t j = code.indptr[b];
     const int64_t end = code.indptr[b + 1];
     while (j < end && code.indices[j] < bounds[0]) ++j;
@@ -25,7 +25,7 @@ void decode(Csr code, int64_t nnz, const float* values, int64_t V, const float* 
       for (; j < stop; ++j)
         for (int64_t v = 0; v < V; ++v) axpy(target(v), W + code.indices[j] * d, values[v * nnz + j], d);
     }
-  }
+  });
 }
 
 }  // namespace SAE_FAST_ISA

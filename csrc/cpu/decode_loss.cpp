@@ -1,6 +1,7 @@
 // decode, loss and sampled_dots in one visit of each example: its decoder rows come from memory once and are still in
 // cache when the residuals are dotted with them.  MATH.md §2.
 #include "sae_fast/kernel_table.hpp"
+#include "sae_fast/parallel.hpp"
 #include "sae_fast/rows.hpp"
 
 namespace sae_fast {
@@ -16,8 +17,7 @@ void decode_loss(Csr code, int64_t nnz, const float* magnitudes, const float* ga
                  const float* b_dec, const float* target, const float* sparsity_weight, double normaliser, int64_t d,
                  float* residual, float* residual_aux, float* losses, float* grads, int threads) {
   const float two = static_cast<float>(2.0 / normaliser), one = static_cast<float>(1.0 / normaliser);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-  for (int64_t b = 0; b < code.rows; ++b) {
+  parallel_for(code.rows, 8, threads, [&](int64_t b, int) {
     const int64_t begin = code.indptr[b], end = code.indptr[b + 1];
     float* r = residual + b * d;
     float* ra = gates ? residual_aux + b * d : nullptr;
@@ -67,7 +67,7 @@ void decode_loss(Csr code, int64_t nnz, const float* magnitudes, const float* ga
     losses[b * 3 + 0] = dot(r, r, d);
     losses[b * 3 + 1] = static_cast<float>(sparsity);
     losses[b * 3 + 2] = gates ? dot(ra, ra, d) : 0.0f;
-  }
+  });
 }
 
 }  // namespace SAE_FAST_ISA

@@ -1,13 +1,13 @@
 // Dots of a row of A with the weight rows of its entries: gradients with respect to values.
 #include "sae_fast/kernel_table.hpp"
+#include "sae_fast/parallel.hpp"
 #include "sae_fast/rows.hpp"
 
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
 void sampled_dots(Csr code, const float* A, const float* W, int64_t d, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-  for (int64_t b = 0; b < code.rows; ++b) {
+  parallel_for(code.rows, 8, threads, [&](int64_t b, int) {
     const float* a = A + b * d;
     int64_t j = code.indptr[b];
     const int64_t end = code.indptr[b + 1];
@@ -17,7 +17,7 @@ void sampled_dots(Csr code, const float* A, const float* W, int64_t d, float* ou
       dot4(a, rows, out + j, d);
     }
     for (; j < end; ++j) out[j] = dot(a, W + code.indices[j] * d, d);
-  }
+  });
 }
 
 }  // namespace SAE_FAST_ISA

@@ -6,8 +6,9 @@ namespace SAE_FAST_ISA {
 
 const Kernels& kernels() {
   static constexpr Kernels table = {
-      compact, activate,    decode,      sampled_dots, decode_loss, transpose,
-      outer,   grad_sqnorm, weight_step, row_step,     scatter,     gather,
+      compact,  round_rows, stale_rows,   column_residuals, screen_x,  screen_w, screen,      verify,   dot_block,
+      activate, decode,     sampled_dots, decode_loss,      transpose, outer,    grad_sqnorm, weight_step, row_step,
+      scatter,  gather,
   };
   return table;
 }

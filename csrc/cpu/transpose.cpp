@@ -1,20 +1,20 @@
 // CSR -> CSC by counting.  Each part owns a run of rows and, after the scan, a slot in every feature, so the result is the
 // same for any number of parts: rows ascend within a feature.
 #include "sae_fast/kernel_table.hpp"
+#include "sae_fast/parallel.hpp"
 
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
 void transpose(Csr code, int64_t features, int parts, int64_t* scratch, int64_t* colptr, int32_t* rows, int64_t* perm,
                int threads) {
-  const auto first_row = [&](int part) { return code.rows * part / parts; };
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int p = 0; p < parts; ++p) {
+  const auto first_row = [&](int64_t part) { return code.rows * part / parts; };
+  parallel_for(parts, 1, threads, [&](int64_t p, int) {
     int64_t* count = scratch + p * features;
     for (int64_t i = 0; i < features; ++i) count[i] = 0;
     const int64_t end = code.indptr[first_row(p + 1)];
     for (int64_t j = code.indptr[first_row(p)]; j < end; ++j) ++count[code.indices[j]];
-  }
+  });
   int64_t at = 0;
   for (int64_t i = 0; i < features; ++i) {
     colptr[i] = at;
@@ -25,8 +25,7 @@ void transpose(Csr code, int64_t features, int parts, int64_t* scratch, int64_t*
     }
   }
   colptr[features] = at;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int p = 0; p < parts; ++p) {
+  parallel_for(parts, 1, threads, [&](int64_t p, int) {
     int64_t* slot = scratch + p * features;
     const int64_t last = first_row(p + 1);
     for (int64_t b = first_row(p); b < last; ++b)
@@ -35,7 +34,7 @@ void transpose(Csr code, int64_t features, int parts, int64_t* scratch, int64_t*
         rows[to] = static_cast<int32_t>(b);
         perm[to] = j;
       }
-  }
+  });
 }
 
 }  // namespace SAE_FAST_ISA

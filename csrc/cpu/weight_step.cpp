@@ -1,8 +1,8 @@
 // outer, projection, Adam (beta1 = 0) and renormalisation of a weight row in one visit.  A thread owns a feature; a feature
 // without entries is not visited: its step is zero, and the decay of its v is made up for on the next visit.
 #include <math.h>
-#include <stdlib.h>
 
+#include "sae_fast/bf16.hpp"
 #include "sae_fast/gradient_row.hpp"
 #include "sae_fast/kernel_table.hpp"
 
@@ -32,37 +32,29 @@ static inline void adam_row(float* __restrict w, float* __restrict v, float* __r
   }
 }
 
+static inline void follow(const Shadow& shadow, const float* W, int64_t i, int64_t d) {
+  if (shadow.rows) round_row(W + i * d, d, shadow.rows + i * d, shadow.norms + 2 * i);
+}
+
 void weight_step(Csc code, const Source* sources, int n_sources, int64_t d, int64_t first, int64_t n,
                  const float* self_coefficient, float grad_scale, Adam adam, float* W, float* v, int64_t* last_step,
-                 int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    float* g = static_cast<float*>(::malloc(sizeof(float) * d));
-#pragma omp for schedule(dynamic, 64)
-    for (int64_t i = 0; i < n; ++i) {
-      if (code.colptr[first + i] == code.colptr[first + i + 1]) continue;
-      zero(g, d);
-      add_gradient_row(code, sources, n_sources, first + i, d, g);
-      if (self_coefficient) axpy(g, W + i * d, self_coefficient[i], d);
-      adam_row(W + i * d, v + i * d, g, d, grad_scale, adam, last_step + i);
-    }
-    ::free(g);
-  }
+                 Shadow shadow, float* scratch, int threads) {
+  for_gradient_rows({code, sources, n_sources, d}, nullptr, first, n, scratch, threads, false, [&](int64_t i, float* g) {
+    if (self_coefficient) axpy(g, W + i * d, self_coefficient[i], d);
+    adam_row(W + i * d, v + i * d, g, d, grad_scale, adam, last_step + i);
+    follow(shadow, W, i, d);
+  });
 }
 
 void row_step(const float* G, const int64_t* colptr, int64_t d, int64_t n, float grad_scale, Adam adam, float* W, float* v,
-              int64_t* last_step, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    float* g = static_cast<float*>(::malloc(sizeof(float) * d));
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < n; ++i) {
-      if (colptr && colptr[i] == colptr[i + 1]) continue;
-      for (int64_t k = 0; k < d; ++k) g[k] = G[i * d + k];
-      adam_row(W + i * d, v + i * d, g, d, grad_scale, adam, last_step + i);
-    }
-    ::free(g);
-  }
+              int64_t* last_step, Shadow shadow, float* scratch, int threads) {
+  parallel_for(n, 16, threads, [&](int64_t i, int worker) {
+    if (colptr && colptr[i] == colptr[i + 1]) return;
+    float* g = scratch + worker * d;
+    for (int64_t k = 0; k < d; ++k) g[k] = G[i * d + k];
+    adam_row(W + i * d, v + i * d, g, d, grad_scale, adam, last_step + i);
+    follow(shadow, W, i, d);
+  });
 }
 
 }  // namespace SAE_FAST_ISA

@@ -1,6 +1,7 @@
 """The ops: each declared once with torch.library, one file an op.  See each file for its contract and its bodies."""
 
 from sae_fast.ops._dispatch import use_backend
+from sae_fast.ops._screen import Shadow, make_shadow
 from sae_fast.ops.decode import decode
 from sae_fast.ops.decode_loss import DecodeLoss, decode_loss
 from sae_fast.ops.encode import encode
@@ -12,10 +13,12 @@ from sae_fast.ops.weight_step import project_rows, row_step, weight_step
 
 __all__ = [
     "DecodeLoss",
+    "Shadow",
     "decode",
     "decode_loss",
     "encode",
     "grad_sqnorm",
+    "make_shadow",
     "outer",
     "project_rows",
     "row_step",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_fast.ops._screen import Shadow
+
 
 def shape(name: str, tensor: Tensor, *want: int | str) -> None:
     """``want`` mixes numbers, which must match, and names such as "B", which stand for any size."""
@@ -146,3 +148,21 @@ def adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip) -> None:
         raise ValueError(f"step: got {step}, want one after the last_step of every row, up to {int(last_step.max())}")
     if not (lr >= 0 and 0 <= beta2 < 1 and eps > 0):
         raise ValueError(f"lr, beta2, eps: got {lr}, {beta2}, {eps}, want lr ≥ 0, 0 ≤ beta2 < 1, eps > 0")
+
+
+def shadow(W: Tensor, rows: Tensor | None, norms: Tensor | None) -> Shadow | None:
+    """The Shadow of a weight [F, d], from an op's two arguments."""
+    if rows is None and norms is None:
+        return None
+    if rows is None or norms is None:
+        raise ValueError("shadow: got one of rows and norms, want both or neither")
+    shape("shadow.rows", rows, *W.shape)
+    dtype("shadow.rows", rows, torch.bfloat16)
+    shape("shadow.norms", norms, W.shape[0], 2)
+    dtype("shadow.norms", norms, torch.float64)
+    for name, tensor in {"shadow.rows": rows, "shadow.norms": norms}.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: got strides {tensor.stride()}, want what make_shadow gave")
+        if W.dtype != torch.float32 or W.device.type != "cpu":
+            raise ValueError(f"shadow: got a weight in {W.dtype} on {W.device}, want float32 on the CPU")
+    return Shadow(rows, norms)

@@ -71,6 +71,13 @@ def cpu_rejects(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def log_once(op: str, message: str) -> None:
+    """At DEBUG level, once a process."""
+    if (op, message) not in _logged:
+        _logged.add((op, message))
+        logger.debug("%s: %s", op, message)
+
+
 def pick(op: str, bodies: Mapping[str, Callable], rejections: Mapping[str, str | None]) -> Callable:
     """The first body that is not rejected, or the forced one."""
     if _forced:
@@ -83,7 +90,5 @@ def pick(op: str, bodies: Mapping[str, Callable], rejections: Mapping[str, str |
         reason = rejections.get(name)
         if not reason:
             return without_autocast()(body)
-        if (op, reason) not in _logged:
-            _logged.add((op, reason))
-            logger.debug("%s: not %s: %s", op, name, reason)
+        log_once(op, f"not {name}: {reason}")
     raise RuntimeError(f"{op}: no body can take these arguments: {dict(rejections)}")

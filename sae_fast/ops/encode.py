@@ -1,7 +1,6 @@
 """encode: which features are active, and how strongly.
 
-Body ``cpu``: the product is torch's own, tile by tile (up to ``ROWS`` rows by as many features as keep the tile in
-cache), and each tile is compacted while it is still there: the [B, F] pre-activations never exist.
+Body ``cpu``: screened or dotted tile by tile, see _support.py.
 Body ``reference``: dense, any device and dtype; it also serves ``topk`` and ``batch_topk``.
 """
 
@@ -14,11 +13,11 @@ from sae_fast.code import SparseCode
 from sae_fast.ops import _checks
 from sae_fast.ops._dispatch import cpu_rejects, pick
 from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops._screen import Shadow
+from sae_fast.ops._support import PRECISIONS, find
 
 ACTIVATIONS = ("gated", "relu", "jumprelu")
 SUPPORTS = ("threshold", "topk", "batch_topk")
-ROWS = 2048
-TILE = 2**21  # floats in a tile: 8 MiB
 
 
 def encode(
@@ -33,6 +32,8 @@ def encode(
     support: str = "threshold",
     k: int = 0,
     slack: float = 0.0,
+    precision: str = "exact",
+    shadow: Shadow | None = None,
 ) -> SparseCode:
     """The sparse code of x [B, d] (b_dec already subtracted), with W_enc [F, d] and bias [F]; u = x W_encᵀ.
 
@@ -45,10 +46,19 @@ def encode(
       ``gated``       magnitudes 1[π > 0] ReLU(exp(r_mag) u + b_mag) and gates ReLU(π); bias is b_gate
       ``relu``        ReLU(π); bias is b_enc
       ``jumprelu``    1[π > threshold] ReLU(π)
+    ``precision``, of u and of the support on the C++ engine (the reference has that of its arguments):
+      ``exact``   every member, and u, by fp32 dots in one fixed order: bitwise the same for any chunking, number of threads
+                  or route.  Candidates come from a bfloat16 product with a proven bound where the processor has one
+                  (docs/screen.md), else every entry is dotted.
+      ``fp32``    torch's fp32 product decides
+      ``bf16``    a bfloat16 product decides and nothing is verified: entries near the threshold come and go, and u has
+                  8 bits.  No faster than ``exact`` by much.
+    ``shadow``: what ``ops.make_shadow(W_enc)`` gave, to save that pass; it must belong to W_enc as it is now.
     Differentiable with respect to x, W_enc, bias, r_mag and b_mag (not the threshold).  MATH.md §1.
     """
+    rows, norms = (None, None) if shadow is None else shadow
     indptr, indices, u, values = torch.ops.sae_fast.encode(
-        x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack
+        x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack, precision, rows, norms
     )
     return SparseCode(torch.Size((x.shape[0], W_enc.shape[0])), indptr, indices, u, values)
 
@@ -57,21 +67,28 @@ def encode(
     "sae_fast::encode",
     mutates_args=(),
     schema="(Tensor x, Tensor W_enc, Tensor bias, Tensor? r_mag, Tensor? b_mag, Tensor? threshold, str activation,"
-    " str support, int k, float slack) -> (Tensor indptr, Tensor indices, Tensor u, Tensor values)",
+    ' str support, int k, float slack, str precision="exact", Tensor? shadow_rows=None, Tensor? shadow_norms=None)'
+    " -> (Tensor indptr, Tensor indices, Tensor u, Tensor values)",
 )
-def _encode(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack):
+def _encode(
+    x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack, precision="exact", shadow_rows=None,
+    shadow_norms=None,
+):  # fmt: skip
     _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, want one of {PRECISIONS}")
+    shadow = _checks.shadow(W_enc, shadow_rows, shadow_norms)
     rejects = cpu_rejects(x, W_enc)
     if rejects is None and support != "threshold":
         rejects = f"support {support!r} takes the dense route"
     body = pick("encode", {"cpu": _cpu, "reference": _reference}, {"cpu": rejects})
     cut = _cut(threshold, activation, slack, bias)
     scale = None if r_mag is None else torch.exp(r_mag)
-    return body(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k)
+    return body(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, precision, shadow)
 
 
 @_encode.register_fake
-def _(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack):
+def _(x, W_enc, bias, r_mag, b_mag, threshold, activation, *_):
     nnz = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty(x.shape[0] + 1, dtype=torch.int64),
@@ -114,14 +131,10 @@ def _cut(threshold: Tensor | None, activation: str, slack: float, bias: Tensor) 
     return (torch.zeros_like(bias) if cut is None else cut) - slack
 
 
-def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
+def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, precision, shadow):
     x, W_enc, bias = x.contiguous(), W_enc.contiguous(), bias.contiguous()
     cut = None if cut is None else cut.contiguous()
-    pieces = [_cpu_rows(x[b : b + ROWS], W_enc, bias, cut) for b in range(0, x.shape[0], ROWS)]
-    pieces = pieces or [(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32), torch.empty(0))]
-    counts, indices, u = (torch.cat(part) for part in zip(*pieces, strict=True))
-    indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=indptr[1:])
+    indptr, indices, u = find(x, W_enc, bias, cut, precision, shadow)
     values = torch.empty(2 if activation == "gated" else 1, u.shape[0])
     vectors = [v if v is None else v.contiguous() for v in (scale, b_mag, threshold)]
     _C.activate(
@@ -131,26 +144,7 @@ def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
     return indptr, indices, u, values
 
 
-def _cpu_rows(x: Tensor, W_enc: Tensor, bias: Tensor, cut: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries a row [rows], indices and u [nnz] of a block of rows."""
-    rows, features = x.shape[0], W_enc.shape[0]
-    width = min(features, max(256, TILE // rows))
-    buffer = torch.empty(rows * width)
-    compactor = _C.Compactor(rows, threads())
-    for first in range(0, features, width):
-        last = min(first + width, features)
-        tile = buffer[: rows * (last - first)].view(rows, last - first)
-        torch.mm(x, W_enc[first:last].T, out=tile)
-        cut_at = 0 if cut is None else address(cut[first:])
-        compactor.add_tile(address(tile), last - first, first, address(bias[first:]), cut_at, threads())
-    nnz = compactor.nnz()
-    indptr = torch.empty(rows + 1, dtype=torch.int64)
-    indices, u = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz)
-    compactor.finish(address(indptr), address(indices), address(u), threads())
-    return indptr.diff(), indices, u
-
-
-def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
+def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, *_):
     u = x @ W_enc.T
     pi = u + bias
     if support == "threshold":

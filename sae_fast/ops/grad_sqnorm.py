@@ -63,7 +63,8 @@ def _cpu(W, colptr, rows, perm, values, A, self_coefficient, first_feature, proj
     out = torch.empty(W.shape[0], dtype=torch.float64)
     sources = [(address(v), address(a)) for v, a in zip(values, A, strict=True)]
     self_coefficient = None if self_coefficient is None else self_coefficient.contiguous()
-    _C.grad_sqnorm((address(colptr), address(rows), address(perm)), sources, W.shape[1], first_feature, W.shape[0],
+    csc = address(colptr), address(rows), address(perm)
+    _C.grad_sqnorm(csc, colptr.shape[0] - 1, sources, W.shape[1], first_feature, W.shape[0],
                    address(W), address(self_coefficient), project, address(out), threads())  # fmt: skip
     return out.sum()
 

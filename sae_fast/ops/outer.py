@@ -114,7 +114,8 @@ def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
         return
     sources = [(address(v), address(a)) for v, a in zip(values, A, strict=True)]
     features = None if features is None else features.contiguous()
-    _C.outer((address(colptr), address(rows), address(perm)), sources, A[0].shape[1], address(features),
+    csc = address(colptr), address(rows), address(perm)
+    _C.outer(csc, colptr.shape[0] - 1, sources, A[0].shape[1], address(features),
              first_feature, out.shape[0], address(out), threads())  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from sae_fast.code import RowGradient
 from sae_fast.ops import _checks, _dense
 from sae_fast.ops._dispatch import cpu_rejects, pick
 from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops._screen import Shadow, refresh
 
 
 def weight_step(
@@ -30,18 +31,20 @@ def weight_step(
     first_feature: int = 0,
     grad_scale: Tensor | None = None,
     skip: Tensor | None = None,
+    shadow: Shadow | None = None,
 ) -> None:
     """One exact lazy Adam step, in place, on the rows of W [n, d] whose features (``first_feature`` .. + n) have entries.
 
     v [n, d] is the raw second moment as of ``last_step`` [n] int64; ``step`` counts from 1.  A row without entries has a
     zero gradient, hence a zero step at β1 = 0; only its v would decay, and that is made up for when it is next touched:
     v ← β2^Δt v.  ``unit_rows``: the gradient's component along the row is removed before, the row renormalised after.
-    ``grad_scale`` (0-d, for clipping) multiplies the gradient; ``skip`` (0-d bool) makes the call a no-op.
+    ``grad_scale`` (0-d, for clipping) multiplies the gradient; ``skip`` (0-d bool) makes the call a no-op.  ``shadow``, of
+    ``ops.make_shadow(W)``, is brought up to date with the rows that change.
     """
     csc = gradient.csc
     torch.ops.sae_fast.weight_step(
         W, v, last_step, csc.colptr, csc.rows, csc.perm, gradient.values, gradient.A, gradient.self_coefficient,
-        first_feature, step, lr, beta2, eps, unit_rows, grad_scale, skip,
+        first_feature, step, lr, beta2, eps, unit_rows, grad_scale, skip, *_parts(shadow),
     )  # fmt: skip
 
 
@@ -58,30 +61,37 @@ def row_step(
     unit_rows: bool = False,
     grad_scale: Tensor | None = None,
     skip: Tensor | None = None,
+    shadow: Shadow | None = None,
 ) -> None:
     """The step of :func:`weight_step` from a dense gradient [n, d]; every row counts as touched."""
-    torch.ops.sae_fast.row_step(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip)
+    torch.ops.sae_fast.row_step(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip, *_parts(shadow))
+
+
+def _parts(shadow: Shadow | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if shadow is None else (shadow.rows, shadow.norms)
 
 
 @torch.library.custom_op(
     "sae_fast::weight_step",
-    mutates_args=("W", "v", "last_step"),
+    mutates_args=("W", "v", "last_step", "shadow_rows", "shadow_norms"),
     schema="(Tensor(a!) W, Tensor(b!) v, Tensor(c!) last_step, Tensor colptr, Tensor rows, Tensor perm, Tensor[] values,"
     " Tensor[] A, Tensor? self_coefficient, int first_feature, int step, float lr, float beta2, float eps,"
-    " bool unit_rows, Tensor? grad_scale, Tensor? skip) -> ()",
+    " bool unit_rows, Tensor? grad_scale, Tensor? skip, Tensor(d!)? shadow_rows=None,"
+    " Tensor(e!)? shadow_norms=None) -> ()",
 )
 def _weight_step(
     W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps, unit_rows,
-    grad_scale, skip,
+    grad_scale, skip, shadow_rows=None, shadow_norms=None,
 ):  # fmt: skip
     _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
     _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
+    shadow = _checks.shadow(W, shadow_rows, shadow_norms)
     body = pick(
         "weight_step", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W, last_step, colptr, rows, perm)}
     )
     if skip is None or not bool(skip):
         body(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-             unit_rows, grad_scale)  # fmt: skip
+             unit_rows, grad_scale, shadow)  # fmt: skip
 
 
 @_weight_step.register_fake
@@ -91,18 +101,34 @@ def _(*args):
 
 @torch.library.custom_op(
     "sae_fast::row_step",
-    mutates_args=("W", "v", "last_step"),
+    mutates_args=("W", "v", "last_step", "shadow_rows", "shadow_norms"),
     schema="(Tensor(a!) W, Tensor(b!) v, Tensor(c!) last_step, Tensor grad, int step, float lr, float beta2, float eps,"
-    " bool unit_rows, Tensor? grad_scale, Tensor? skip) -> ()",
+    " bool unit_rows, Tensor? grad_scale, Tensor? skip, Tensor(d!)? shadow_rows=None,"
+    " Tensor(e!)? shadow_norms=None) -> ()",
 )
-def _row_step(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip):
+def _row_step(
+    W,
+    v,
+    last_step,
+    grad,
+    step,
+    lr,
+    beta2,
+    eps,
+    unit_rows,
+    grad_scale,
+    skip,
+    shadow_rows=None,
+    shadow_norms=None,
+):
     _checks.shape("W", W, "n", "d")
     _checks.shape("grad", grad, *W.shape)
     _checks.floating("grad", grad, W, "W")
     _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
+    shadow = _checks.shadow(W, shadow_rows, shadow_norms)
     body = pick("row_step", {"cpu": _cpu_rows, "reference": _reference_rows}, {"cpu": cpu_rejects(W, last_step)})
     if skip is None or not bool(skip):
-        body(W, v, last_step, grad.contiguous(), step, lr, beta2, eps, unit_rows, grad_scale)
+        body(W, v, last_step, grad.contiguous(), step, lr, beta2, eps, unit_rows, grad_scale, shadow)
 
 
 @_row_step.register_fake
@@ -111,7 +137,7 @@ def _(*args):
 
 
 def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-         unit_rows, grad_scale):  # fmt: skip
+         unit_rows, grad_scale, shadow):  # fmt: skip
     if _dense.is_dense("weight_step", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
         colptr = colptr.contiguous()
         for first, last in _dense.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
@@ -119,24 +145,30 @@ def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first
             coefficient = None if self_coefficient is None else self_coefficient[at]
             grad = dense_gradient(W[at], colptr, rows, perm, values, A, coefficient, first_feature + first, last - first)
             touched = colptr[first_feature + first :]
-            _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale, touched)
+            part = None if shadow is None else Shadow(shadow.rows[at], shadow.norms[at])
+            _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale, part, touched)
         return
     values, A = [x.contiguous() for x in values], [a.contiguous() for a in A]
     colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
     sources = [(address(x), address(a)) for x, a in zip(values, A, strict=True)]
     self_coefficient = None if self_coefficient is None else self_coefficient.contiguous()
+    csc = address(colptr), address(rows), address(perm)
     _C.weight_step(
-        (address(colptr), address(rows), address(perm)), sources, W.shape[1], first_feature, W.shape[0],
+        csc, colptr.shape[0] - 1, sources, W.shape[1], first_feature, W.shape[0],
         address(self_coefficient), _scale(grad_scale), _C.Adam(lr, beta2, eps, step, unit_rows, unit_rows), address(W),
-        address(v), address(last_step), threads(),
+        address(v), address(last_step), _addresses(shadow), threads(),
     )  # fmt: skip
 
 
-def _cpu_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, colptr=None):
+def _cpu_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, shadow, colptr=None):
     """With colptr [n + 1], rows without entries are left alone."""
     adam = _C.Adam(lr, beta2, eps, step, unit_rows, unit_rows)
     _C.row_step(address(grad), address(colptr), W.shape[1], W.shape[0], _scale(grad_scale), adam, address(W), address(v),
-                address(last_step), threads())  # fmt: skip
+                address(last_step), _addresses(shadow), threads())  # fmt: skip
+
+
+def _addresses(shadow: Shadow | None) -> tuple[int, int]:
+    return (0, 0) if shadow is None else (address(shadow.rows), address(shadow.norms))
 
 
 def _scale(grad_scale: Tensor | None) -> float:
@@ -156,17 +188,19 @@ def project_rows(grad: Tensor, W: Tensor) -> Tensor:
 
 
 def _reference(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-               unit_rows, grad_scale):  # fmt: skip
+               unit_rows, grad_scale, shadow):  # fmt: skip
     n = W.shape[0]
     grad = dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, n)
     range_ = colptr[first_feature : first_feature + n + 1]
     at = (range_[1:] > range_[:-1]).nonzero()[:, 0]
     W_at, v_at, last_at = W[at], v[at], last_step[at]
-    _reference_rows(W_at, v_at, last_at, grad[at], step, lr, beta2, eps, unit_rows, grad_scale)
+    _reference_rows(W_at, v_at, last_at, grad[at], step, lr, beta2, eps, unit_rows, grad_scale, None)
     W[at], v[at], last_step[at] = W_at, v_at, last_at
+    if shadow is not None:
+        refresh(W, shadow)
 
 
-def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale):
+def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, shadow):
     if grad_scale is not None:
         grad = grad * grad_scale
     if unit_rows:
@@ -176,3 +210,5 @@ def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad
     W.addcdiv_(grad, (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps), value=-lr)
     if unit_rows:
         W.copy_(torch.nn.functional.normalize(W, dim=1))
+    if shadow is not None:
+        refresh(W, shadow)

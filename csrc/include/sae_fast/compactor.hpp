@@ -1,11 +1,12 @@
 // Collects the entries of a block of rows while its pre-activations are made tile by tile (all rows, some features), and
-// lays them out as CSR at the end.  Nothing is dropped: storage grows.  Plain code: the vectors are the kernel's.
+// lays them out as CSR at the end.  Nothing is dropped: storage grows.  Plain code: the vector loops are the kernels'.
 #pragma once
 #include <cstring>
 #include <new>
 #include <vector>
 
 #include "sae_fast/cpu.hpp"
+#include "sae_fast/parallel.hpp"
 
 namespace sae_fast {
 
@@ -17,36 +18,72 @@ class Compactor {
       parts_[p].first = rows * p / parts, parts_[p].last = rows * (p + 1) / parts;
   }
 
-  // tile [rows, width] of pre-activations for the features first .. first + width; bias and cut start at that feature.
-  void add_tile(const Kernels& kernels, const float* tile, int64_t width, int32_t first, const float* bias,
-                const float* cut, int threads) {
-    constexpr int64_t slack = 16;
-    counts_.emplace_back(rows_);
-    int32_t* counts = counts_.back().data();
-    bool out_of_memory = false;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(|| : out_of_memory)
-    for (size_t p = 0; p < parts_.size(); ++p) {
-      Part& part = parts_[p];
-      try {
-        for (int64_t b = part.first; b < part.last; ++b) {
-          part.reserve(part.size + width + slack);
-          const int64_t n = kernels.compact(tile + b * width, bias, cut, width, first, part.indices.data() + part.size,
-                                            part.u.data() + part.size);
-          counts[b] = static_cast<int32_t>(n);
-          part.size += n;
-        }
-      } catch (...) {  // an exception must not leave a parallel region
-        out_of_memory = true;
+  // What a tile of features is decided by: rows x [rows, d]; W [.., d], bias and cut (or null), which start at feature 0.
+  struct Layer {
+    const float *x, *W;
+    int64_t d;
+    const float *bias, *cut;
+  };
+
+  // tile [rows, width] of u for the features first .. first + width, which decides.
+  void add_tile(const Kernels& kernels, const Layer& layer, const float* tile, int64_t width, int32_t first, int threads) {
+    add(width, threads, [&](Part& part, int64_t b, int64_t n, int32_t* counts) {
+      for (int64_t r = 0; r < n; ++r) {
+        part.reserve(part.size + width + kSlack);
+        counts[r] = part.take(kernels.compact(tile + (b + r) * width, layer.bias + first, from(layer.cut, first), width,
+                                              first, part.next_index(), part.next_u()));
       }
-    }
-    if (out_of_memory) throw std::bad_alloc();
+    });
   }
 
-  int64_t nnz() const {
-    int64_t total = 0;
-    for (const Part& part : parts_) total += part.size;
-    return total;
+  // tile [rows, width] of bfloat16 upper bounds of u + bias - cut: what is not <= 0 is verified.  Where a block of rows
+  // has more candidates than dense_above of its entries, all of them are, which is faster then; the result is the same.
+  void add_screened_tile(const Kernels& kernels, const Layer& layer, const uint16_t* tile, int64_t width, int32_t first,
+                         double dense_above, int threads) {
+    add(width, threads, [&](Part& part, int64_t b, int64_t n, int32_t* counts) {
+      part.candidates.resize(n * width);
+      int64_t found[kBlock + 1] = {0};
+      for (int64_t r = 0; r < n; ++r)
+        found[r + 1] = found[r] + kernels.screen(tile + (b + r) * width, width, first, part.candidates.data() + found[r]);
+      part.screened += found[n];
+      if (found[n] > dense_above * static_cast<double>(n * width))
+        return add_dense_block(kernels, layer, part, b, n, width, first, counts);
+      part.reserve(part.size + found[n] + kSlack);
+      for (int64_t r = 0; r < n; ++r)
+        counts[r] = part.take(kernels.verify(layer.x + (b + r) * layer.d, layer.W, layer.d, layer.bias, layer.cut,
+                                             part.candidates.data() + found[r], found[r + 1] - found[r],
+                                             part.next_index(), part.next_u()));
+    });
   }
+
+  // tile [rows, width] of bfloat16 u + bias - cut, which decides: no verification.
+  void add_rounded_tile(const Kernels& kernels, const Layer& layer, const uint16_t* tile, int64_t width, int32_t first,
+                        int threads) {
+    add(width, threads, [&](Part& part, int64_t b, int64_t n, int32_t* counts) {
+      for (int64_t r = 0; r < n; ++r) {
+        part.reserve(part.size + width + kSlack);
+        const int64_t found = kernels.screen(tile + (b + r) * width, width, first, part.next_index());
+        for (int64_t j = 0; j < found; ++j) {
+          const int64_t i = part.next_index()[j];
+          const uint32_t bits = static_cast<uint32_t>(tile[(b + r) * width + i - first]) << 16;
+          float excess;
+          std::memcpy(&excess, &bits, sizeof excess);
+          part.next_u()[j] = excess - (layer.bias[i] - (layer.cut ? layer.cut[i] : 0.0f));
+        }
+        counts[r] = part.take(found);
+      }
+    });
+  }
+
+  // The features first .. first + width by fp32 dots alone.
+  void add_dense(const Kernels& kernels, const Layer& layer, int64_t width, int32_t first, int threads) {
+    add(width, threads, [&](Part& part, int64_t b, int64_t n, int32_t* counts) {
+      add_dense_block(kernels, layer, part, b, n, width, first, counts);
+    });
+  }
+
+  int64_t nnz() const { return total(&Part::size); }
+  int64_t candidates() const { return total(&Part::screened); }  // of all screened tiles
 
   // indptr [rows + 1], starting at 0; indices and u [nnz].
   void finish(int64_t* indptr, int32_t* indices, float* u, int threads) const {
@@ -56,8 +93,7 @@ class Compactor {
       for (const auto& counts : counts_) indptr[b + 1] += counts[b];
     }
     std::vector<int64_t> cursor(indptr, indptr + rows_);
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (size_t p = 0; p < parts_.size(); ++p) {
+    host::parallel_for(parts_.size(), 1, threads, [&](int64_t p, int) {
       const Part& part = parts_[p];
       int64_t from = 0;
       for (const auto& counts : counts_)
@@ -69,20 +105,67 @@ class Compactor {
           cursor[b] += n;
           from += n;
         }
-    }
+    });
   }
 
  private:
+  static constexpr int64_t kSlack = 16;  // compact() stores whole vectors
+  static constexpr int64_t kBlock = 48;  // rows that stay in cache beside the features' rows; a multiple of dot_block's 3 and 4
+
   struct Part {
-    int64_t first = 0, last = 0, size = 0;
-    std::vector<int32_t> indices;
-    std::vector<float> u;
+    int64_t first = 0, last = 0, size = 0, screened = 0;
+    std::vector<int32_t> indices, candidates;
+    std::vector<float> u, block;
     void reserve(int64_t n) {
       if (static_cast<int64_t>(indices.size()) >= n) return;
       indices.resize(n + n / 2);
       u.resize(n + n / 2);
     }
+    int32_t* next_index() { return indices.data() + size; }
+    float* next_u() { return u.data() + size; }
+    int32_t take(int64_t n) {
+      size += n;
+      return static_cast<int32_t>(n);
+    }
   };
+
+  int64_t total(int64_t Part::* count) const {
+    int64_t sum = 0;
+    for (const Part& part : parts_) sum += part.*count;
+    return sum;
+  }
+
+  static const float* from(const float* vector, int64_t first) { return vector ? vector + first : nullptr; }
+
+  void add_dense_block(const Kernels& kernels, const Layer& layer, Part& part, int64_t b, int64_t n, int64_t width,
+                       int32_t first, int32_t* counts) {
+    part.block.resize(kBlock * width);
+    kernels.dot_block(layer.x + b * layer.d, n, layer.W + first * layer.d, width, layer.d, part.block.data());
+    for (int64_t r = 0; r < n; ++r) {
+      part.reserve(part.size + width + kSlack);
+      counts[r] = part.take(kernels.compact(part.block.data() + r * width, layer.bias + first, from(layer.cut, first),
+                                            width, first, part.next_index(), part.next_u()));
+    }
+  }
+
+  // rows(part, b, n, counts) appends the entries of rows b .. b + n and writes how many each has.
+  template <class Rows>
+  void add(int64_t width, int threads, Rows rows) {
+    counts_.emplace_back(rows_);
+    int32_t* counts = counts_.back().data();
+    bool out_of_memory = false;
+    host::parallel_for(parts_.size(), 1, threads, [&](int64_t p, int) {
+      Part& part = parts_[p];
+      try {
+        for (int64_t b = part.first; b < part.last; b += kBlock)
+          rows(part, b, part.last - b < kBlock ? part.last - b : kBlock, counts + b);
+      } catch (...) {  // an exception must not leave a parallel region
+        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+      }
+    });
+    if (out_of_memory) throw std::bad_alloc();
+  }
+
   int64_t rows_;
   std::vector<Part> parts_;
   std::vector<std::vector<int32_t>> counts_;  // per tile, per row

@@ -1,15 +1,25 @@
-// One row of a weight gradient, summed over the entries of its feature in ascending row order.
+// Rows of a weight gradient, each summed over the entries of its feature in ascending row order, by runs of a fixed length:
+// a feature that is active almost everywhere would keep one thread busy long after the others, so its runs are shared.
+// The sum is the same whoever sums.
 #pragma once
+#include "sae_fast/parallel.hpp"
 #include "sae_fast/rows.hpp"
 
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
-static inline void add_gradient_row(const Csc& code, const Source* sources, int n_sources, int64_t feature, int64_t d,
-                                    float* g) {
-  const int64_t begin = code.colptr[feature], end = code.colptr[feature + 1];
-  for (int s = 0; s < n_sources; ++s) {
-    const float *values = sources[s].values, *A = sources[s].A;
+struct Gradient {
+  Csc code;
+  const Source* sources;
+  int n_sources;
+  int64_t d;
+};
+
+static inline void add_run(const Gradient& gradient, int64_t begin, int64_t end, float* g) {
+  const Csc& code = gradient.code;
+  const int64_t d = gradient.d;
+  for (int s = 0; s < gradient.n_sources; ++s) {
+    const float *values = gradient.sources[s].values, *A = gradient.sources[s].A;
     int64_t j = begin;
     for (; j + 4 <= end; j += 4) {
       const float* rows[4];
@@ -22,6 +32,35 @@ static inline void add_gradient_row(const Csc& code, const Source* sources, int 
     }
     for (; j < end; ++j) axpy(g, A + code.rows[j] * d, values[code.perm[j]], d);
   }
+}
+
+// use(i, g) with the gradient row g [d] of feature list[i] (or first + i when list is null), for every i < n whose feature
+// has entries, or for every i < n with `empty`.  scratch: gradient_scratch() floats.
+template <class Use>
+static inline void for_gradient_rows(const Gradient& gradient, const int64_t* list, int64_t first, int64_t n, float* scratch,
+                                     int threads, bool empty, const Use& use) {
+  const int64_t d = gradient.d;
+  const int64_t* colptr = gradient.code.colptr;
+  const auto feature = [&](int64_t i) { return list ? list[i] : first + i; };
+  const auto runs = [&](int64_t i) { return (colptr[feature(i) + 1] - colptr[feature(i)] + kRun - 1) / kRun; };
+  for (int64_t i = 0; i < n; ++i) {
+    if (runs(i) <= 1) continue;
+    const int64_t begin = colptr[feature(i)], end = colptr[feature(i) + 1];
+    parallel_for(runs(i), 1, threads, [&](int64_t r, int) {
+      float* g = scratch + r * d;
+      zero(g, d);
+      add_run(gradient, begin + r * kRun, begin + (r + 1) * kRun < end ? begin + (r + 1) * kRun : end, g);
+    });
+    for (int64_t r = 1; r < runs(i); ++r) axpy(scratch, scratch + r * d, 1.0f, d);
+    use(i, scratch);
+  }
+  parallel_for(n, 64, threads, [&](int64_t i, int worker) {
+    if (runs(i) > 1 || (runs(i) == 0 && !empty)) return;
+    float* g = scratch + worker * d;
+    zero(g, d);
+    add_run(gradient, colptr[feature(i)], colptr[feature(i) + 1], g);
+    use(i, g);
+  });
 }
 
 // g -= (g . w / |w|^2) w

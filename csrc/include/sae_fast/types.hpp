@@ -21,6 +21,11 @@ struct Source {         // one term of a weight gradient: sum over entries of va
   const float* A;       // [rows, d]
 };
 
+struct Shadow {  // of a weight [n, d]: sae_fast/ops/_screen.py; both null where none is kept
+  uint16_t* rows;  // [n, d] bfloat16
+  double* norms;   // [n, 2]
+};
+
 struct Adam {  // constants of one step; beta1 = 0
   double beta2;
   float step_size;           // the learning rate: with beta1 = 0 there is no first bias correction
@@ -30,6 +35,17 @@ struct Adam {  // constants of one step; beta1 = 0
   bool project;              // remove the gradient's component along the row
   bool renormalise;          // bring the row back to unit norm after
 };
+
+struct Screen {  // what both operands of the screening product share: csrc/cpu/screen.cpp
+  enum Term { x_residual, low_residual, accumulation, w_residual, w_outliers, bias, least, n_terms };
+  int64_t d, K;
+  const int64_t* outliers;  // [m] columns that enter as high and low parts
+  int64_t m;
+  double gamma;
+  const double* terms;  // [n_terms] factors of the terms of the bound, 1 but in tests; null: no bound
+};
+
+constexpr int64_t kRun = 2048;  // entries of a feature that are summed in one go: gradient_row.hpp
 
 enum class Activation : int { gated = 0, relu = 1, jumprelu = 2 };
 

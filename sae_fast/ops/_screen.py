@@ -1,0 +1,112 @@
+"""The screening product: every feature that could be active, at the price of a bfloat16 product.
+
+Both operands carry their own error bound in extra columns (csrc/cpu/screen.cpp), so that the product is an upper bound of
+π − cut and the screen is its sign.  docs/screen.md derives the bound.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_fast.ops._native import _C, address, threads
+
+MARGINS = 7  # columns for the bias and the error bound
+OUTLIERS = 16  # columns, at most, that enter as high and low parts
+FAR_MORE = 16.0  # times the median column's residual energy makes an outlier
+PARTS = 16  # runs of rows over which column residuals are summed: fixed, so that the choice of outliers is
+TERMS = torch.ones(7, dtype=torch.float64)  # factors of the bound's terms (Screen::Term): a test removes one at a time
+
+
+class Shadow(NamedTuple):
+    """What the screen needs of a weight [F, d]: ``rows`` [F, d] bfloat16, its rows rounded (subnormals to 0), and ``norms``
+    [F, 2] float64, of the rows and of what rounding took from them."""
+
+    rows: Tensor
+    norms: Tensor
+
+
+def make_shadow(W: Tensor) -> Shadow:
+    """The Shadow of W [F, d] float32, in one pass.  It holds as long as W's values do."""
+    W = W.detach().contiguous()
+    return Shadow(*_round(W, W.shape[1]))
+
+
+def refresh(W: Tensor, shadow: Shadow) -> None:
+    """Brings a Shadow up to date with its W, in place."""
+    n, d = W.shape
+    _C.round_rows(address(W), n, d, d, address(shadow.rows), address(shadow.norms), threads())
+
+
+def stale(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
+    """How many rows of W[first:last] are no longer what the Shadow was made from."""
+    return _C.stale_rows(address(W[first:last]), last - first, W.shape[1], address(shadow.rows[first:last]), threads())
+
+
+@cache
+def unavailable() -> str | None:
+    """Why there is no screening product here, or None."""
+    if not _C.has_bf16_product():
+        return "this processor has no bfloat16 product"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN, whose bfloat16 product sums in float32"
+    # Sums of 1 and 2^-8 that any rounding to bfloat16 on the way would lose.
+    ones = torch.full((64, 1024), 2.0**-4, dtype=torch.bfloat16)
+    ones[:, 0] = 1
+    if not bool((torch.mm(ones, ones.T) == 1 + 1023 / 256).all()):
+        return "this torch's bfloat16 product does not sum in float32"
+    return None
+
+
+class Operands:
+    """The two operands of the screening product of x [B, d] and a layer; ``margins=False`` leaves the bound out.  Without
+    a shadow W is rounded run by run."""
+
+    def __init__(self, x: Tensor, W: Tensor, shadow: Shadow | None, bias: Tensor, cut: Tensor | None, margins: bool = True):
+        d = x.shape[1]
+        self.W, self.shadow, self.bias, self.cut, self.margins = W, shadow, bias, cut, margins
+        self.rows, norms = _round(x, _to_32(d + MARGINS + OUTLIERS))
+        self.outliers = outlier_columns(x, self.rows) if margins else torch.empty(0, dtype=torch.int64)
+        m, K = self.outliers.shape[0], self.rows.shape[1]
+        gamma = (K + 8) * 2.0**-23
+        self.screen = _C.Screen(d, K, address(self.outliers), m, gamma, address(TERMS) if margins else 0)
+        _C.screen_x(self.screen, address(x), x.shape[0], address(norms), address(self.rows), threads())
+
+    def weights(self, first: int, last: int, out: Tensor) -> Tensor:
+        """Rows [last − first, K] of W's operand, in the memory of ``out``."""
+        W = self.W[first:last]
+        rows, norms = make_shadow(W) if self.shadow is None else (part[first:last] for part in self.shadow)
+        out = out[: last - first]
+        cut = 0 if self.cut is None else address(self.cut[first:])
+        _C.screen_w(
+            self.screen, address(rows), address(W), last - first, address(norms), address(self.bias[first:]), cut,
+            address(out), threads(),
+        )  # fmt: skip
+        return out
+
+
+def outlier_columns(x: Tensor, rounded: Tensor) -> Tensor:
+    """int64, ascending: the columns from which rounding took far more than from the median one.
+
+    One norm over all columns is useless where a few dimensions are a hundred times larger than the rest (massive
+    activations); these get a bound of their own."""
+    n, d = x.shape
+    sums = torch.empty(PARTS, d)
+    _C.column_residuals(address(x), address(rounded), n, d, rounded.shape[1], PARTS, address(sums), threads())
+    energy = sums.sum(0)
+    top = energy.topk(min(OUTLIERS, d))
+    return top.indices[top.values > FAR_MORE * energy.median()].sort().values
+
+
+def _round(A: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    n, d = A.shape
+    rows, norms = torch.empty(n, K, dtype=torch.bfloat16), torch.empty(n, 2, dtype=torch.float64)
+    _C.round_rows(address(A), n, d, K, address(rows), address(norms), threads())
+    return rows, norms
+
+
+def _to_32(width: int) -> int:
+    return -(-width // 32) * 32

@@ -1,0 +1,113 @@
+"""The C++ engine's ways to the support of a block of rows: tile by tile, so that the [B, F] pre-activations never exist.
+
+  screen    bfloat16 product as an upper bound, what passes it decided by fixed-order fp32 dots (precision "exact")
+  dots      the same dots for every entry: the same result, for few rows or without a bfloat16 product
+  product   torch's fp32 product decides (precision "fp32")
+  rounded   the bfloat16 product decides (precision "bf16")
+
+A tile is up to ``ROWS`` rows by as many features as keep it in cache; it is compacted while it is still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sae_fast.ops import _screen
+from sae_fast.ops._dispatch import log_once
+from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops._screen import Shadow
+
+PRECISIONS = ("exact", "fp32", "bf16")
+ROWS = 2048
+TILE = 2**21  # entries in a tile
+# The committed crossovers: like those of _dense.py from sweeps at d 768, F 24576 on two Sapphire Rapids cores.
+FEW_ROWS = {"shadow": 4, "no shadow": 64}  # below, reading W once is all there is to it: dots
+DENSE_ABOVE = 0.2  # candidates ÷ entries of a block of rows above which all entries are dotted
+
+
+def route(precision: str, rows: int, shadow: Shadow | None) -> str:
+    """Which way a batch of ``rows`` rows takes."""
+    if precision == "fp32":
+        return "product"
+    if rows < FEW_ROWS["no shadow" if shadow is None else "shadow"]:
+        return "dots"
+    reason = _screen.unavailable()
+    if reason is not None:
+        log_once("encode", f"not screened: {reason}; fp32 dots are taken for every entry")
+        return "dots"
+    return "screen" if precision == "exact" else "rounded"
+
+
+def find(
+    x: Tensor, W: Tensor, bias: Tensor, cut: Tensor | None, precision: str, shadow: Shadow | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """indptr, indices and u of the entries of x [B, d] with not (x·w + bias <= cut)."""
+    way = route(precision, x.shape[0], shadow)
+    if way in ("screen", "rounded") and shadow is None and x.shape[0] > ROWS:  # else it serves one block only
+        shadow = _screen.make_shadow(W)
+    counts, indices, u = [], [], []
+    for first in range(0, x.shape[0], ROWS):
+        rows = x[first : first + ROWS]
+        compactor = _C.Compactor(rows.shape[0], threads())
+        layer = _C.Layer(address(rows), address(W), W.shape[1], address(bias), address(cut))
+        if way in ("screen", "rounded"):
+            _screened(compactor, layer, _screen.Operands(rows, W, shadow, bias, cut, margins=way == "screen"))
+        elif way == "dots":
+            _dotted(compactor, layer, rows, W)
+        else:
+            _multiplied(compactor, layer, rows, W)
+        nnz = compactor.nnz()
+        indptr = torch.empty(rows.shape[0] + 1, dtype=torch.int64)
+        indices.append(torch.empty(nnz, dtype=torch.int32))
+        u.append(torch.empty(nnz))
+        compactor.finish(address(indptr), address(indices[-1]), address(u[-1]), threads())
+        counts.append(indptr.diff())
+    indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64)
+    if not counts:
+        return indptr, torch.empty(0, dtype=torch.int32), torch.empty(0)
+    torch.cumsum(_cat(counts), 0, out=indptr[1:])
+    return indptr, _cat(indices), _cat(u)
+
+
+def _screened(compactor, layer, operands: _screen.Operands) -> None:
+    rows, K = operands.rows.shape
+    features = operands.W.shape[0]
+    weights = torch.empty(_width(rows, features), K, dtype=torch.bfloat16)
+    for first, last, tile in _tiles(rows, features, torch.bfloat16):
+        torch.mm(operands.rows, operands.weights(first, last, weights).T, out=tile)
+        if operands.margins:
+            compactor.add_screened_tile(layer, address(tile), last - first, first, DENSE_ABOVE, threads())
+        else:
+            compactor.add_rounded_tile(layer, address(tile), last - first, first, threads())
+
+
+def _dotted(compactor, layer, x: Tensor, W: Tensor) -> None:
+    width = _width(x.shape[0], W.shape[0])
+    for first in range(0, W.shape[0], width):
+        compactor.add_dense(layer, min(width, W.shape[0] - first), first, threads())
+
+
+def _multiplied(compactor, layer, x: Tensor, W: Tensor) -> None:
+    for first, last, tile in _tiles(x.shape[0], W.shape[0], torch.float32):
+        torch.mm(x, W[first:last].T, out=tile)
+        compactor.add_tile(layer, address(tile), last - first, first, threads())
+
+
+def _width(rows: int, features: int) -> int:
+    return min(features, max(256, TILE // rows))
+
+
+def _tiles(rows: int, features: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, last, memory for [rows, last − first]) of each run of features."""
+    width = _width(rows, features)
+    buffer = torch.empty(rows * width, dtype=dtype)
+    for first in range(0, features, width):
+        last = min(first + width, features)
+        yield first, last, buffer[: rows * (last - first)].view(rows, last - first)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
