@@ -30,10 +30,11 @@ def gated_loss(
     l1_coefficient: float,
     dialect: str = "paper",
     target: Tensor | None = None,
+    precision: str = "exact",
 ) -> Loss:
     """Equation (8), as :func:`sae_fast.reference.gated_loss`, on the engine.  x [B, d]; ``target`` [B, d] replaces x in
-    the errors.  Differentiable with respect to x, target and every parameter."""
-    code = encode(x - b_dec, W_enc, b_gate, activation="gated", r_mag=r_mag, b_mag=b_mag)
+    the errors.  ``precision`` as in ops.encode.  Differentiable with respect to x, target and every parameter."""
+    code = encode(x - b_dec, W_enc, b_gate, activation="gated", r_mag=r_mag, b_mag=b_mag, precision=precision)
     weight = sparsity_weight(W_dec, l1_coefficient, dialect)
     target = x if target is None else target
     losses = decode_loss(code, W_dec, b_dec, target, weight, x.shape[0], stop_auxiliary=dialect == "paper").losses
@@ -49,9 +50,10 @@ def relu_loss(
     l1_coefficient: float,
     dialect: str = "paper",
     target: Tensor | None = None,
+    precision: str = "exact",
 ) -> Loss:
     """‖x − x̂‖² + λ‖f‖₁, as :func:`sae_fast.reference.relu_loss`, on the engine."""
-    code = encode(x - b_dec, W_enc, b_enc, activation="relu")
+    code = encode(x - b_dec, W_enc, b_enc, activation="relu", precision=precision)
     weight = sparsity_weight(W_dec, l1_coefficient, dialect)
     losses = decode_loss(code, W_dec, b_dec, x if target is None else target, weight, x.shape[0]).losses
     return Loss(losses.sum(), *losses.unbind())

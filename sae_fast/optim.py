@@ -60,10 +60,12 @@ class RowAdam(torch.optim.Optimizer):
         rows: Mapping[torch.nn.Parameter, RowGradient | Tensor] | None = None,
         grad_scale: Tensor | None = None,
         skip: Tensor | None = None,
+        shadows: Mapping[torch.nn.Parameter, ops.Shadow] | None = None,
     ) -> Any:
         """One step on every parameter that has a gradient, in ``rows`` or in ``.grad``.
 
-        ``grad_scale`` (0-d) multiplies every gradient; ``skip`` (0-d bool) makes the step a no-op.
+        ``grad_scale`` (0-d) multiplies every gradient; ``skip`` (0-d bool) makes the step a no-op.  ``shadows`` of
+        parameters [F, d] are brought up to date with them.
         """
         loss = None
         if closure is not None:
@@ -75,10 +77,17 @@ class RowAdam(torch.optim.Optimizer):
             for p in group["params"]:
                 gradient = (rows or {}).get(p, p.grad)
                 if gradient is not None:
-                    self._step_one(p, gradient, group, grad_scale)
+                    self._step_one(p, gradient, group, grad_scale, (shadows or {}).get(p))
         return loss
 
-    def _step_one(self, p: Tensor, gradient: RowGradient | Tensor, group: dict, grad_scale: Tensor | None) -> None:
+    def _step_one(
+        self,
+        p: Tensor,
+        gradient: RowGradient | Tensor,
+        group: dict,
+        grad_scale: Tensor | None,
+        shadow: ops.Shadow | None,
+    ) -> None:
         state = self.state[p]
         if not state:
             self._initialise(p, state, group)
@@ -91,10 +100,12 @@ class RowAdam(torch.optim.Optimizer):
         W, v = _as_rows(p), _as_rows(state["exp_avg_sq"])
         settings = dict(
             step=state["step"], lr=float(group["lr"]), beta2=beta2, eps=group["eps"], unit_rows=group["unit_rows"],
-            grad_scale=grad_scale,
+            grad_scale=grad_scale, shadow=shadow,
         )  # fmt: skip
         if not lazy:
             self._dense_step(p, gradient, state, group, grad_scale)
+            if shadow is not None:
+                ops.refresh_shadow(p, shadow)
         elif isinstance(gradient, RowGradient):
             ops.weight_step(W, v, state["last_step"], gradient, **settings)
         else:

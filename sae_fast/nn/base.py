@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +22,8 @@ class SparseAutoencoder(nn.Module):
 
     Inputs x are [..., d_in], any strides, fp32, bf16 or fp16 (or the module's own dtype); ``ValueError`` names what is
     wrong with any other, and the index of the first NaN or infinity.
+
+    ``precision`` is how the encoder's product is taken, "exact", "fp32" or "bf16": see :func:`sae_fast.ops.encode`.
     """
 
     activation: str  # of ops.encode
@@ -30,6 +36,7 @@ class SparseAutoencoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         seed: int | None = None,
+        precision: str = "exact",
     ):
         """W_dec has random unit rows, W_enc is its copy, every bias is zero: the peers' initialisation.  ``seed`` makes it
         repeatable without touching torch's global generator."""
@@ -40,6 +47,8 @@ class SparseAutoencoder(nn.Module):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, want a floating-point dtype")
         self.d_in, self.d_sae = d_in, d_sae
+        self.precision = precision
+        self._frozen: ops.KeptShadow | None = None
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         W_dec = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_enc = nn.Parameter(W_dec.to(device, dtype, copy=True))
@@ -49,7 +58,18 @@ class SparseAutoencoder(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device)))
 
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={self.W_enc.dtype}"
+        exact = "" if self.precision == "exact" else f", precision={self.precision!r}"
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={self.W_enc.dtype}{exact}"
+
+    @property
+    def precision(self) -> str:
+        return self._precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        if value not in ops.PRECISIONS:
+            raise ValueError(f"precision: got {value!r}, want one of {ops.PRECISIONS}")
+        self._precision = value
 
     # ---- Inference --------------------------------------------------------------------------------------------------
 
@@ -90,9 +110,27 @@ class SparseAutoencoder(nn.Module):
             _checks.finite(name, rows)
         return rows.reshape(-1, self.d_in)
 
-    def _code(self, x_c: Tensor) -> SparseCode:
-        """The code of centred rows x_c [B, d_in]."""
-        raise NotImplementedError
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """For inference: what the encoder's product needs of W_enc is made once for all calls in the ``with`` block, not
+        in each of them.  Assigning, loading or moving W_enc in the block is noticed; writing to its memory behind torch's
+        back (``.data``, numpy, a fused optimizer) is not."""
+        outer, self._frozen = self._frozen, ops.KeptShadow()
+        try:
+            yield
+        finally:
+            self._frozen = outer
+
+    def _code(self, x_c: Tensor, shadow: ops.Shadow | None = None) -> SparseCode:
+        """The code of centred rows x_c [B, d_in]; ``shadow`` is W_enc's."""
+        if shadow is None and self._frozen is not None:
+            shadow = self._frozen.of(self.W_enc)
+        bias, *vectors = self.per_feature
+        arguments: dict[str, Any] = {name: self.get_parameter(name) for name in vectors}
+        return ops.encode(
+            x_c, self.W_enc, self.get_parameter(bias), activation=self.activation, precision=self.precision,
+            shadow=shadow, **arguments,
+        )  # fmt: skip
 
     # ---- Training ---------------------------------------------------------------------------------------------------
 
@@ -130,15 +168,15 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     @without_autocast()
     def row_gradients(
-        self, x: Tensor, l1_coefficient: float, dialect: str = "paper"
+        self, x: Tensor, l1_coefficient: float, dialect: str = "paper", shadow: ops.Shadow | None = None
     ) -> tuple[Tensor, SparseCode, dict[str, RowGradient | Tensor]]:
         """(losses [3], code, gradient of each parameter by name) for rows x [B, d_in], without autograd.
 
         The gradients are RowGradients: nothing dense but b_dec's exists.  This is the Trainer's fused path; the losses
-        and gradients are those of :meth:`loss`.
+        and gradients are those of :meth:`loss`.  ``shadow`` is W_enc's, if the caller keeps one.
         """
         n, x_c = x.shape[0], x - self.b_dec
-        code = self._code(x_c)
+        code = self._code(x_c, shadow)
         weight = functional.sparsity_weight(self.W_dec, l1_coefficient, dialect)
         out = ops.decode_loss(code, self.W_dec, self.b_dec, x, weight, n)
         csc = ops.transpose(code)

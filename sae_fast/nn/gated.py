@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sae_fast import functional, ops, reference
-from sae_fast.code import SparseCode
+from sae_fast import functional, reference
 from sae_fast.nn.base import SparseAutoencoder
 from sae_fast.nn.jumprelu import JumpReluSAE
 from sae_fast.reference import Loss
@@ -24,16 +23,13 @@ class GatedSAE(SparseAutoencoder):
     b_mag: nn.Parameter
     r_mag: nn.Parameter
 
-    def _code(self, x_c: Tensor) -> SparseCode:
-        return ops.encode(x_c, self.W_enc, self.b_gate, activation="gated", r_mag=self.r_mag, b_mag=self.b_mag)
-
     def loss(self, x: Tensor, l1_coefficient: float, dialect: str = "paper", target: Tensor | None = None) -> Loss:
         """Equation (8) on x [..., d_in]: .total .reconstruction .sparsity .auxiliary, differentiable, means over the
         examples.  ``dialect``: "paper" or "saelens" (MATH.md §1); ``target`` replaces x in the errors."""
         target = None if target is None else self.check_input(target, "target")
         return functional.gated_loss(
             self.check_input(x), self.W_enc, self.b_gate, self.b_mag, self.r_mag, self.W_dec, self.b_dec,
-            l1_coefficient, dialect, target,
+            l1_coefficient, dialect, target, self.precision,
         )  # fmt: skip
 
     @torch.no_grad()

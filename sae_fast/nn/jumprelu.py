@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from sae_fast import ops
-from sae_fast.code import SparseCode
 from sae_fast.nn.base import SparseAutoencoder
 
 
@@ -17,6 +15,3 @@ class JumpReluSAE(SparseAutoencoder):
     per_feature = ("b_enc", "threshold")
     b_enc: nn.Parameter
     threshold: nn.Parameter
-
-    def _code(self, x_c: Tensor) -> SparseCode:
-        return ops.encode(x_c, self.W_enc, self.b_enc, activation="jumprelu", threshold=self.threshold)

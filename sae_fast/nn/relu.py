@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sae_fast import functional, ops
-from sae_fast.code import SparseCode
+from sae_fast import functional
 from sae_fast.nn.base import SparseAutoencoder
 from sae_fast.reference import Loss
 
@@ -17,12 +16,10 @@ class ReluSAE(SparseAutoencoder):
     per_feature = ("b_enc",)
     b_enc: nn.Parameter
 
-    def _code(self, x_c: Tensor) -> SparseCode:
-        return ops.encode(x_c, self.W_enc, self.b_enc, activation="relu")
-
     def loss(self, x: Tensor, l1_coefficient: float, dialect: str = "paper", target: Tensor | None = None) -> Loss:
         """‖x − x̂‖² + λ‖f‖₁ on x [..., d_in], differentiable; the auxiliary term is 0.  Arguments as GatedSAE.loss."""
         target = None if target is None else self.check_input(target, "target")
         return functional.relu_loss(
-            self.check_input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec, l1_coefficient, dialect, target
-        )
+            self.check_input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec, l1_coefficient, dialect, target,
+            self.precision,
+        )  # fmt: skip

@@ -1,7 +1,8 @@
 """The ops: each declared once with torch.library, one file an op.  See each file for its contract and its bodies."""
 
 from sae_fast.ops._dispatch import use_backend
-from sae_fast.ops._screen import Shadow, make_shadow
+from sae_fast.ops._screen import KeptShadow, Shadow, make_shadow, refresh_shadow, stale_rows
+from sae_fast.ops._support import PRECISIONS
 from sae_fast.ops.decode import decode
 from sae_fast.ops.decode_loss import DecodeLoss, decode_loss
 from sae_fast.ops.encode import encode
@@ -12,7 +13,9 @@ from sae_fast.ops.transpose import transpose
 from sae_fast.ops.weight_step import project_rows, row_step, weight_step
 
 __all__ = [
+    "PRECISIONS",
     "DecodeLoss",
+    "KeptShadow",
     "Shadow",
     "decode",
     "decode_loss",
@@ -21,8 +24,10 @@ __all__ = [
     "make_shadow",
     "outer",
     "project_rows",
+    "refresh_shadow",
     "row_step",
     "sampled_dots",
+    "stale_rows",
     "touched",
     "transpose",
     "use_backend",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_fast.ops._dispatch import cpu_rejects
 from sae_fast.ops._native import _C, address, threads
 
 MARGINS = 7  # columns for the bias and the error bound
@@ -35,15 +36,40 @@ def make_shadow(W: Tensor) -> Shadow:
     return Shadow(*_round(W, W.shape[1]))
 
 
-def refresh(W: Tensor, shadow: Shadow) -> None:
+def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
     """Brings a Shadow up to date with its W, in place."""
     n, d = W.shape
     _C.round_rows(address(W), n, d, d, address(shadow.rows), address(shadow.norms), threads())
 
 
-def stale(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
+def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
     """How many rows of W[first:last] are no longer what the Shadow was made from."""
     return _C.stale_rows(address(W[first:last]), last - first, W.shape[1], address(shadow.rows[first:last]), threads())
+
+
+class KeptShadow:
+    """A Shadow that is kept across calls, for whoever knows when its weight changes."""
+
+    def __init__(self) -> None:
+        self.shadow: Shadow | None = None
+        self._made_from: tuple[int, int, torch.Size] | None = None
+
+    def of(self, W: Tensor) -> Shadow | None:
+        """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves."""
+        if cpu_rejects(W) or unavailable():
+            return None
+        if self.shadow is None or self._made_from != _identity(W):
+            self.shadow = make_shadow(W)
+            self._made_from = _identity(W)
+        return self.shadow
+
+    def follows(self, W: Tensor) -> None:
+        """W has changed, and the Shadow with it."""
+        self._made_from = _identity(W)
+
+
+def _identity(W: Tensor) -> tuple[int, int, torch.Size]:
+    return W.data_ptr(), 0 if W.is_inference() else W._version, W.shape
 
 
 @cache

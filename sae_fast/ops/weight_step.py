@@ -14,7 +14,7 @@ from sae_fast.code import RowGradient
 from sae_fast.ops import _checks, _dense
 from sae_fast.ops._dispatch import cpu_rejects, pick
 from sae_fast.ops._native import _C, address, threads
-from sae_fast.ops._screen import Shadow, refresh
+from sae_fast.ops._screen import Shadow, refresh_shadow
 
 
 def weight_step(
@@ -197,7 +197,7 @@ def _reference(W, v, last_step, colptr, rows, perm, values, A, self_coefficient,
     _reference_rows(W_at, v_at, last_at, grad[at], step, lr, beta2, eps, unit_rows, grad_scale, None)
     W[at], v[at], last_step[at] = W_at, v_at, last_at
     if shadow is not None:
-        refresh(W, shadow)
+        refresh_shadow(W, shadow)
 
 
 def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, shadow):
@@ -211,4 +211,4 @@ def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad
     if unit_rows:
         W.copy_(torch.nn.functional.normalize(W, dim=1))
     if shadow is not None:
-        refresh(W, shadow)
+        refresh_shadow(W, shadow)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,6 +131,7 @@ class Trainer:
         groups = [{"params": [sae.W_dec], "unit_rows": dialect == "paper"}, {"params": rest}]
         self.optimizer = RowAdam(groups, lr=lr, betas=betas, eps=eps)
         self.step_count = 0
+        self._kept = ops.KeptShadow()  # of W_enc: this Trainer is its sole writer between steps
 
     def step(self, x: Tensor) -> StepLog:
         """One optimizer step on a batch x [..., d_in].
@@ -146,7 +148,8 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"step {index}: {error}") from error
         l1 = settings.l1_coefficient * schedules.warmup(index, settings.l1_warmup_steps)
-        losses, code, gradients = self.sae.row_gradients(rows, l1, settings.dialect)
+        shadow = self._shadow()
+        losses, code, gradients = self.sae.row_gradients(rows, l1, settings.dialect, shadow)
         try:
             self._check_finite(index, losses, gradients)
         except FloatingPointError:
@@ -157,7 +160,9 @@ class Trainer:
         lr *= schedules.decay(index, settings.lr_decay_start, settings.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step(rows=by_parameter, grad_scale=self._clip(gradients))
+        shadows = {} if shadow is None else {self.sae.W_enc: shadow}
+        self.optimizer.step(rows=by_parameter, grad_scale=self._clip(gradients), shadows=shadows)
+        self._kept.follows(self.sae.W_enc)
         self.step_count += 1
         return StepLog(index, lr, l1, losses, code)
 
@@ -239,6 +244,24 @@ class Trainer:
             undo["W_dec"] = self.sae.W_dec.clone()
             self.sae.W_dec.copy_(torch.nn.functional.normalize(self.sae.W_dec, dim=1))
         return undo
+
+    def _shadow(self) -> ops.Shadow | None:
+        """W_enc's Shadow, which every step keeps up to date.  What else writes to W_enc is noticed at once where torch
+        counts it, and otherwise by comparing a sixteenth of the rows a step."""
+        W = self.sae.W_enc
+        shadow = None if self.sae.precision == "fp32" else self._kept.of(W)
+        if shadow is None:
+            return None
+        sixteenth = self.step_count % 16
+        first, last = (W.shape[0] * i // 16 for i in (sixteenth, sixteenth + 1))
+        if ops.stale_rows(W, shadow, first, last):
+            warnings.warn(
+                f"step {self.step_count}: W_enc has been changed since the last step in a way that torch does not count "
+                "(.data, numpy, a fused optimizer); up to 16 steps may have missed active features of changed rows",
+                stacklevel=3,
+            )
+            ops.refresh_shadow(W, shadow)
+        return shadow
 
     def _check_finite(self, index: int, losses: Tensor, gradients: dict[str, RowGradient | Tensor]) -> None:
         parts = {"reconstruction": losses[0], "sparsity": losses[1], "auxiliary": losses[2]}
