@@ -235,6 +235,15 @@ PYBIND11_MODULE(_C, m) {
                      at<const float>(values), at<float>(out), threads);
   }, release());
 
+  m.def("value_gradients", [](bool gated, std::pair<Address, Address> code, int64_t rows, int64_t nnz, Address u, Address values,
+                              Address scale, Address sparsity_weight, double normaliser, int64_t features, int parts,
+                              Address dots, Address dots_aux, Address sums, int threads) {
+    std::vector<float> row(features * threads);
+    current->value_gradients(gated, csr(code, rows), nnz, at<const float>(u), at<const float>(values), at<const float>(scale),
+                             at<const float>(sparsity_weight), normaliser, features, parts, at<float>(dots),
+                             at<const float>(dots_aux), at<float>(sums), row.data(), threads);
+  }, release());
+
   m.def("gather", [](Address indptr, Address indices, int64_t first, int64_t n, int64_t width, Address dense,
                      Address out, int threads) {
     current->gather(at<const int64_t>(indptr), at<const int32_t>(indices), first, n, width, at<const float>(dense),

@@ -178,6 +178,8 @@ class SparseAutoencoder(nn.Module):
         n, x_c = x.shape[0], x - self.b_dec
         code = self._code(x_c, shadow)
         weight = functional.sparsity_weight(self.W_dec, l1_coefficient, dialect)
+        if ops.dense_step_pays(code, self.W_dec):
+            return self._dense_gradients(x, x_c, code, weight, l1_coefficient, dialect)
         out = ops.decode_loss(code, self.W_dec, self.b_dec, x, weight, n)
         csc = ops.transpose(code)
         scale = torch.exp(self.get_parameter("r_mag"))[code.indices] if self.activation == "gated" else None
@@ -193,10 +195,26 @@ class SparseAutoencoder(nn.Module):
         if dialect == "saelens":
             if code.values.shape[0] == 2:  # x̂_aux is not stopped
                 values, residuals = [*values, code.gates * (2 / n)], [*residuals, out.residual_aux]
-            cost = functional.feature_sums(csc, code.gates, n) * (l1_coefficient / n)
-            norm = self.W_dec.norm(dim=1)
-            self_coefficient = torch.where(norm > 0, cost / norm, 0)  # the norm's subgradient at 0, as autograd takes it
+            self_coefficient = self._norm_cost(functional.feature_sums(csc, code.gates, n), l1_coefficient / n)
         grads["W_dec"] = RowGradient(csc, values, residuals, self_coefficient)
         decoder = sum(r.sum(0) for r in residuals) * (2 / n)
         grads["b_dec"] = decoder - functional.feature_sums(csc, delta, n) @ self.W_enc
         return out.losses, code, grads
+
+    def _dense_gradients(self, x, x_c, code, weight, l1_coefficient, dialect):
+        """row_gradients of a code so dense that its gradients are."""
+        scale = torch.exp(self.get_parameter("r_mag")) if self.activation == "gated" else None
+        out = ops.dense_gradients(code, x_c, x, self.W_dec, self.b_dec, scale, weight, dialect == "paper")
+        grads: dict[str, RowGradient | Tensor] = {"W_enc": out.W_enc, self.per_feature[0]: out.bias}
+        if scale is not None:
+            grads |= {"r_mag": out.r_mag, "b_mag": out.b_mag}
+        if dialect == "saelens":
+            coefficient = self._norm_cost(out.values, l1_coefficient / x.shape[0])
+            out.W_dec.addcmul_(coefficient[:, None], self.W_dec)
+        grads |= {"W_dec": out.W_dec, "b_dec": out.residual - out.delta @ self.W_enc}
+        return out.losses, code, grads
+
+    def _norm_cost(self, values: Tensor, weight: float) -> Tensor:
+        """[F], times W_dec: the gradient of Σ weight · values_i ‖d_i‖ (the ``saelens`` sparsity) with respect to W_dec."""
+        norm = self.W_dec.norm(dim=1)
+        return torch.where(norm > 0, values * weight / norm, 0)  # the norm's subgradient at 0, as autograd takes it

@@ -1,5 +1,6 @@
 """The ops: each declared once with torch.library, one file an op.  See each file for its contract and its bodies."""
 
+from sae_fast.ops._dense_step import dense_gradients, dense_step_pays
 from sae_fast.ops._dispatch import use_backend
 from sae_fast.ops._screen import KeptShadow, Shadow, make_shadow, refresh_shadow, stale_rows
 from sae_fast.ops._support import PRECISIONS
@@ -19,6 +20,8 @@ __all__ = [
     "Shadow",
     "decode",
     "decode_loss",
+    "dense_gradients",
+    "dense_step_pays",
     "encode",
     "grad_sqnorm",
     "make_shadow",

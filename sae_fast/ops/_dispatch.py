@@ -78,6 +78,11 @@ def log_once(op: str, message: str) -> None:
         logger.debug("%s: %s", op, message)
 
 
+def may_run(name: str) -> bool:
+    """Whether no other body is forced."""
+    return not _forced or _forced[-1] == name
+
+
 def pick(op: str, bodies: Mapping[str, Callable], rejections: Mapping[str, str | None]) -> Callable:
     """The first body that is not rejected, or the forced one."""
     if _forced:

@@ -1,6 +1,7 @@
 // Collects the entries of a block of rows while its pre-activations are made tile by tile (all rows, some features), and
 // lays them out as CSR at the end.  Nothing is dropped: storage grows.  Plain code: the vector loops are the kernels'.
 #pragma once
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -41,13 +42,14 @@ class Compactor {
   void add_screened_tile(const Kernels& kernels, const Layer& layer, const uint16_t* tile, int64_t width, int32_t first,
                          double dense_above, int threads) {
     add(width, threads, [&](Part& part, int64_t b, int64_t n, int32_t* counts) {
-      part.candidates.resize(n * width);
+      part.candidates.reserve(n * width);
       int64_t found[kBlock + 1] = {0};
-      for (int64_t r = 0; r < n; ++r)
+      for (int64_t r = 0; r < n; ++r) {
         found[r + 1] = found[r] + kernels.screen(tile + (b + r) * width, width, first, part.candidates.data() + found[r]);
+        if (found[r + 1] > dense_above * static_cast<double>(n * width))
+          return add_dense_block(kernels, layer, part, b, n, width, first, counts);
+      }
       part.screened += found[n];
-      if (found[n] > dense_above * static_cast<double>(n * width))
-        return add_dense_block(kernels, layer, part, b, n, width, first, counts);
       part.reserve(part.size + found[n] + kSlack);
       for (int64_t r = 0; r < n; ++r)
         counts[r] = part.take(kernels.verify(layer.x + (b + r) * layer.d, layer.W, layer.d, layer.bias, layer.cut,
@@ -83,7 +85,7 @@ class Compactor {
   }
 
   int64_t nnz() const { return total(&Part::size); }
-  int64_t candidates() const { return total(&Part::screened); }  // of all screened tiles
+  int64_t candidates() const { return total(&Part::screened); }  // that were verified one by one
 
   // indptr [rows + 1], starting at 0; indices and u [nnz].
   void finish(int64_t* indptr, int32_t* indices, float* u, int threads) const {
@@ -112,14 +114,36 @@ class Compactor {
   static constexpr int64_t kSlack = 16;  // compact() stores whole vectors
   static constexpr int64_t kBlock = 48;  // rows that stay in cache beside the features' rows; a multiple of dot_block's 3 and 4
 
+  // Memory that grows in place where the system can, and is not written before it is used.
+  template <class T>
+  class Buffer {
+   public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { std::free(data_); }
+    void reserve(int64_t n) {
+      if (n <= capacity_) return;
+      void* grown = std::realloc(data_, sizeof(T) * (n + n / 2));
+      if (grown == nullptr) throw std::bad_alloc();
+      data_ = static_cast<T*>(grown);
+      capacity_ = n + n / 2;
+    }
+    T* data() { return data_; }
+    const T* data() const { return data_; }
+
+   private:
+    T* data_ = nullptr;
+    int64_t capacity_ = 0;
+  };
+
   struct Part {
     int64_t first = 0, last = 0, size = 0, screened = 0;
-    std::vector<int32_t> indices, candidates;
-    std::vector<float> u, block;
+    Buffer<int32_t> indices, candidates;
+    Buffer<float> u, block;
     void reserve(int64_t n) {
-      if (static_cast<int64_t>(indices.size()) >= n) return;
-      indices.resize(n + n / 2);
-      u.resize(n + n / 2);
+      indices.reserve(n);
+      u.reserve(n);
     }
     int32_t* next_index() { return indices.data() + size; }
     float* next_u() { return u.data() + size; }
@@ -139,7 +163,7 @@ class Compactor {
 
   void add_dense_block(const Kernels& kernels, const Layer& layer, Part& part, int64_t b, int64_t n, int64_t width,
                        int32_t first, int32_t* counts) {
-    part.block.resize(kBlock * width);
+    part.block.reserve(kBlock * width);
     kernels.dot_block(layer.x + b * layer.d, n, layer.W + first * layer.d, width, layer.d, part.block.data());
     for (int64_t r = 0; r < n; ++r) {
       part.reserve(part.size + width + kSlack);

@@ -72,6 +72,12 @@ struct Kernels {
                   int64_t width, const float* values, float* out, int threads);
   void (*gather)(const int64_t* indptr, const int32_t* indices, int64_t first, int64_t n, int64_t width,
                  const float* dense, float* out, int threads);
+  // dots [rows, features] (r . d_i; dots_aux likewise, of a gated code) becomes the gradient of u, zeros outside the code.
+  // sums [parts, 5, features] += over runs of rows: the gradients of the bias, of r_mag and b_mag (gated), of u, and the
+  // values that are penalised.  Losses' normaliser and weights as in decode_loss.  row [threads, features] is scratch.
+  void (*value_gradients)(bool gated, Csr code, int64_t nnz, const float* u, const float* values, const float* scale,
+                          const float* sparsity_weight, double normaliser, int64_t features, int parts, float* dots,
+                          const float* dots_aux, float* sums, float* row, int threads);
 };
 
 // Floats of scratch for the gradient rows of any features: a row a worker, or a row a run of the longest feature.

@@ -28,6 +28,8 @@ void weight_step(Csc, const Source*, int, int64_t, int64_t, int64_t, const float
 void row_step(const float*, const int64_t*, int64_t, int64_t, float, Adam, float*, float*, int64_t*, Shadow, float*, int);
 void scatter(const int64_t*, const int32_t*, const int64_t*, int64_t, int64_t, int64_t, const float*, float*, int);
 void gather(const int64_t*, const int32_t*, int64_t, int64_t, int64_t, const float*, float*, int);
+void value_gradients(bool, Csr, int64_t, const float*, const float*, const float*, const float*, double, int64_t, int,
+                     float*, const float*, float*, float*, int);
 
 }  // namespace SAE_FAST_ISA
 }  // namespace sae_fast

@@ -1,0 +1,77 @@
+"""The gradients of a step whose code is dense, as it is with the peers' initialisation: half of all gates open.
+
+Row chunk by row chunk six products of dense matrices (the encoder's made seven), and one pass over the entries between
+them.  The same numbers as decode_loss, transpose and outer give, without a gradient or a permutation per entry.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import SparseCode
+from sae_fast.ops import _dense
+from sae_fast.ops._dispatch import cpu_rejects, may_run
+from sae_fast.ops._native import _C, address, threads
+
+PARTS = 16  # runs of rows by which a chunk's sums are taken: fixed, so that they repeat
+
+
+def dense_step_pays(code: SparseCode, W: Tensor) -> bool:
+    """Whether the engine takes this way for a code with the weight W [F, d]."""
+    return cpu_rejects(W) is None and may_run("cpu") and _dense.is_dense("step", code.nnz, code.batch, code.d_sae)
+
+
+class DenseGradients(NamedTuple):
+    """losses [3] as in DecodeLoss.  Gradients: W_enc, W_dec [F, d]; bias, r_mag, b_mag [F]; delta [F], the sum of u's;
+    residual [d], the decoder's part of b_dec's.  values [F]: sums of the values that are penalised."""
+
+    losses: Tensor
+    W_enc: Tensor
+    W_dec: Tensor
+    bias: Tensor
+    r_mag: Tensor
+    b_mag: Tensor
+    delta: Tensor
+    values: Tensor
+    residual: Tensor
+
+
+def dense_gradients(
+    code: SparseCode, x_c: Tensor, target: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor | None,
+    sparsity_weight: Tensor, stop_auxiliary: bool,
+) -> DenseGradients:  # fmt: skip
+    """Of a code of rows x_c [B, d] with two value sets (``scale`` [F] is exp(r_mag)) or one, on the C++ engine."""
+    (n, d), features = x_c.shape, W_dec.shape[0]
+    gated = code.values.shape[0] == 2
+    dW_enc, dW_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+    sums = torch.zeros(PARTS, 5, features)
+    squares = torch.zeros(2, dtype=torch.float64)
+    residual_sum = torch.zeros(d)
+    for first, last in _dense.chunks(n, 2 * features):
+        rows = slice(first, last)
+        offset = b_dec - target[rows]
+        blocks: list[Tensor] = []
+        for v, values in enumerate(code.values):
+            block = _dense.scatter(
+                code.indptr, code.indices, None, first, last, values, torch.empty(last - first, features)
+            )
+            r = torch.addmm(offset, block, W_dec)
+            squares[v] += r.double().pow(2).sum()
+            if v == 0 or not stop_auxiliary:
+                dW_dec.addmm_(block.T, r, alpha=2 / n)
+                residual_sum += r.sum(0) * (2 / n)
+            blocks.append(torch.mm(r, W_dec.T, out=block))
+        u_gradients = blocks[0]
+        _C.value_gradients(
+            gated, (address(code.indptr[first:]), address(code.indices)), last - first, code.nnz, address(code.u),
+            address(code.values), address(scale), address(sparsity_weight), float(n), features, PARTS, address(u_gradients),
+            address(blocks[1]) if gated else 0, address(sums), threads(),
+        )  # fmt: skip
+        dW_enc.addmm_(u_gradients.T, x_c[rows])
+    bias, r_mag, b_mag, delta, values = sums.sum(0)
+    sparsity = (values.double() * sparsity_weight).sum()
+    losses = torch.stack([squares[0], sparsity, squares[1]]) / n
+    return DenseGradients(losses.float(), dW_enc, dW_dec, bias, r_mag, b_mag, delta, values, residual_sum)
