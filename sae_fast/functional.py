@@ -74,6 +74,13 @@ def feature_sums(csc, values: Tensor, rows: int) -> Tensor:
     return _ops.outer(*_csc(csc), [values], [values.new_ones(rows, 1)], None, 0, csc.colptr.shape[0] - 1)[:, 0]
 
 
+def weighted_rows(weights: Tensor, W: Tensor) -> Tensor:
+    """weights [F] @ W [F, d], by blocks: it stands for a sum over examples, whose rounding averages out where one long
+    dot product's would not."""
+    blocks = zip(weights.tensor_split(16), W.tensor_split(16), strict=True)
+    return torch.stack([w @ rows for w, rows in blocks]).sum(0)
+
+
 def value_to_pre_gradients(activation: str, u: Tensor, values: Tensor, grads: Tensor, scale):
     """From the gradient of the values [V, nnz] to those of the entries' u, bias, r_mag and b_mag, [nnz] each
     (the last two None unless gated).  ``scale`` is exp(r_mag) at the entries."""
@@ -219,4 +226,4 @@ def _csc(csc) -> tuple[Tensor, Tensor, Tensor]:
     return csc.colptr, csc.rows, csc.perm
 
 
-__all__ = ["feature_sums", "gated_loss", "relu_loss", "sparsity_weight", "value_to_pre_gradients"]
+__all__ = ["feature_sums", "gated_loss", "relu_loss", "sparsity_weight", "value_to_pre_gradients", "weighted_rows"]

@@ -198,7 +198,7 @@ class SparseAutoencoder(nn.Module):
             self_coefficient = self._norm_cost(functional.feature_sums(csc, code.gates, n), l1_coefficient / n)
         grads["W_dec"] = RowGradient(csc, values, residuals, self_coefficient)
         decoder = sum(r.sum(0) for r in residuals) * (2 / n)
-        grads["b_dec"] = decoder - functional.feature_sums(csc, delta, n) @ self.W_enc
+        grads["b_dec"] = decoder - functional.weighted_rows(functional.feature_sums(csc, delta, n), self.W_enc)
         return out.losses, code, grads
 
     def _dense_gradients(self, x, x_c, code, weight, l1_coefficient, dialect):
@@ -211,7 +211,7 @@ class SparseAutoencoder(nn.Module):
         if dialect == "saelens":
             coefficient = self._norm_cost(out.values, l1_coefficient / x.shape[0])
             out.W_dec.addcmul_(coefficient[:, None], self.W_dec)
-        grads |= {"W_dec": out.W_dec, "b_dec": out.residual - out.delta @ self.W_enc}
+        grads |= {"W_dec": out.W_dec, "b_dec": out.residual - functional.weighted_rows(out.delta, self.W_enc)}
         return out.losses, code, grads
 
     def _norm_cost(self, values: Tensor, weight: float) -> Tensor:
