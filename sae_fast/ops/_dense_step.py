@@ -1,8 +1,8 @@
 """The gradients of a step whose code is dense, as it is with the peers' initialisation: half of all gates open.
 
 Row chunk by row chunk six products of dense matrices (the encoder's made seven), and one pass over the entries between
-them.  The numbers of decode_loss, transpose and outer to rounding, without a gradient or a permutation per entry.  They repeat
-bit for bit at one number of threads; across numbers the BLAS rounds differently.
+them.  The numbers of decode_loss, transpose and outer to rounding, without a gradient or a permutation per entry.  They
+repeat bit for bit at one number of threads; across numbers the BLAS rounds differently.
 """
 
 from __future__ import annotations
