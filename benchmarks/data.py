@@ -27,12 +27,19 @@ class Shape:
     F: int
     l0: float
 
+    @property
+    def dense(self) -> Shape:
+        """This shape in the dense phase: half of all features active, as they are under the peers' zero biases."""
+        return replace(self, l0=self.F / 2)
+
     def __str__(self) -> str:
         return f"B={self.B} d={self.d} F={self.F} L0={self.l0:g}"
 
 
 N_BATCHES = 8
+DIRECTIONS = 0.06  # active in an example, for each of its dimensions: 46 of 768
 FULL = Shape(B=2048, d=768, F=24576, l0=46)
+SMALL = Shape(B=1024, d=384, F=6144, l0=46)
 QUICK = Shape(B=256, d=64, F=1024, l0=16)
 
 
@@ -84,18 +91,20 @@ class World:
 def world(shape: Shape, n_batches: int = N_BATCHES, seed: int = 0) -> World:
     """The world of a shape.  The last one is kept: the cases share it.
 
+    How many directions an example is made of depends on d alone, so that shapes that differ in l0 see the same data.
     The SAE's dictionary is random (unit rows, W_enc = W_dec), its b_dec the mean of the data, and its gates are
     calibrated: every feature fires on l0 / F of the examples.  So nearly every row of the weights is touched in every
     step, which is more than a trained SAE's rare features would ask of the engine.
     """
-    source = Superposition(shape.d, shape.F, shape.l0, seed)
+    source = Superposition(shape.d, shape.F, max(4, DIRECTIONS * shape.d), seed)
     sae = GatedSAE(shape.d, shape.F, seed=seed)
-    sample = source.batch(max(shape.B, 4096))
+    n = round(min(4096, max(512, 64 * shape.F / shape.l0)))  # examples to calibrate on: a feature fires on 64 of them
+    sample, fresh = source.batch(n), source.batch(n)
     with torch.no_grad():
         sae.b_dec.copy_(sample.mean(0))
         sae.calibrate_(sample, shape.l0)
         # Thresholds taken from a sample's few largest values let more pass on fresh data: correct for it once.
-        sae.calibrate_(sample, shape.l0**2 / mean_l0(sae, source.batch(4096)))
+        sae.calibrate_(sample, shape.l0**2 / mean_l0(sae, fresh))
         sae.r_mag.uniform_(-0.1, 0.1, generator=source.random)  # so that magnitudes and gates differ, on one support
         sae.b_mag.copy_(sae.r_mag.exp() * sae.b_gate)
     return World(shape, [source.batch(shape.B) for _ in range(n_batches)], sae)

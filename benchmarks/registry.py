@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from benchmarks.data import Shape, World
+from benchmarks.data import FULL, Shape, World
 from sae_fast import GatedSAE
 
 OURS = "sae_fast"
@@ -40,7 +40,7 @@ class Provider(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A ratio of two providers' figures that a case wants to reach: ``at_most`` or ``at_least``."""
+    """A ratio of two providers' figures that a case wants to reach at a shape: ``at_most`` or ``at_least``."""
 
     label: str
     metric: str
@@ -48,6 +48,7 @@ class Goal(NamedTuple):
     denominator: str
     at_most: float | None = None
     at_least: float | None = None
+    at: Shape = FULL
 
     def reached(self, ratio: float) -> bool:
         return (self.at_most is None or ratio <= self.at_most) and (self.at_least is None or ratio >= self.at_least)
@@ -63,7 +64,10 @@ class Case:
                  own error.  Inputs and SAE are brought to float64 by their ``double()``
     outcome      what the work has produced, by name, from the SAE and from the results of all inputs
     memory       whether peak memory is measured too
-    goals        ratios to reach at full size
+    orders       torch's own error is the largest over so many orders of the examples and dimensions: in a step, one
+                 rounding can open a gate or, by Adam at β₁ = 0, turn an update around.  Above 1 the inputs are [n, d],
+                 and the outcome is made of parameters
+    goals        ratios to reach
     """
 
     name: str
@@ -72,6 +76,7 @@ class Case:
     reference: Start
     outcome: Callable[[GatedSAE, list[Any]], dict[str, Tensor]]
     memory: bool = False
+    orders: int = 1
     goals: tuple[Goal, ...] = ()
     providers: dict[str, Provider] = field(default_factory=dict)
 

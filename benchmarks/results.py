@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 
@@ -13,12 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.data import FULL
 from benchmarks.registry import OURS
 from benchmarks.runner import Measurement
 
-PRODUCT = "bare_product"
-UNITS = {"time": "ms", "peak_memory": "MiB", "l0": "features"}
+FLOORS = ("bare_product", "floor")  # that every figure is set in relation to
+UNITS = {"time": "ms", "peak_memory": "MiB", "l0": "features", "candidates_per_entry": "1"}
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,19 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 def rows(measurement: Measurement, peaks: Mapping[str, Sequence[int]]) -> list[Row]:
     """The rows of a case; ``peaks``: bytes by provider."""
-    about = (machine.device(), machine.versions(), machine.commit())
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     samples = {("time", name): [1e3 * s for s in seconds] for name, seconds in measurement.seconds.items()}
     samples |= {("peak_memory", name): [n / 2**20 for n in sizes] for name, sizes in peaks.items()}
     if OURS in measurement.seconds:
         samples["l0", OURS] = [measurement.l0]
     case, x = measurement.case, str(measurement.shape)
-    return [
-        Row(case.name, name, case.mode, metric, UNITS[metric], x, *percentiles(values), *about, now)
-        for (metric, name), values in samples.items()
-    ]
+    return [row(case.name, name, case.mode, metric, x, values) for (metric, name), values in samples.items()]
+
+
+def row(case: str, provider: str, mode: str, metric: str, x: str, values: Sequence[float]) -> Row:
+    """The row of one figure, measured here and now."""
+    about = (machine.device(), machine.versions(), machine.commit())
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Row(case, provider, mode, metric, UNITS[metric], x, *percentiles(values), *about, now)
 
 
 def write(path: Path, new: Iterable[Row]) -> None:
@@ -84,19 +86,20 @@ def write(path: Path, new: Iterable[Row]) -> None:
 
 
 def show(console: Console, measurement: Measurement, figures: list[Row]) -> None:
-    """Prints the table of a case: each figure beside its ratios to ours and to the bare product."""
+    """Prints the table of a case: each figure beside its ratios to ours, to the bare product and to the floor."""
     case = measurement.case
     by = {(row.metric, row.provider): row for row in figures}
     title = f"{case.name} ({case.mode})   {measurement.shape}"
     if measurement.seconds:
         title += f"   measured L0 {measurement.l0:.1f}   medians of {len(next(iter(measurement.seconds.values())))} rounds"
-    columns = {
+    columns: dict[str, Callable[[Row, Row | None], str]] = {
         "time, ms": lambda time, peak: f"{time.p50:.2f}",
         "p20 – p80": lambda time, peak: f"{time.p20:.2f} – {time.p80:.2f}",
         f"÷ {OURS}": lambda time, peak: _ratio(time, by.get(("time", OURS))),
     }
-    if PRODUCT in measurement.seconds:
-        columns[f"÷ {PRODUCT}"] = lambda time, peak: _ratio(time, by.get(("time", PRODUCT)))
+    for floor in FLOORS:
+        if floor in measurement.seconds:
+            columns[f"÷ {floor}"] = partial(_over, by["time", floor])
     if any(metric == "peak_memory" for metric, _ in by):
         columns["peak memory, MiB"] = lambda time, peak: f"{peak.p50:.1f}" if peak else ""
         columns[f"÷ {OURS}'s"] = lambda time, peak: _ratio(peak, by.get(("peak_memory", OURS)))
@@ -116,15 +119,17 @@ def show(console: Console, measurement: Measurement, figures: list[Row]) -> None
         console.print(f"  {name} is wrong, so this case has no figures: {'; '.join(faults)}", style="red", markup=False)
     if measurement.others > 0.05:
         console.print(f"  others took {measurement.others:.0%} of this machine: these times are too high", style="yellow")
-    if measurement.shape != FULL:
-        return
     for goal in case.goals:
         a, b = by.get((goal.metric, goal.numerator)), by.get((goal.metric, goal.denominator))
-        if a and b:
+        if goal.at == measurement.shape and a and b:
             ratio = a.p50 / b.p50
             want = f"at most {goal.at_most:g}" if goal.at_most is not None else f"at least {goal.at_least:g}"
             verdict = "[green]reached" if goal.reached(ratio) else "[red]not reached"
             console.print(f"  {goal.label}: {ratio:.3g}, wanted {want}: {verdict}")
+
+
+def _over(floor: Row, time: Row, peak: Row | None) -> str:
+    return _ratio(time, floor)
 
 
 def _ratio(a: Row | None, b: Row | None) -> str:

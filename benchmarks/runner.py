@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.data import mean_l0, world
+from benchmarks.data import N_BATCHES, mean_l0, world
 from benchmarks.gate import reason, sift
 from benchmarks.registry import OURS, Case, Provider, Run, Shape, World
 
@@ -44,7 +44,7 @@ def measure(
     has a figure: a ratio to something wrong means nothing."""
     providers = case.choose(names, quick)
     result = Measurement(case, shape)
-    here = world(shape, seed=seed)
+    here = world(shape, n_batches=min(N_BATCHES, max(rounds, CHECK_INPUTS)), seed=seed)
     result.faults, result.skipped = sift(case, here.head(CHECK_ROWS, CHECK_INPUTS), providers)
     if not result.faults:
         chosen = {name: p for name, p in providers.items() if name not in result.skipped}

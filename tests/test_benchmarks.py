@@ -7,20 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as main
-from benchmarks import gate, machine, memory, results, runner
+from benchmarks import candidates, crossover, gate, machine, memory, plan, plots, results, runner
 from benchmarks.cases import CASES
+from benchmarks.cases.floors import step_bytes
 from benchmarks.cases.step import SETTINGS
-from benchmarks.data import Shape, mean_l0, world
+from benchmarks.data import FULL, SMALL, Shape, mean_l0, world
 from benchmarks.registry import OURS, Goal
+from sae_fast.ops import _dense, _screen
 from sae_fast.train.eager import EagerTrainer
 
 TINY = Shape(B=33, d=20, F=100, l0=6)
-SHAPES = (TINY, Shape(B=130, d=63, F=513, l0=16))
+SHAPES = (TINY, TINY.dense, Shape(B=130, d=63, F=513, l0=16))
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +112,8 @@ def test_a_wrong_provider_leaves_its_case_without_figures(monkeypatch, tmp_path)
     monkeypatch.setitem(CASES, "decode", wrong)
     out = tmp_path / "out.csv"
     run = CliRunner().invoke(
-        main.app, ["--quick", "--rounds", "1", "--case", "decode", "--case", "transpose", "--out", str(out)]
+        main.app,
+        ["--quick", "--rounds", "1", "--no-pictures", "--case", "decode", "--case", "transpose", "--out", str(out)],
     )
     assert run.exit_code == 1
     assert "wrong is wrong" in run.output
@@ -193,6 +197,7 @@ def test_quick_prints_the_table_and_writes_the_csv(tmp_path):
         assert row["unit"] == results.UNITS[row["metric"]]
         assert "torch" in row["versions"]
         assert "threads" in row["device"]
+    assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["ops.png"]
 
 
 @pytest.mark.parametrize("option", ["--case", "--provider"])
@@ -217,12 +222,122 @@ def test_percentiles():
 
 
 def test_goals():
+    assert Goal("", "time", "a", "b").at == FULL
     assert Goal("", "time", "a", "b", at_most=1.35).reached(1.35)
     assert not Goal("", "time", "a", "b", at_most=1.35).reached(1.36)
     assert Goal("", "time", "a", "b", at_least=7).reached(7.0)
     assert not Goal("", "time", "a", "b", at_least=7).reached(float("nan"))
 
 
+def test_a_goal_is_judged_at_its_own_shape():
+    goals = [Goal(f"goal at {at}", "time", OURS, "bare_product", at_most=1e9, at=at) for at in (TINY, FULL)]
+    case = replace(CASES["encode_sparse"], goals=tuple(goals))
+    measurement = runner.measure(case, TINY, rounds=1, names=[OURS, "bare_product"])
+    with (console := Console(width=200)).capture() as printed:
+        results.show(console, measurement, results.rows(measurement, {}))
+    assert f"goal at {TINY}" in printed.get()
+    assert "reached" in printed.get()
+    assert f"goal at {FULL}" not in printed.get()
+
+
 def test_names_are_unique():
     with pytest.raises(ValueError, match="already"):
         CASES["step"].provider(OURS)(lambda sae: None)
+
+
+# ---- the plan, floors, candidates and crossovers ---------------------------------------------------------------------
+
+
+def test_the_sweep_varies_one_size_at_a_time_and_repeats_nothing_of_the_full_run():
+    shapes = plan.around(FULL)
+    assert len(set(shapes)) == len(shapes)
+    assert all(len(plots._differs(FULL, shape)) <= 1 for shape in shapes)
+    assert sorted({shape.B for shape in shapes}) == [256, 512, 1024, 2048, 4096, 8192]
+    assert sorted({shape.d for shape in shapes}) == [192, 384, 768, 1536]
+    assert sorted({shape.F for shape in shapes}) == [6144, 12288, 24576, 49152]
+    assert sorted({shape.l0 for shape in shapes}) == [11.5, 46, 184, 736, 2944, 12288]
+    full, swept = ([(job.case.name, job.shape) for job in jobs] for jobs in (plan.full(), plan.sweep()))
+    assert {("step", FULL), ("step", FULL.dense), ("step", SMALL), ("encode_sparse", FULL)} <= set(full)
+    assert not set(full) & set(swept)
+    assert set(shapes) == {shape for name, shape in full + swept if name == "encode_sparse"}
+    for job in [*plan.full(), *plan.sweep()]:
+        assert set(job.providers) <= set(job.case.providers)
+        assert OURS in (job.providers or job.case.providers)
+
+
+def test_the_sweep_runs_over_small_shapes(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "QUICK", TINY)
+    out = tmp_path / "out.csv"
+    arguments = ["--quick", "--sweep", "--rounds", "1", "--case", "encode_sparse", "--out", str(out)]
+    run = CliRunner().invoke(main.app, arguments)
+    assert run.exit_code == 0, run.output
+    assert len({row.x for row in plots.read(out)}) > 10
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.png"]
+
+
+def test_the_floor_moves_the_bytes_of_a_step():
+    assert step_bytes(Shape(B=2, d=4, F=8, l0=1), touched=0) == 4 * 2 * 4 + 2 * 8 * 4
+    weights = 100 * 20  # of TINY, when every row is touched
+    assert step_bytes(TINY, touched=100) == 4 * 33 * 20 + (2 + 2 + 4 * 8) * weights
+    with pytest.raises(ValueError, match="nothing"):
+        plots.shape_of("nothing")
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        measurement = runner.measure(CASES["step"], TINY, rounds=2, names=["floor", "bf16_product"])
+        assert set(measurement.seconds) == {"floor", "bf16_product"}
+
+
+def test_the_candidates_contain_the_entries():
+    if _screen.unavailable():
+        pytest.skip(_screen.unavailable())
+    figures = candidates.rows(TINY)
+    assert [row.case for row in figures] == ["screen_superposition", "screen_noise", "screen_offset"]
+    assert all(1 <= row.p50 < 4 for row in figures)
+
+
+def test_crossovers():
+    assert crossover.meeting([1, 2, 4], [1, 2, 4], [2, 2, 2]) == pytest.approx(2)
+    assert crossover.meeting([0.01, 0.04], [1, 4], [2, 2]) == pytest.approx(0.02)
+    assert crossover.meeting([1, 2], [3, 4], [1, 1]) == 0
+    assert crossover.meeting([1, 2], [1, 1], [3, 3]) == float("inf")
+    assert set(crossover.CALLS) == set(_dense.CROSSOVER)
+    committed = dict(_dense.CROSSOVER)
+    for op in committed:
+        assert min(crossover.routes(op, TINY, density=0.1, rounds=1)) > 0
+    assert committed == _dense.CROSSOVER
+
+
+# ---- the pictures ----------------------------------------------------------------------------------------------------
+
+
+def figures(plan_of, device="cpu, 2 threads", time="2026-01-01T00:00:00+00:00"):
+    """A row for everything a plan would measure."""
+    made = (device, "torch 2, sae_fast 0", "abc", time)
+    return [
+        results.Row(job.case.name, name, job.case.mode, metric, results.UNITS[metric], str(job.shape), 3.0, 2.0, 4.0, *made)
+        for job in plan_of
+        for name in job.providers or job.case.providers
+        for metric in ("time", "peak_memory")
+    ]
+
+
+def test_pictures_need_the_csv_only(tmp_path):
+    peer = replace(figures(plan.full())[0], case="step", provider="some_peer", mode="train", versions="torch 2, peer 1")
+    results.write(tmp_path / "out.csv", [*figures(plan.full()), *figures(plan.sweep()), peer])
+    run = CliRunner().invoke(plots.app, [str(tmp_path / "out.csv"), "--out", str(tmp_path / "pictures")])
+    assert run.exit_code == 0, run.output
+    paths = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in paths] == ["memory.png", "ops.png", "step.png", "sweep.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in paths)
+    assert "peer 1" in plots.provenance(plots.read(tmp_path / "out.csv"))
+
+
+def test_pictures_never_mix_two_machines(tmp_path):
+    old = figures(plan.full(), device="old", time="2025-01-01T00:00:00+00:00")
+    results.write(tmp_path / "out.csv", [*old, *figures(plan.quick())])
+    rows = plots.read(tmp_path / "out.csv")
+    assert {row.device for row in rows} == {"cpu, 2 threads"}
+    assert str(plots.headline(rows)) == "B=256 d=64 F=1024 L0=16"
+    assert plots.headline(figures(plan.full())) == FULL
+    with pytest.raises(ValueError, match="no rows"):
+        (tmp_path / "empty.csv").write_text(",".join(results.COLUMNS) + "\n")
+        plots.read(tmp_path / "empty.csv")

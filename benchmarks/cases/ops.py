@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.adam import adam
 
-from benchmarks.cases.step import bare_product, bare_product_out
+from benchmarks.cases.floors import add_products
+from benchmarks.cases.layers import dense_code
 from benchmarks.data import World
 from benchmarks.registry import Case, Run, Start, case
 from sae_fast import GatedSAE, RowGradient, SparseCode, Transposed, ops
@@ -51,6 +53,15 @@ def entries(world: World) -> list[Entries]:
     return [Entries.of(world.sae, x) for x in world.batches[:3]]  # three: dense codes are large
 
 
+def centred(world: World) -> list[Tensor]:
+    return [x - world.sae.b_dec.detach() for x in world.batches]
+
+
+def gradients(world: World) -> list[Tensor]:
+    """Dense gradients of W_dec."""
+    return [e.f.T @ e.residual for e in entries(world)]
+
+
 def outputs(*names: str) -> Callable[[GatedSAE, list], dict[str, Tensor]]:
     """An outcome: the results, one tensor or a tuple of these names, side by side over the inputs."""
 
@@ -76,16 +87,11 @@ def op(name: str, mode: str, *names: str, provider: str = "eager", **arguments: 
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-def _dense_code(sae: GatedSAE, results: list) -> dict[str, Tensor]:
-    pairs = [(r.to_dense(), r.to_dense(r.gates)) if isinstance(r, SparseCode) else r for r in results]
-    return {"magnitudes": torch.stack([p[0] for p in pairs]), "gates": torch.stack([p[1] for p in pairs])}
-
-
-@op("encode", "forward", inputs=lambda world: world.batches, outcome=_dense_code)
+@op("encode", "forward", inputs=centred, outcome=dense_code)
 def encode(sae: GatedSAE) -> Run:
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x_c: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            u = F.linear(x, sae.W_enc, -(sae.W_enc @ sae.b_dec))
+            u = x_c @ sae.W_enc.T
             pi_gate = u + sae.b_gate
             return torch.where(pi_gate > 0, torch.relu(sae.r_mag.exp() * u + sae.b_mag), 0.0), torch.relu(pi_gate)
 
@@ -94,11 +100,11 @@ def encode(sae: GatedSAE) -> Run:
 
 @encode.provider("sae_fast")
 def _(sae: GatedSAE) -> Run:
-    return torch.no_grad()(sae.encode_sparse)
+    W_enc, b_gate, r_mag, b_mag = (p.detach() for p in (sae.W_enc, sae.b_gate, sae.r_mag, sae.b_mag))
+    return lambda x_c: ops.encode(x_c, W_enc, b_gate, activation="gated", r_mag=r_mag, b_mag=b_mag)
 
 
-encode.provider("bare_product", floor=True)(bare_product)
-encode.provider("bare_product_out", floor=True)(bare_product_out)
+add_products(encode)
 
 
 @op("decode", "forward", "x_hat", provider="embedding_bag")
@@ -185,36 +191,75 @@ def _(sae: GatedSAE) -> Run:
     return lambda e: ops.outer(e.csc, [e.code.magnitudes], [e.residual])
 
 
+@op("grad_sqnorm", "backward", "sqnorm")
+def grad_sqnorm(sae: GatedSAE) -> Run:
+    """The squared norm of the gradient that `outer` gives."""
+    return lambda e: (e.f.T @ e.residual).pow(2).sum()
+
+
+@grad_sqnorm.provider("sae_fast")
+def _(sae: GatedSAE) -> Run:
+    W_dec = sae.W_dec.detach()
+    return lambda e: ops.grad_sqnorm(RowGradient(e.csc, [e.code.magnitudes], [e.residual]), W_dec)
+
+
 # ---- update ---------------------------------------------------------------------------------------------------------
 
 
-@op("weight_step", "update", outcome=lambda sae, results: {"W_dec": sae.W_dec})
-def weight_step(sae: GatedSAE) -> Run:
-    """outer, projection, Adam, unit rows."""
-    W, m, v, count = sae.W_dec, torch.zeros_like(sae.W_dec), torch.zeros_like(sae.W_dec), torch.tensor(0.0)
+def dense_adam(W: Tensor) -> Callable[[Tensor], None]:
+    """One step of W from a dense gradient: projection, Adam, unit rows."""
+    m, v, step_count = torch.zeros_like(W), torch.zeros_like(W), torch.tensor(0.0)
 
-    def run(e: Entries) -> None:
+    def step(grad: Tensor) -> None:
         with torch.no_grad():
-            grad = ops.project_rows(e.f.T @ e.residual, W)
             adam(
-                [W], [grad], [m], [v], [], [count], foreach=False, fused=True, amsgrad=False, beta1=0.0,
-                beta2=ADAM["beta2"], lr=ADAM["lr"], weight_decay=0.0, eps=ADAM["eps"], maximize=False,
+                [W], [ops.project_rows(grad, W)], [m], [v], [], [step_count], foreach=False, fused=True, amsgrad=False,
+                beta1=0.0, beta2=ADAM["beta2"], lr=ADAM["lr"], weight_decay=0.0, eps=ADAM["eps"], maximize=False,
             )  # fmt: skip
             W.copy_(F.normalize(W, dim=1))
 
-    return run
+    return step
+
+
+def lazy_state(W: Tensor) -> tuple[Tensor, Tensor, Iterator[int]]:
+    """v, last_step, and the numbers of the steps."""
+    return torch.zeros_like(W), torch.zeros(W.shape[0], dtype=torch.int64), count(1)
+
+
+def updated(sae: GatedSAE, results: list) -> dict[str, Tensor]:
+    return {"W_dec": sae.W_dec}
+
+
+@op("weight_step", "update", outcome=updated)
+def weight_step(sae: GatedSAE) -> Run:
+    """outer, projection, Adam, unit rows."""
+    step = dense_adam(sae.W_dec)
+    return lambda e: step(e.f.T @ e.residual)
 
 
 @weight_step.provider("sae_fast")
 def _(sae: GatedSAE) -> Run:
-    W, v, last_step = sae.W_dec, torch.zeros_like(sae.W_dec), torch.zeros(sae.d_sae, dtype=torch.int64)
-    count = 0
+    v, last_step, steps = lazy_state(sae.W_dec)
 
     def run(e: Entries) -> None:
-        nonlocal count
-        count += 1
+        gradient = RowGradient(e.csc, [e.code.magnitudes], [e.residual])
         with torch.no_grad():
-            gradient = RowGradient(e.csc, [e.code.magnitudes], [e.residual])
-            ops.weight_step(W, v, last_step, gradient, step=count, unit_rows=True, **ADAM)
+            ops.weight_step(sae.W_dec, v, last_step, gradient, step=next(steps), unit_rows=True, **ADAM)
+
+    return run
+
+
+@op("row_step", "update", inputs=gradients, outcome=updated)
+def row_step(sae: GatedSAE) -> Run:
+    return dense_adam(sae.W_dec)
+
+
+@row_step.provider("sae_fast")
+def _(sae: GatedSAE) -> Run:
+    v, last_step, steps = lazy_state(sae.W_dec)
+
+    def run(grad: Tensor) -> None:
+        with torch.no_grad():
+            ops.row_step(sae.W_dec, v, last_step, grad, step=next(steps), unit_rows=True, **ADAM)
 
     return run

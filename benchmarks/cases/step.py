@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 import sae_fast as sf
-from benchmarks.registry import Goal, Run, case
+from benchmarks.cases.floors import add_products, step_floor
+from benchmarks.data import FULL, SMALL
+from benchmarks.registry import OURS, Goal, Run, case
 from sae_fast import GatedSAE, reference
 from sae_fast.train.eager import EagerTrainer
 
@@ -23,10 +25,13 @@ SETTINGS: dict[str, Any] = dict(lr=1e-5, l1_coefficient=L1, betas=BETAS, eps=EPS
     inputs=lambda world: world.batches,
     outcome=lambda sae, results: dict(sae.named_parameters()),
     memory=True,
+    orders=8,
     goals=(
-        Goal("time ÷ the bare product's", "time", "sae_fast", "bare_product", at_most=1.35),
-        Goal("the eager reference's time ÷ ours", "time", "eager", "sae_fast", at_least=7),
-        Goal("peak memory ÷ the eager reference's", "peak_memory", "sae_fast", "eager", at_most=0.25),
+        Goal("time ÷ the bare product's", "time", OURS, "bare_product", at_most=0.65),
+        Goal("peak memory ÷ the eager reference's", "peak_memory", OURS, "eager", at_most=0.1),
+        Goal("dictionary_learning's time ÷ ours", "time", "dictionary_learning", OURS, at_least=20),
+        Goal("dictionary_learning's time ÷ ours", "time", "dictionary_learning", OURS, at_least=10, at=SMALL),
+        Goal("the eager reference's time ÷ ours, dense phase", "time", "eager", OURS, at_least=1, at=FULL.dense),
     ),
 )
 def step(sae: GatedSAE) -> Run:
@@ -48,7 +53,7 @@ def step(sae: GatedSAE) -> Run:
     return run
 
 
-@step.provider("sae_fast")
+@step.provider(OURS)
 def ours(sae: GatedSAE) -> Run:
     return sf.Trainer(sae, **SETTINGS).step
 
@@ -65,15 +70,5 @@ def eager_compiled(sae: GatedSAE) -> Run:
     return EagerTrainer(sae, **SETTINGS, compile=True).step
 
 
-@step.provider("bare_product", floor=True)
-def bare_product(sae: GatedSAE) -> Run:
-    """The encoder's product, as one writes it."""
-    W_enc = sae.W_enc.detach()
-    return lambda x: x @ W_enc.T
-
-
-@step.provider("bare_product_out", floor=True)
-def bare_product_out(sae: GatedSAE) -> Run:
-    """The same into memory that is there already: no page of the result is new to the process."""
-    W_enc, out = sae.W_enc.detach(), torch.empty(0)
-    return lambda x: torch.mm(x, W_enc.T, out=out.resize_(x.shape[0], W_enc.shape[0]))
+add_products(step)
+step.provider("floor", floor=True, optional=True)(step_floor)
