@@ -72,13 +72,17 @@ def _identity(W: Tensor) -> tuple[int, int, torch.Size]:
     return W.data_ptr(), 0 if W.is_inference() else W._version, W.shape
 
 
-@cache
 def unavailable() -> str | None:
     """Why there is no screening product here, or None."""
     if not _C.has_bf16_product():
         return "this processor has no bfloat16 product"
-    if not torch.backends.mkldnn.is_available():
-        return "this torch has no oneDNN, whose bfloat16 product sums in float32"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "oneDNN, whose bfloat16 product sums in float32, is missing or switched off"
+    return _sums_in_bf16()
+
+
+@cache
+def _sums_in_bf16() -> str | None:
     # Sums of 1 and 2^-8 that any rounding to bfloat16 on the way would lose.
     ones = torch.full((64, 1024), 2.0**-4, dtype=torch.bfloat16)
     ones[:, 0] = 1

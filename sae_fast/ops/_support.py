@@ -22,9 +22,9 @@ from sae_fast.ops._screen import Shadow
 
 PRECISIONS = ("exact", "fp32", "bf16")
 ROWS = 2048
-TILE = 2**21  # entries in a tile
+TILE, WIDEST = 2**21, 2048  # entries and features in a tile
 # The committed crossovers: like those of _dense.py from sweeps at d 768, F 24576 on two Sapphire Rapids cores.
-FEW_ROWS = {"shadow": 4, "no shadow": 64}  # below, reading W once is all there is to it: dots
+FEW_ROWS = {"shadow": 16, "no shadow": 48}  # below, reading W once is all there is to it: dots
 DENSE_ABOVE = 0.2  # candidates ÷ entries of a block of rows above which all entries are dotted
 
 
@@ -97,7 +97,7 @@ def _multiplied(compactor, layer, x: Tensor, W: Tensor) -> None:
 
 
 def _width(rows: int, features: int) -> int:
-    return min(features, max(256, TILE // rows))
+    return min(features, WIDEST, max(256, TILE // rows))
 
 
 def _tiles(rows: int, features: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
