@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENGINE := $(VENV)/.built
-.PHONY: demo test lint bench bench-sweep bench-peers clean
+.PHONY: demo test lint bench bench-sweep bench-peers sanitize sanitize-address sanitize-thread clean
 
 # Threads that wait asleep: a little slower alone, many times faster beside other work on the same cores.
 demo test: export OMP_WAIT_POLICY ?= passive
@@ -24,6 +24,10 @@ bench: $(ENGINE)
 
 bench-sweep: $(ENGINE)
 	$(BIN)/python -m benchmarks --sweep
+
+# The CPU kernels under address and undefined-behaviour sanitizers, then under the thread sanitizer.
+sanitize sanitize-address sanitize-thread: $(ENGINE)
+	$(MAKE) -f tests/sanitize/Makefile $@ PYTHON=$(BIN)/python
 
 # torch first, in an exact version, so that no other requirement pulls in a bigger build of it.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check

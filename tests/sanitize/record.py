@@ -1,0 +1,312 @@
+"""Writes down every call that the ops make to the C++ engine, with its arrays before and after: what driver.cpp replays
+under the sanitizers, without Python or torch.  ``python record.py FILE``.
+
+The file is a sequence of lines:
+    bytes SIZE              and then so many bytes; they are numbered from 0 and stored once
+    call NAME COUNT         and then COUNT arguments, each one of
+      number VALUE
+      array DTYPE OLD NEW     the numbers of the bytes before and after the call
+    result VALUE            of the call
+Objects of the engine (Screen, Layer, Adam) and tuples are written as their parts, a list of pairs after its length.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import sae_fast.ops
+from sae_fast import _C, ops
+from sae_fast.code import RowGradient, SparseCode
+from sae_fast.ops import _dense, _native, _screen, _support
+
+DTYPES = {torch.bfloat16: "h", torch.int32: "i", torch.int64: "l", torch.float32: "f", torch.float64: "d"}
+LONG = 2 * 2048 + 57  # rows: more than two runs (kRun) of a feature that is active on each
+
+# (B, d, F).  Above 8 and 64, the grains by which rows and features are shared, several threads have work.
+SHAPES = [
+    (1, 1, 1), (3, 1, 33), (57, 1, 400), (57, 63, 1), (1, 63, 33), (3, 63, 400), (3, 100, 1), (57, 100, 33), (1, 100, 400),
+    (1, 129, 1), (3, 129, 33), (57, 129, 400),
+]  # fmt: skip
+
+
+# ---- Recording ------------------------------------------------------------------------------------------------------
+
+
+class Address(int):
+    """An address that knows what is there."""
+
+    tensor: Tensor  # flat
+
+    def first(self, n: int) -> Address:
+        """The same, of n elements only."""
+        return address(self.tensor[:n])
+
+    def bytes(self) -> bytes:
+        return ctypes.string_at(int(self), self.tensor.nbytes) if self else b""
+
+
+def address(tensor: Tensor | None, plain: Callable[[Tensor | None], int] = _native.address) -> Address | int:
+    if tensor is None:
+        return 0
+    found = Address(plain(tensor))
+    found.tensor = tensor.detach().flatten()
+    return found
+
+
+class Recorder:
+    """Stands in for sae_fast._C."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.stored: dict[bytes, int] = {}  # by digest
+        for name in ("Screen", "Layer", "Adam"):  # constants: what they are made of is written where they are used
+            setattr(self, name, _remembers_its_arguments(getattr(_C, name)))
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *args: self.call(name, getattr(_C, name), args)
+
+    def Compactor(self, *args: Any) -> Methods:
+        return Methods(self, self.call("Compactor", _C.Compactor, args))
+
+    def call(self, name: str, function: Callable, args: tuple) -> Any:
+        flat = list(_flatten(_trimmed(name, args)))
+        before = [self._store(a.bytes()) if isinstance(a, Address) else None for a in flat]
+        result = function(*args)
+        lines: list[tuple] = [("call", name, len(flat))]
+        for a, old in zip(flat, before, strict=True):
+            if old is None:
+                lines.append(("number", float(a).hex()))
+            else:
+                lines.append(("array", DTYPES[a.tensor.dtype], old, self._store(a.bytes())))
+        for line in (*lines, ("result", result if isinstance(result, int) else 0)):
+            self._line(*line)
+        return result
+
+    def _store(self, content: bytes) -> int:
+        digest = hashlib.sha256(content).digest()
+        if digest not in self.stored:
+            self.stored[digest] = len(self.stored)
+            self._line("bytes", len(content))
+            self.file.write(content)
+        return self.stored[digest]
+
+    def _line(self, *words: object) -> None:
+        self.file.write(" ".join(map(str, words)).encode() + b"\n")
+
+
+class Methods:
+    def __init__(self, recorder: Recorder, compactor: Any):
+        self.recorder, self.compactor = recorder, compactor
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *args: self.recorder.call(f"Compactor.{name}", getattr(self.compactor, name), args)
+
+
+def _remembers_its_arguments(base: type) -> type:
+    def __init__(self, *args):
+        base.__init__(self, *args)
+        self.args = args
+
+    return type(base.__name__, (base,), {"__init__": __init__})
+
+
+def _trimmed(name: str, args: tuple) -> tuple:
+    """Without the number of threads, which comes last.  Where an op passes a view that goes on past what the engine reads,
+    only that, so that a read past it is seen."""
+    a: list = list(args[:-1])
+    if name == "screen_w":
+        a[5:7] = [x.first(a[3]) if x else x for x in a[5:7]]  # bias, cut
+    elif name == "row_step" and a[1]:
+        a[1] = a[1].first(a[3] + 1)  # colptr
+    elif name == "value_gradients":
+        a[1] = (a[1][0].first(a[2] + 1), a[1][1])  # indptr
+    return tuple(a)
+
+
+def _flatten(args: Any) -> Iterator[Any]:
+    for a in args:
+        if isinstance(a, tuple):
+            yield from _flatten(a)
+        elif isinstance(a, list) and a and isinstance(a[0], tuple):
+            yield len(a)
+            yield from _flatten(a)
+        elif isinstance(a, list):
+            yield address(torch.tensor(a, dtype=torch.int64))
+        elif hasattr(a, "args"):
+            yield from _flatten(a.args)
+        else:
+            yield a
+
+
+# ---- Problems -------------------------------------------------------------------------------------------------------
+
+
+def grid(*shape: int, reach: int, seed: int) -> Tensor:
+    """Integers up to ±reach: sums of their products are exact in float32, so that the instruction sets agree on what is
+    active, whichever way they sum."""
+    return torch.randint(-reach, reach + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def code_of(member: Tensor, V: int) -> SparseCode:
+    nnz = int(member.sum())
+    indptr = torch.zeros(member.shape[0] + 1, dtype=torch.int64)
+    indptr[1:] = member.sum(1).cumsum(0)
+    values = randn(V, nnz, seed=nnz).abs() * (randn(V, nnz, seed=nnz + 1) > -1)
+    return SparseCode(member.shape, indptr, member.nonzero()[:, 1].int(), randn(nnz, seed=nnz + 2), values)
+
+
+def layer(B: int, d: int, F: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, W and bias with a twentieth of the entries active, and everything that the screen has a way of its own for."""
+    fine, coarse = (grid(n, d, reach=reach, seed=B + n) for n, reach in ((B, 511), (F, 31)))
+    if d % 2:
+        x, W = fine, coarse
+        x[:, :: max(d // 3, 2)] *= 64  # outlier columns
+    else:
+        x, W = fine.clamp(-31, 31), grid(F, d, reach=511, seed=B)
+    u = x @ W.T
+    bias = -u.quantile(0.95, dim=0).round()
+    if B > 9:
+        x[1], x[2], x[3], x[4, 0], x[5, 0] = 0, x[2] * 2.0**50, x[3] * 2.0**-60, torch.nan, torch.inf
+    if F > 9:
+        W[1], W[2], W[3], bias[4], bias[5], bias[6] = 0, W[2] * 2.0**45, W[3] * 2.0**-60, 2.0**101, -torch.inf, 2.0**30
+    return x, W, bias
+
+
+# ---- Calls ----------------------------------------------------------------------------------------------------------
+
+
+def record_encode(B: int, d: int, F: int) -> None:
+    """Every way to the support, in one tile and row block or in several."""
+    x, W, bias = layer(B, d, F) if B else (torch.empty(0, d), torch.ones(F, d), torch.ones(F))
+    r_mag, b_mag, threshold = (0.1 * randn(F, seed=s) for s in (1, 2, 3))
+    ways: dict[str, dict] = {
+        "exact": {"precision": "exact"},
+        "shadow": {"precision": "exact", "shadow": ops.make_shadow(W)},
+        "fp32": {"precision": "fp32"},
+        "bf16": {"precision": "bf16"},
+    }
+    activations: list[dict] = [
+        {"activation": "gated", "r_mag": r_mag, "b_mag": b_mag},
+        {"activation": "relu", "slack": 500.0},
+        {"activation": "jumprelu", "threshold": 100 * threshold.round()},
+    ]
+    for i, kinds in enumerate(ways.values()):
+        for activation in activations:
+            with patch.multiple(_support, TILE=1 if i % 2 else 2**21, ROWS=2048 if i % 2 else 20):
+                ops.encode(x, W, bias, **activation, **kinds)
+    for dense_above in (0.0, 1.0):  # all candidates dotted densely; none
+        with patch.object(_support, "DENSE_ABOVE", dense_above):
+            ops.encode(x, W, bias, **activations[0])
+    with patch.object(_support, "FEW_ROWS", {"shadow": 10**9, "no shadow": 10**9}):
+        ops.encode(x, W, bias, **activations[0])
+        ops.encode(x, W, bias + 10.0**6, activation="relu")  # all active
+        ops.encode(x, W, bias - 10.0**38, activation="relu")  # none
+
+
+def record_shadow(d: int, F: int) -> None:
+    W = randn(F, d, seed=F)
+    shadow = ops.make_shadow(W)
+    ops.stale_rows(W, shadow, 0, F)
+    W[F // 2 :] += 1
+    ops.stale_rows(W, shadow, 0, F)
+    ops.refresh_shadow(W, shadow)
+
+
+def record_code(code: SparseCode, d: int) -> None:
+    """Everything that takes a code."""
+    B, F = code.shape
+    V = code.values.shape[0]
+    A, W, vector = randn(B, d, seed=1), torch.nn.functional.normalize(randn(F, d, seed=2), dim=1), randn(F, seed=3).abs()
+    ops.decode(code, W, code.values)
+    ops.decode(code, W, code.values, groups=[F // 4, F // 2, F])
+    ops.sampled_dots(code, A, W)
+    ops.decode_loss(code, W, A[:1].sum(0), A, vector, float(max(B, 1)))
+    csc = ops.transpose(code)
+    two = RowGradient(csc, list(code.values[[0, -1]]), [A, A.flip(0)], vector)
+    one = RowGradient(csc, [code.values[0]], [A])
+    ops.outer(csc, two.values, two.A)
+    ops.outer(csc, one.values, one.A, first_feature=F // 3, n_features=F - F // 3, out=torch.ones(F - F // 3, d))
+    ops.outer(csc, one.values, one.A, features=ops.touched(csc).flip(0))
+    for gradient, project in ((two, False), (one, True)):
+        ops.grad_sqnorm(gradient, W, project=project)
+    record_step(W, two, ops.make_shadow(W), 0)
+    record_step(W[F // 4 :], one, None, F // 4)
+    if B:
+        scale = torch.exp(vector) if V == 2 else None
+        ops.dense_gradients(code, A, A.flip(0), W, A.sum(0), scale, vector, stop_auxiliary=V == 1)
+
+
+def record_step(W: Tensor, gradient: RowGradient, shadow: _screen.Shadow | None, first: int) -> None:
+    """A large eps, so that rounding in a gradient that is 0 does not become a step of full size."""
+    W = W.clone()
+    v, last_step = randn(*W.shape, seed=4).square(), torch.arange(W.shape[0]) % 3
+    adam: dict = {"lr": 0.1, "beta2": 0.99, "eps": 0.1, "unit_rows": shadow is not None, "shadow": shadow}
+    ops.weight_step(W, v, last_step, gradient, step=3, grad_scale=torch.tensor(0.5), first_feature=first, **adam)
+    ops.row_step(W, v, last_step, randn(*W.shape, seed=5), step=4, **adam)
+
+
+def record_codes(B: int, d: int, F: int) -> None:
+    sparse = torch.rand(B, F, generator=torch.Generator().manual_seed(B + F)) < 0.05
+    sparse[:1] = True
+    sparse[1::7] = False
+    everything = torch.ones(B, F, dtype=torch.bool)
+    for code in (code_of(m, V) for V, m in ((2, sparse), (1, sparse), (2, everything), (1, ~everything))):
+        record_code(code, d)
+    with patch.dict(_dense.CROSSOVER, dict.fromkeys(_dense.CROSSOVER, -1.0)):
+        record_code(code_of(everything, 1), d)
+        with patch.object(_dense, "CHUNK", 25 * F):
+            record_code(code_of(sparse, 2), d)
+
+
+def record_all() -> None:
+    for B, d, F in SHAPES:
+        record_encode(B, d, F)
+        record_shadow(d, F)
+        record_codes(B, d, F)
+    record_encode(0, 63, 33)
+    record_codes(0, 63, 33)
+    often = torch.zeros(LONG, 33, dtype=torch.bool)
+    often[:, 7] = True
+    often[::3, 9] = True
+    often[::100, 20] = True
+    record_code(code_of(often, 2), 33)
+
+
+def main(target: Path) -> None:
+    torch.set_num_threads(1)  # the results are the same with more, and driver.cpp takes its own numbers
+    torch.manual_seed(0)
+    modules = [import_module(f"sae_fast.ops.{m.name}") for m in pkgutil.iter_modules(sae_fast.ops.__path__)]
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    with ExitStack() as stack:
+        recorder = Recorder(stack.enter_context(unfinished.open("wb")))
+        for module in modules:
+            for name, replacement in (("_C", recorder), ("address", address)):
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, replacement))
+        # Without a bfloat16 product too: what it gives is written down, the engine's part is the same.
+        stack.enter_context(patch.object(_screen, "unavailable", lambda: None))
+        stack.enter_context(patch.object(_support, "FEW_ROWS", {"shadow": 0, "no shadow": 0}))
+        stack.enter_context(patch.dict(_dense.CROSSOVER, dict.fromkeys(_dense.CROSSOVER, 10.0)))  # the sparse routes
+        record_all()
+    unfinished.replace(target)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
