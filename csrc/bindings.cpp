@@ -132,8 +132,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("round_rows", [](Address A, int64_t n, int64_t d, int64_t K, Address out, Address norms, int threads) {
     current->round_rows(at<const float>(A), n, d, K, at<uint16_t>(out), at<double>(norms), threads);
   }, release());
-  m.def("stale_rows", [](Address A, int64_t n, int64_t d, Address rounded, int threads) {
-    return current->stale_rows(at<const float>(A), n, d, at<const uint16_t>(rounded), threads);
+  m.def("stale_rows", [](Address A, int64_t n, int64_t d, Address rounded, Address norms, int threads) {
+    return current->stale_rows(at<const float>(A), n, d, at<const uint16_t>(rounded), at<const double>(norms), threads);
   }, release());
   m.def("column_residuals", [](Address A, Address rounded, int64_t n, int64_t d, int64_t K, int parts, Address out,
                                int threads) {

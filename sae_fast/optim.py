@@ -91,6 +91,8 @@ class RowAdam(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             self._initialise(p, state, group)
+            if shadow is not None and group["unit_rows"]:
+                ops.refresh_shadow(p, shadow)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         if beta2 != state["beta2"]:

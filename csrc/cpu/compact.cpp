@@ -28,6 +28,7 @@ int64_t compact(const float* pre, const float* bias, const float* cut, int64_t n
     _mm512_storeu_ps(u + count, _mm512_maskz_compress_ps(m, p));
     count += __builtin_popcount(m);
   }
+  return count;
 #elif defined(SAE_FAST_ISA_AVX2)
   for (; k + 8 <= n; k += 8) {
     const __m256 pi = _mm256_add_ps(_mm256_loadu_ps(pre + k), _mm256_loadu_ps(bias + k));

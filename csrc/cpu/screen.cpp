@@ -19,7 +19,7 @@
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
-static constexpr uint16_t kOne = 0x3f80;
+static constexpr uint16_t kOne = 0x3f80, kNaN = 0x7fc0;
 enum Column { bias_pieces = 0, by_w_norm = 3, by_w_residual = 4, by_w_outliers = 5, constant = 6, tail_width = 7 };
 
 void round_rows(const float* A, int64_t n, int64_t d, int64_t K, uint16_t* out, double* norms, int threads) {
@@ -29,12 +29,20 @@ void round_rows(const float* A, int64_t n, int64_t d, int64_t K, uint16_t* out, 
   });
 }
 
-int64_t stale_rows(const float* A, int64_t n, int64_t d, const uint16_t* rounded, int threads) {
+int64_t stale_rows(const float* A, int64_t n, int64_t d, const uint16_t* rounded, const double* norms, int threads) {
   int64_t stale = 0;
   parallel_for(n, 16, threads, [&](int64_t i, int) {
     int differs = 0;
-#pragma omp simd reduction(| : differs)
-    for (int64_t k = 0; k < d; ++k) differs |= nearest(A[i * d + k]) != rounded[i * d + k];
+    double norm2 = 0, residual2 = 0;  // a change within the rounding shows in these alone
+#pragma omp simd reduction(| : differs) reduction(+ : norm2, residual2)
+    for (int64_t k = 0; k < d; ++k) {
+      const float a = A[i * d + k], residual = a - widen(rounded[i * d + k]);
+      differs |= nearest(a) != rounded[i * d + k];
+      norm2 += static_cast<double>(a) * a;
+      residual2 += static_cast<double>(residual) * residual;
+    }
+    const double slack = 1.0 + 0x1p-40;  // of sums in another order
+    differs |= ::sqrt(norm2) > norms[2 * i] * slack || ::sqrt(residual2) > norms[2 * i + 1] * slack;
     if (differs) __atomic_fetch_add(&stale, 1, __ATOMIC_RELAXED);
   });
   return stale;
@@ -73,7 +81,7 @@ void screen_x(Screen s, const float* x, int64_t n, const double* norms, uint16_t
     uint16_t* low_parts = row + s.d;
     uint16_t* tail = low_parts + s.m;
     if (s.terms == nullptr) {
-      tail[0] = tail[1] = tail[2] = kOne;
+      tail[0] = tail[1] = tail[2] = norms[2 * b] == norms[2 * b] ? kOne : kNaN;
       return;
     }
     if (!in_range(norms[2 * b])) {
@@ -133,8 +141,12 @@ void screen_w(Screen s, const uint16_t* rounded, const float* W, int64_t n, cons
     for (int piece = 0; piece < 3; ++piece) {
       tail[piece] = nearest(static_cast<float>(rest));
       rest -= widen(tail[piece]);
+      if (!(::fabs(rest) < 0x1p127)) rest = 0;  // the first piece is an infinity or NaN
     }
-    if (s.terms == nullptr) return;
+    if (s.terms == nullptr) {
+      if (norms[2 * i] != norms[2 * i]) tail[0] = kNaN;
+      return;
+    }
     tail[by_w_norm] = upward(norms[2 * i]);
     tail[by_w_residual] = upward(s.terms[Screen::w_residual] * norms[2 * i + 1]);
     tail[by_w_outliers] = upward(s.terms[Screen::w_outliers] * ::sqrt(outlier2));

@@ -71,6 +71,9 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"precision: got {value!r}, want one of {ops.PRECISIONS}")
         self._precision = value
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_frozen": None}  # a copy or a saved layer is not in the block
+
     # ---- Inference --------------------------------------------------------------------------------------------------
 
     def encode_sparse(self, x: Tensor) -> SparseCode:

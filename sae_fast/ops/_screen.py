@@ -32,19 +32,32 @@ class Shadow(NamedTuple):
 
 def make_shadow(W: Tensor) -> Shadow:
     """The Shadow of W [F, d] float32, in one pass.  It holds as long as W's values do."""
+    _check(W)
     W = W.detach().contiguous()
     return Shadow(*_round(W, W.shape[1]))
 
 
 def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
     """Brings a Shadow up to date with its W, in place."""
+    _check(W, shadow)
     n, d = W.shape
     _C.round_rows(address(W), n, d, d, address(shadow.rows), address(shadow.norms), threads())
 
 
 def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
     """How many rows of W[first:last] are no longer what the Shadow was made from."""
-    return _C.stale_rows(address(W[first:last]), last - first, W.shape[1], address(shadow.rows[first:last]), threads())
+    _check(W, shadow)
+    rows, norms = (part[first:last] for part in shadow)
+    return _C.stale_rows(address(W[first:last]), last - first, W.shape[1], address(rows), address(norms), threads())
+
+
+def _check(W: Tensor, shadow: Shadow | None = None) -> None:
+    """The engine reads W, and writes a Shadow, wherever they say they are."""
+    if W.dtype != torch.float32 or W.dim() != 2 or W.device.type != "cpu":
+        raise ValueError(f"W: got {W.dtype} {tuple(W.shape)} on {W.device}, want float32 [F, d] on the CPU")
+    if shadow is not None and (shadow.rows.shape != W.shape or shadow.norms.shape != (W.shape[0], 2)):
+        got = tuple(shadow.rows.shape), tuple(shadow.norms.shape)
+        raise ValueError(f"shadow: got shapes {got}, want those of a weight {tuple(W.shape)}")
 
 
 class KeptShadow:
@@ -52,24 +65,29 @@ class KeptShadow:
 
     def __init__(self) -> None:
         self.shadow: Shadow | None = None
-        self._made_from: tuple[int, int, torch.Size] | None = None
+        self._made_from: tuple[Tensor, int] | None = None  # W's memory, held so that nothing else gets its address
+
+    def __reduce__(self) -> tuple:
+        return KeptShadow, ()  # a copy starts anew
 
     def of(self, W: Tensor) -> Shadow | None:
         """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves."""
         if cpu_rejects(W) or unavailable():
             return None
-        if self.shadow is None or self._made_from != _identity(W):
+        if not self._is_of(W):
             self.shadow = make_shadow(W)
-            self._made_from = _identity(W)
+            self.follows(W)
         return self.shadow
+
+    def _is_of(self, W: Tensor) -> bool:
+        if self.shadow is None or self._made_from is None or W.is_inference():  # of which torch counts no changes
+            return False
+        memory, version = self._made_from
+        return W.data_ptr() == memory.data_ptr() and W._version == version and W.shape == memory.shape
 
     def follows(self, W: Tensor) -> None:
         """W has changed, and the Shadow with it."""
-        self._made_from = _identity(W)
-
-
-def _identity(W: Tensor) -> tuple[int, int, torch.Size]:
-    return W.data_ptr(), 0 if W.is_inference() else W._version, W.shape
+        self._made_from = W.detach(), 0 if W.is_inference() else W._version
 
 
 def unavailable() -> str | None:
@@ -110,9 +128,9 @@ class Operands:
         W = self.W[first:last]
         rows, norms = make_shadow(W) if self.shadow is None else (part[first:last] for part in self.shadow)
         out = out[: last - first]
-        cut = 0 if self.cut is None else address(self.cut[first:])
+        cut = 0 if self.cut is None else address(self.cut[first:last])
         _C.screen_w(
-            self.screen, address(rows), address(W), last - first, address(norms), address(self.bias[first:]), cut,
+            self.screen, address(rows), address(W), last - first, address(norms), address(self.bias[first:last]), cut,
             address(out), threads(),
         )  # fmt: skip
         return out

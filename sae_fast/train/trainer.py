@@ -162,7 +162,8 @@ class Trainer:
             group["lr"] = lr
         shadows = {} if shadow is None else {self.sae.W_enc: shadow}
         self.optimizer.step(rows=by_parameter, grad_scale=self._clip(gradients), shadows=shadows)
-        self._kept.follows(self.sae.W_enc)
+        if shadow is not None:
+            self._kept.follows(self.sae.W_enc)
         self.step_count += 1
         return StepLog(index, lr, l1, losses, code)
 

@@ -332,7 +332,8 @@ const std::map<std::string, void (*)(Engine&, Arguments&)> kReplay = {
                                              a.out<double>(), e.threads});
      }},
     {"stale_rows", [](Engine& e, Arguments& a) {
-       const auto arguments = std::tuple{a.in<float>(), a.integer(), a.integer(), a.in<uint16_t>(), e.threads};
+       const auto arguments = std::tuple{a.in<float>(), a.integer(), a.integer(), a.in<uint16_t>(),
+                                          a.in<double>(), e.threads};
        a.result(std::apply(e.k.stale_rows, arguments));
      }},
     {"column_residuals", [](Engine& e, Arguments& a) {

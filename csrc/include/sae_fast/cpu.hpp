@@ -19,7 +19,7 @@ struct Kernels {
   // rounding took.
   void (*round_rows)(const float* A, int64_t n, int64_t d, int64_t K, uint16_t* out, double* norms, int threads);
   // How many rows of A [n, d] are no longer what rounded [n, d] was made from.
-  int64_t (*stale_rows)(const float* A, int64_t n, int64_t d, const uint16_t* rounded, int threads);
+  int64_t (*stale_rows)(const float* A, int64_t n, int64_t d, const uint16_t* rounded, const double* norms, int threads);
   // out [parts, d]: sums over runs of rows of the squared rounding residuals; rounded [n, K].
   void (*column_residuals)(const float* A, const uint16_t* rounded, int64_t n, int64_t d, int64_t K, int parts,
                            float* out, int threads);

@@ -7,7 +7,7 @@ namespace SAE_FAST_ISA {
 
 int64_t compact(const float*, const float*, const float*, int64_t, int32_t, int32_t*, float*);
 void round_rows(const float*, int64_t, int64_t, int64_t, uint16_t*, double*, int);
-int64_t stale_rows(const float*, int64_t, int64_t, const uint16_t*, int);
+int64_t stale_rows(const float*, int64_t, int64_t, const uint16_t*, const double*, int);
 void column_residuals(const float*, const uint16_t*, int64_t, int64_t, int64_t, int, float*, int);
 void screen_x(Screen, const float*, int64_t, const double*, uint16_t*, int);
 void screen_w(Screen, const uint16_t*, const float*, int64_t, const double*, const float*, const float*, uint16_t*, int);
