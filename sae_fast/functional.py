@@ -77,8 +77,9 @@ def feature_sums(csc, values: Tensor, rows: int) -> Tensor:
 def weighted_rows(weights: Tensor, W: Tensor) -> Tensor:
     """weights [F] @ W [F, d], by blocks: it stands for a sum over examples, whose rounding averages out where one long
     dot product's would not."""
-    blocks = zip(weights.tensor_split(16), W.tensor_split(16), strict=True)
-    return torch.stack([w @ rows for w, rows in blocks]).sum(0)
+    n = W.shape[0] // 16 * 16
+    blocks = torch.bmm(weights[:n].view(16, 1, n // 16), W[:n].view(16, n // 16, W.shape[1]))
+    return blocks.sum((0, 1)) + weights[n:] @ W[n:]
 
 
 def value_to_pre_gradients(activation: str, u: Tensor, values: Tensor, grads: Tensor, scale):
