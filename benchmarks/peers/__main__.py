@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import machine, results
+from benchmarks import machine, plots, results
 from benchmarks.cases import CASES
 from benchmarks.data import FULL, QUICK, SMALL
 from benchmarks.peers import PACKAGES, memory
@@ -70,6 +70,8 @@ def main(
         results.write(out, [with_package(row) for row in figures])
         wrong |= bool(measurement.faults)
     console.print(f"written to {os.path.relpath(out)}")
+    for path in plots.draw(out):
+        console.print(f"drawn: {os.path.relpath(path)}")
     raise typer.Exit(int(wrong))
 
 
