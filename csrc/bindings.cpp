@@ -7,6 +7,7 @@
 
 #include "sae_fast/compactor.hpp"
 #include "sae_fast/cpu.hpp"
+#include "sae_fast/sound.hpp"
 
 namespace py = pybind11;
 using namespace sae_fast;
@@ -128,6 +129,12 @@ PYBIND11_MODULE(_C, m) {
         self.finish(at<int64_t>(indptr), at<int32_t>(indices), at<float>(u), threads);
       }, release());
 
+  m.def("sound_csr", [](Address indptr, int64_t rows, Address indices, int64_t nnz, int64_t features) {
+    return sound_csr(at<const int64_t>(indptr), rows, at<const int32_t>(indices), nnz, features);
+  }, release());
+  m.def("sound_csc", [](Address colptr, int64_t features, Address rows, int64_t nnz, Address perm, int64_t batch) {
+    return sound_csc(at<const int64_t>(colptr), features, at<const int32_t>(rows), nnz, at<const int64_t>(perm), batch);
+  }, release());
   m.def("has_bf16_product", &has_bf16_product);
   m.def("round_rows", [](Address A, int64_t n, int64_t d, int64_t K, Address out, Address norms, int threads) {
     current->round_rows(at<const float>(A), n, d, K, at<uint16_t>(out), at<double>(norms), threads);

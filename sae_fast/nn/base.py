@@ -175,8 +175,9 @@ class SparseAutoencoder(nn.Module):
     ) -> tuple[Tensor, SparseCode, dict[str, RowGradient | Tensor]]:
         """(losses [3], code, gradient of each parameter by name) for rows x [B, d_in], without autograd.
 
-        The gradients are RowGradients: nothing dense but b_dec's exists.  This is the Trainer's fused path; the losses
-        and gradients are those of :meth:`loss`.  ``shadow`` is W_enc's, if the caller keeps one.
+        Those of the weights are RowGradients: nothing dense of their size exists, unless the code is dense.  This is the
+        Trainer's fused path; the losses and gradients are those of :meth:`loss`.  ``shadow`` is W_enc's, if the caller
+        keeps one.
         """
         n, x_c = x.shape[0], x - self.b_dec
         code = self._code(x_c, shadow)
@@ -187,11 +188,10 @@ class SparseAutoencoder(nn.Module):
         csc = ops.transpose(code)
         scale = torch.exp(self.get_parameter("r_mag"))[code.indices] if self.activation == "gated" else None
         delta, *entries = functional.value_to_pre_gradients(self.activation, code.u, code.values, out.grads, scale)
-        ones = x.new_ones(n, 1)
         grads: dict[str, RowGradient | Tensor] = {"W_enc": RowGradient(csc, [delta], [x_c])}
-        for name, entry in zip(("bias", "r_mag", "b_mag"), entries, strict=True):
-            if entry is not None:
-                grads[self.per_feature[0] if name == "bias" else name] = RowGradient(csc, [entry], [ones])
+        names = [self.per_feature[0], *(("r_mag", "b_mag") if self.activation == "gated" else ())]
+        delta_sums, *vectors = functional.entry_sums(csc, [delta, *(e for e in entries if e is not None)])
+        grads |= dict(zip(names, vectors, strict=True))
 
         values, residuals = [code.magnitudes * (2 / n)], [out.residual]
         self_coefficient = None
@@ -201,7 +201,7 @@ class SparseAutoencoder(nn.Module):
             self_coefficient = self._norm_cost(functional.feature_sums(csc, code.gates, n), l1_coefficient / n)
         grads["W_dec"] = RowGradient(csc, values, residuals, self_coefficient)
         decoder = sum(r.sum(0) for r in residuals) * (2 / n)
-        grads["b_dec"] = decoder - functional.weighted_rows(functional.feature_sums(csc, delta, n), self.W_enc)
+        grads["b_dec"] = decoder - functional.weighted_rows(delta_sums, self.W_enc)
         return out.losses, code, grads
 
     def _dense_gradients(self, x, x_c, code, weight, l1_coefficient, dialect):

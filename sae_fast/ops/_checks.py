@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_fast.ops._native import _C, address
 from sae_fast.ops._screen import Shadow
 
 
@@ -61,6 +62,15 @@ def ascending(indptr: Tensor, indices: Tensor) -> None:
         raise ValueError(f"indices: got {int(indices[at])} after {int(indices[at - 1])}, want them ascending in each row")
 
 
+def _native(*tensors: Tensor) -> bool:
+    """Whether one pass of the engine can find them sound; what is wrong is said by the checks in torch."""
+    return _C is not None and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+
+def _of(starts: Tensor, indices: Tensor) -> tuple[int, int, int, int]:
+    return address(starts), starts.shape[0] - 1, address(indices), indices.shape[0]
+
+
 def csr(indptr: Tensor, indices: Tensor, features: int) -> None:
     shape("indptr", indptr, "B + 1")
     shape("indices", indices, "nnz")
@@ -68,6 +78,8 @@ def csr(indptr: Tensor, indices: Tensor, features: int) -> None:
     dtype("indices", indices, torch.int32)
     if indptr.shape[0] < 1:
         raise ValueError("indptr: got no element, want B + 1 of them")
+    if _native(indptr, indices) and _C.sound_csr(*_of(indptr, indices), features):
+        return
     offsets("indptr", indptr, indices.shape[0])
     within("indices", indices, features)
     ascending(indptr, indices)
@@ -82,6 +94,8 @@ def csc(colptr: Tensor, rows: Tensor, perm: Tensor, batch: int) -> None:
     dtype("perm", perm, torch.int64)
     if colptr.shape[0] < 1:
         raise ValueError("colptr: got no element, want F + 1 of them")
+    if _native(colptr, rows, perm) and _C.sound_csc(*_of(colptr, rows), address(perm), batch):
+        return
     offsets("colptr", colptr, rows.shape[0])
     within("rows", rows, batch)
     within("perm", perm, rows.shape[0])

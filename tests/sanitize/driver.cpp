@@ -17,6 +17,7 @@
 
 #include "sae_fast/compactor.hpp"
 #include "sae_fast/cpu.hpp"
+#include "sae_fast/sound.hpp"
 
 using namespace sae_fast;
 
@@ -330,6 +331,15 @@ const std::map<std::string, void (*)(Engine&, Arguments&)> kReplay = {
     {"round_rows", [](Engine& e, Arguments& a) {
        std::apply(e.k.round_rows, std::tuple{a.in<float>(), a.integer(), a.integer(), a.integer(), a.out<uint16_t>(),
                                              a.out<double>(), e.threads});
+     }},
+    {"sound_csr", [](Engine&, Arguments& a) {
+       const auto arguments = std::tuple{a.in<int64_t>(), a.integer(), a.in<int32_t>(), a.integer(), a.integer()};
+       a.result(std::apply(sound_csr, arguments));
+     }},
+    {"sound_csc", [](Engine&, Arguments& a) {
+       const auto arguments = std::tuple{a.in<int64_t>(), a.integer(), a.in<int32_t>(), a.integer(), a.in<int64_t>(),
+                                         a.integer()};
+       a.result(std::apply(sound_csc, arguments));
      }},
     {"stale_rows", [](Engine& e, Arguments& a) {
        const auto arguments = std::tuple{a.in<float>(), a.integer(), a.integer(), a.in<uint16_t>(),

@@ -21,6 +21,12 @@ static inline void add_run(const Gradient& gradient, int64_t begin, int64_t end,
   for (int s = 0; s < gradient.n_sources; ++s) {
     const float *values = gradient.sources[s].values, *A = gradient.sources[s].A;
     int64_t j = begin;
+    if (d == 1) {  // a parameter vector: the same sums, without the loops over d
+      const auto term = [&](int64_t at) { return values[code.perm[at]] * A[code.rows[at]]; };
+      for (; j + 4 <= end; j += 4) g[0] += (term(j) + term(j + 1)) + (term(j + 2) + term(j + 3));
+      for (; j < end; ++j) g[0] += term(j);
+      continue;
+    }
     for (; j + 4 <= end; j += 4) {
       const float* rows[4];
       float c[4];
