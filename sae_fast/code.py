@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,3 +136,11 @@ class RowGradient:
     values: list[Tensor]
     A: list[Tensor]
     self_coefficient: Tensor | None = None
+
+
+class Shadow(NamedTuple):
+    """What the screen needs of a weight [F, d]: ``rows`` [F, d] bfloat16, its rows rounded (subnormals to 0), and ``norms``
+    [F, 2] float64, of the rows and of what rounding took from them."""
+
+    rows: Tensor
+    norms: Tensor

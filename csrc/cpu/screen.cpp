@@ -20,7 +20,7 @@ namespace sae_fast {
 namespace SAE_FAST_ISA {
 
 static constexpr uint16_t kOne = 0x3f80, kNaN = 0x7fc0;
-enum Column { bias_pieces = 0, by_w_norm = 3, by_w_residual = 4, by_w_outliers = 5, constant = 6, tail_width = 7 };
+enum Column { bias_pieces = 0, by_w_norm = 3, by_w_residual = 4, by_w_outliers = 5, constant = 6 };
 
 void round_rows(const float* A, int64_t n, int64_t d, int64_t K, uint16_t* out, double* norms, int threads) {
   parallel_for(n, 16, threads, [&](int64_t i, int) {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_fast.code import Shadow
 from sae_fast.ops._native import _C, address
-from sae_fast.ops._screen import Shadow
 
 
 def shape(name: str, tensor: Tensor, *want: int | str) -> None:
@@ -162,6 +162,12 @@ def adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip) -> None:
         raise ValueError(f"step: got {step}, want one after the last_step of every row, up to {int(last_step.max())}")
     if not (lr >= 0 and 0 <= beta2 < 1 and eps > 0):
         raise ValueError(f"lr, beta2, eps: got {lr}, {beta2}, {eps}, want lr ≥ 0, 0 ≤ beta2 < 1, eps > 0")
+
+
+def engine_weight(W: Tensor) -> None:
+    """The engine reads a weight wherever it says it is."""
+    if W.dtype != torch.float32 or W.dim() != 2 or W.device.type != "cpu":
+        raise ValueError(f"W: got {W.dtype} {tuple(W.shape)} on {W.device}, want float32 [F, d] on the CPU")
 
 
 def shadow(W: Tensor, rows: Tensor | None, norms: Tensor | None) -> Shadow | None:

@@ -7,11 +7,12 @@ Both operands carry their own error bound in extra columns (csrc/cpu/screen.cpp)
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sae_fast.code import Shadow
+from sae_fast.ops import _checks
 from sae_fast.ops._dispatch import cpu_rejects
 from sae_fast.ops._native import _C, address, threads
 
@@ -22,42 +23,25 @@ PARTS = 16  # runs of rows over which column residuals are summed: fixed, so tha
 TERMS = torch.ones(7, dtype=torch.float64)  # factors of the bound's terms (Screen::Term): a test removes one at a time
 
 
-class Shadow(NamedTuple):
-    """What the screen needs of a weight [F, d]: ``rows`` [F, d] bfloat16, its rows rounded (subnormals to 0), and ``norms``
-    [F, 2] float64, of the rows and of what rounding took from them."""
-
-    rows: Tensor
-    norms: Tensor
-
-
 def make_shadow(W: Tensor) -> Shadow:
     """The Shadow of W [F, d] float32, in one pass.  It holds as long as W's values do."""
-    _check(W)
+    _checks.engine_weight(W)
     W = W.detach().contiguous()
     return Shadow(*_round(W, W.shape[1]))
 
 
 def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
     """Brings a Shadow up to date with its W, in place."""
-    _check(W, shadow)
+    _checks.shadow(W, *shadow)
     n, d = W.shape
     _C.round_rows(address(W), n, d, d, address(shadow.rows), address(shadow.norms), threads())
 
 
 def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
     """How many rows of W[first:last] are no longer what the Shadow was made from."""
-    _check(W, shadow)
+    _checks.shadow(W, *shadow)
     rows, norms = (part[first:last] for part in shadow)
     return _C.stale_rows(address(W[first:last]), last - first, W.shape[1], address(rows), address(norms), threads())
-
-
-def _check(W: Tensor, shadow: Shadow | None = None) -> None:
-    """The engine reads W, and writes a Shadow, wherever they say they are."""
-    if W.dtype != torch.float32 or W.dim() != 2 or W.device.type != "cpu":
-        raise ValueError(f"W: got {W.dtype} {tuple(W.shape)} on {W.device}, want float32 [F, d] on the CPU")
-    if shadow is not None and (shadow.rows.shape != W.shape or shadow.norms.shape != (W.shape[0], 2)):
-        got = tuple(shadow.rows.shape), tuple(shadow.norms.shape)
-        raise ValueError(f"shadow: got shapes {got}, want those of a weight {tuple(W.shape)}")
 
 
 class KeptShadow:

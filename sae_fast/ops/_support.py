@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sae_fast.code import Shadow
 from sae_fast.ops import _screen
 from sae_fast.ops._dispatch import log_once
 from sae_fast.ops._native import _C, address, threads
-from sae_fast.ops._screen import Shadow
 
 PRECISIONS = ("exact", "fp32", "bf16")
 ROWS = 2048

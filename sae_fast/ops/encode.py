@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_fast.code import SparseCode
+from sae_fast.code import Shadow, SparseCode
 from sae_fast.ops import _checks
 from sae_fast.ops._dispatch import cpu_rejects, pick
 from sae_fast.ops._native import _C, address, threads
-from sae_fast.ops._screen import Shadow
 from sae_fast.ops._support import PRECISIONS, find
 
 ACTIVATIONS = ("gated", "relu", "jumprelu")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_fast.code import RowGradient
+from sae_fast.code import RowGradient, Shadow
 from sae_fast.ops import _checks, _dense
 from sae_fast.ops._dispatch import cpu_rejects, pick
 from sae_fast.ops._native import _C, address, threads
-from sae_fast.ops._screen import Shadow, refresh_shadow
+from sae_fast.ops._screen import refresh_shadow
 
 
 def weight_step(

@@ -7,7 +7,8 @@
 #include <vector>
 
 #include "sae_fast/cpu.hpp"
-#include "sae_fast/parallel.hpp"
+#include "sae_fast/parallel.hpp"  // first: it names the namespace of what is compiled here
+#include "sae_fast/bf16.hpp"
 
 namespace sae_fast {
 
@@ -67,9 +68,7 @@ class Compactor {
         const int64_t found = kernels.screen(tile + (b + r) * width, width, first, part.next_index());
         for (int64_t j = 0; j < found; ++j) {
           const int64_t i = part.next_index()[j];
-          const uint32_t bits = static_cast<uint32_t>(tile[(b + r) * width + i - first]) << 16;
-          float excess;
-          std::memcpy(&excess, &bits, sizeof excess);
+          const float excess = host::widen(tile[(b + r) * width + i - first]);
           part.next_u()[j] = excess - (layer.bias[i] - (layer.cut ? layer.cut[i] : 0.0f));
         }
         counts[r] = part.take(found);
