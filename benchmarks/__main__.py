@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks import candidates, machine, memory, plan, plots, results
 from benchmarks.cases import CASES
 from benchmarks.data import FULL, QUICK
-from benchmarks.runner import Measurement, measure
+from benchmarks.runner import measure
 from sae_fast.extras import MissingExtra
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def main(
             continue
         with console.status(f"{job.case.name} at {job.shape} …"):
             measurement = measure(job.case, job.shape, rounds or job.rounds, names, quick)
-            figures = results.rows(measurement, peaks(measurement, console) if job.memory else {})
+            figures = results.rows(measurement, memory.peaks(measurement, console) if job.memory else {})
         results.show(console, measurement, figures)
         results.write(out, figures)
         wrong |= bool(measurement.faults)
@@ -74,18 +74,6 @@ def main(
         except MissingExtra as error:
             console.print(f"[yellow]no pictures: {error}")
     raise typer.Exit(int(wrong))
-
-
-def peaks(measurement: Measurement, console: Console) -> dict[str, list[int]]:
-    """Peak memory of the providers that were timed, where the case asks for it."""
-    found: dict[str, list[int]] = {}
-    for name in measurement.seconds:
-        if measurement.case.memory and not measurement.case.providers[name].floor:
-            try:
-                found[name] = list(memory.peak_bytes(measurement.case.name, name, measurement.shape))
-            except RuntimeError as error:
-                console.print(f"[yellow]{measurement.case.name}: no peak memory of {name}: {error}")
-    return found
 
 
 if __name__ == "__main__":

@@ -23,20 +23,37 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from benchmarks.cases import CASES
 from benchmarks.data import Shape, world
+from benchmarks.runner import Measurement
 
 STEPS = 3
+MODULE = "benchmarks.memory"  # this one: its name is another where it runs as a script
 
 
-def peak_bytes(case: str, provider: str, shape: Shape) -> list[int]:
-    """One peak a step; ``RuntimeError`` says why where it cannot be measured."""
+def peaks(measurement: Measurement, console: Console, module: str = MODULE) -> dict[str, list[int]]:
+    """Peak memory of the providers that were timed, floors apart, where the case asks for it."""
+    found: dict[str, list[int]] = {}
+    case = measurement.case
+    for name in measurement.seconds:
+        if case.memory and not case.providers[name].floor:
+            try:
+                found[name] = peak_bytes(case.name, name, measurement.shape, module)
+            except RuntimeError as error:
+                console.print(f"[yellow]{case.name}: no peak memory of {name}: {error}")
+    return found
+
+
+def peak_bytes(case: str, provider: str, shape: Shape, module: str = MODULE) -> list[int]:
+    """One peak a step; ``RuntimeError`` says why where it cannot be measured.  ``module`` is what the child runs: one that
+    knows the provider."""
     if provider not in CASES[case].providers:
         raise ValueError(f"provider: got {provider!r}, want one of {', '.join(CASES[case].providers)}")
     if not Path("/proc/self/clear_refs").exists():
         raise RuntimeError("peak memory needs /proc/self/clear_refs, which is Linux's")
-    command = [sys.executable, "-m", "benchmarks.memory", case, provider, json.dumps(asdict(shape))]
+    command = [sys.executable, "-m", module, case, provider, json.dumps(asdict(shape))]
     root = Path(__file__).parent.parent
     child = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if child.returncode:
@@ -87,5 +104,9 @@ def _optimizer_bytes() -> int:
     return sum(tensors.values())
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(json.dumps(_measure(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))
+
+
+if __name__ == "__main__":
+    main()

@@ -36,6 +36,14 @@ SETTINGS: dict[str, Any] = dict(lr=1e-5, l1_coefficient=L1, betas=BETAS, eps=EPS
 )
 def step(sae: GatedSAE) -> Run:
     """As the paper writes it, by autograd, with Adam spelled out."""
+    return by_autograd(sae)
+
+
+def by_autograd(
+    sae: GatedSAE, dialect: str = "paper", betas: tuple[float, float] = BETAS, clip: float | None = None
+) -> Run:
+    """A step of either dialect in plain PyTorch: only ``paper`` holds decoder rows at unit norm; ``clip`` is the largest
+    norm of the whole gradient."""
     parameters = dict(sae.named_parameters())
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
     count = 0
@@ -43,12 +51,15 @@ def step(sae: GatedSAE) -> Run:
     def run(x: torch.Tensor) -> None:
         nonlocal count
         count += 1
-        loss = reference.gated_loss(x, **parameters, l1_coefficient=L1)  # type: ignore[arg-type]
+        loss = reference.gated_loss(x, **parameters, l1_coefficient=L1, dialect=dialect)  # type: ignore[arg-type]
         grads = torch.autograd.grad(loss.total, list(parameters.values()))
         with torch.no_grad():
+            if clip is not None:
+                factor = (clip / (torch.stack([grad.norm() for grad in grads]).norm() + 1e-6)).clamp(max=1)
+                grads = tuple(factor * grad for grad in grads)
             for (name, p), grad in zip(parameters.items(), grads, strict=True):
-                m, v = moments[name]
-                reference.adam_step(p, grad, m, v, count, SETTINGS["lr"], BETAS, EPS, unit_rows=name == "W_dec")
+                unit_rows = name == "W_dec" and dialect == "paper"
+                reference.adam_step(p, grad, *moments[name], count, SETTINGS["lr"], betas, EPS, unit_rows=unit_rows)
 
     return run
 

@@ -14,14 +14,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import machine, plots, results
+from benchmarks import machine, memory, plots, results
 from benchmarks.cases import CASES
 from benchmarks.data import FULL, QUICK, SMALL
-from benchmarks.peers import PACKAGES, memory
+from benchmarks.peers import PACKAGES
 from benchmarks.peers.dictionary_learning import in_columns
 from benchmarks.plan import Job
 from benchmarks.registry import OURS
-from benchmarks.runner import Measurement, measure
+from benchmarks.runner import measure
 
 FOLDER = Path(__file__).parents[2]
 PROVIDERS = {
@@ -65,7 +65,9 @@ def main(
             continue
         with console.status(f"{job.case.name} at {job.shape} …"):
             measurement = measure(job.case, job.shape, rounds or job.rounds, job.providers)
-            figures = results.rows(measurement, peaks(measurement, console) if job.memory else {})
+            figures = results.rows(
+                measurement, memory.peaks(measurement, console, "benchmarks.peers.memory") if job.memory else {}
+            )
         results.show(console, measurement, figures)
         results.write(out, [with_package(row) for row in figures])
         wrong |= bool(measurement.faults)
@@ -73,18 +75,6 @@ def main(
     for path in plots.draw(out):
         console.print(f"drawn: {os.path.relpath(path)}")
     raise typer.Exit(int(wrong))
-
-
-def peaks(measurement: Measurement, console: Console) -> dict[str, list[int]]:
-    """Peak memory of the providers that were timed."""
-    found: dict[str, list[int]] = {}
-    for name in measurement.seconds:
-        if not measurement.case.providers[name].floor:
-            try:
-                found[name] = memory.peak_bytes(measurement.case.name, name, measurement.shape)
-            except RuntimeError as error:
-                console.print(f"[yellow]{measurement.case.name}: no peak memory of {name}: {error}")
-    return found
 
 
 def with_package(row: results.Row) -> results.Row:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 import sae_fast as sf
 from benchmarks.cases.floors import bare_product
-from benchmarks.cases.step import EPS, L1
+from benchmarks.cases.step import EPS, L1, by_autograd
+from benchmarks.cases.step import SETTINGS as step_settings
 from benchmarks.peers.handover import hand_over
 from benchmarks.registry import OURS, Run, case
-from sae_fast import GatedSAE, reference
+from sae_fast import GatedSAE
 
-LR, BETAS, CLIP = 1e-5, (0.9, 0.999), 1.0
+LR, BETAS, CLIP = step_settings["lr"], (0.9, 0.999), 1.0
 SETTINGS: dict[str, Any] = dict(lr=LR, l1_coefficient=L1, betas=BETAS, eps=EPS, dialect="saelens", grad_clip=CLIP)
 
 
@@ -32,22 +32,7 @@ SETTINGS: dict[str, Any] = dict(lr=LR, l1_coefficient=L1, betas=BETAS, eps=EPS, 
     memory=True,
 )
 def step_saelens(sae: GatedSAE) -> Run:
-    parameters = dict(sae.named_parameters())
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
-    count = 0
-
-    def run(x: torch.Tensor) -> None:
-        nonlocal count
-        count += 1
-        loss = reference.gated_loss(x, **parameters, l1_coefficient=L1, dialect="saelens")
-        grads = torch.autograd.grad(loss.total, list(parameters.values()))
-        with torch.no_grad():
-            norm = torch.stack([grad.norm() for grad in grads]).norm()
-            factor = (CLIP / (norm + 1e-6)).clamp(max=1)
-            for (name, p), grad in zip(parameters.items(), grads, strict=True):
-                reference.adam_step(p, factor * grad, *moments[name], count, LR, BETAS, EPS)
-
-    return run
+    return by_autograd(sae, "saelens", BETAS, CLIP)
 
 
 @step_saelens.provider(OURS)
