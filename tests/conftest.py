@@ -10,6 +10,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: without a GPU its interpreter runs the kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 from sae_fast.ops import _dense, _dispatch

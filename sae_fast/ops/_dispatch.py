@@ -8,8 +8,10 @@ reason, logged once at DEBUG level on the logger ``sae_fast``.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,6 +71,30 @@ def cpu_rejects(*tensors: Tensor | None) -> str | None:
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             return f"a tensor is {tensor.dtype}; the engine computes in float32"
     return None
+
+
+@cache
+def _no_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    return None
+
+
+def triton_rejects(*tensors: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None.  Triton's interpreter (TRITON_INTERPRET=1, for tests) takes
+    tensors on the CPU, where ``use_backend("triton")`` asks for it."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _forced[-1:] == ["triton"]
+    device = "cpu" if interpreted else "cuda"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != device:
+            return f"a tensor is on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"a tensor is {tensor.dtype}; the kernels take float32, bfloat16 and float16"
+    return _no_triton()
 
 
 def log_once(op: str, message: str) -> None:
