@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports Triton: without a GPU its interpreter runs the kernels
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before anything imports Triton: without a GPU its interpreter runs the kernels.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from hypothesis import HealthCheck, settings
 

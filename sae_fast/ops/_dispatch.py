@@ -83,8 +83,8 @@ def _no_triton() -> str | None:
 
 
 def triton_rejects(*tensors: Tensor | None) -> str | None:
-    """Why the Triton kernels cannot take these tensors, or None.  Triton's interpreter (TRITON_INTERPRET=1, for tests) takes
-    tensors on the CPU, where ``use_backend("triton")`` asks for it."""
+    """Why the Triton kernels cannot take these tensors, or None.  Triton's interpreter (TRITON_INTERPRET=1, for tests)
+    takes tensors on the CPU, where ``use_backend("triton")`` asks for it."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _forced[-1:] == ["triton"]
     device = "cpu" if interpreted else "cuda"
     for tensor in tensors:
