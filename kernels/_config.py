@@ -16,20 +16,21 @@ from sae_fast.kernels import _launch
 
 _target: int | None = None
 
-# columns: of a row that a program holds at once; entries: gathered rows at once; run: entries of a feature summed in one go.
+# columns: of a row that a program holds at once; entries: gathered rows at once; run: entries of a feature that are
+# summed in one go.
 _EVERY = {
-    "round": {"columns": 1024, "warps": 4},
+    "round": {"warps": 4},
     "compact": {"words": 1024, "warps": 4},
     "verify": {"entries": 16, "columns": 256, "warps": 4},
-    "decode": {"entries": 8, "columns": 256, "warps": 2},
-    "decode_loss": {"entries": 8, "columns": 256, "warps": 2},
-    "sampled_dots": {"entries": 16, "columns": 256, "warps": 4},
-    "transpose": {"entries": 256, "features": 256, "warps": 4},
+    "decode": {"entries": 8, "columns": 256},
+    "decode_loss": {"entries": 8, "columns": 256, "finish": 64},
+    "sampled_dots": {"entries": 16, "columns": 128, "warps": 4},
+    "transpose": {"entries": 256, "features": 32, "chunks": 32, "warps": 4},
     "outer": {"entries": 8, "columns": 512, "run": 512},
-    "weight_step": {"entries": 4},
+    "weight_step": {"entries": 4, "columns": 512},
 }
-_GEMM_80 = {"rows": 128, "features": 128, "depth": 64, "warps": 4, "stages": 3, "group": 8}
-_GEMM_90 = {"rows": 128, "features": 256, "depth": 64, "warps": 8, "stages": 3, "group": 8}
+_GEMM_80 = {"rows": 128, "features": 128, "depth": 64, "warps": 4, "stages": 3, "group": 8, "persistent": 0}
+_GEMM_90 = {"rows": 128, "features": 256, "depth": 64, "warps": 8, "stages": 3, "group": 8, "persistent": 0}
 SHIPPED: dict[int, dict[str, dict[str, int]]] = {
     80: {**_EVERY, "screen": _GEMM_80},
     90: {**_EVERY, "screen": _GEMM_90},

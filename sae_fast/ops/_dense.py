@@ -8,16 +8,26 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import row_ids
+from sae_fast.ops._dispatch import may_run
 from sae_fast.ops._native import _C, address, threads
 
 # nnz / (B · F) above which an op of the C++ engine takes its dense route, from a sweep at B 2048, d 768, F 24576 on
 # two Sapphire Rapids cores.  The route depends on the arguments only, never on timing, so runs repeat bit for bit.
 CROSSOVER = {"decode": 0.085, "sampled_dots": 0.085, "decode_loss": 0.16, "outer": 0.1, "weight_step": 0.12, "step": 0.11}
+# The same for every op on a GPU: gathers at 2.7 TB/s against an fp32 product at 60 TFLOP/s (a model of an H100, not measured).
+GPU_DENSE = 0.03
 CHUNK = 2**23  # floats in a dense chunk: 32 MiB
 
 
 def is_dense(op: str, nnz: int, rows: int, features: int) -> bool:
     return nnz > CROSSOVER[op] * rows * features
+
+
+def gpu_rejects(nnz: int, rows: int, features: int) -> str | None:
+    """Why a GPU should not gather rows for this many entries, or None; a forced body takes any number."""
+    if nnz <= GPU_DENSE * rows * features or not may_run("reference"):
+        return None
+    return f"the code is dense: {nnz} entries of {rows} × {features}"
 
 
 def to_dense(indptr: Tensor, indices: Tensor, values: Tensor, features: int) -> Tensor:

@@ -20,7 +20,7 @@ from sae_fast.ops import _screen
 from sae_fast.ops._dispatch import log_once
 from sae_fast.ops._native import _C, address, threads
 
-PRECISIONS = ("exact", "fp32", "bf16")
+PRECISIONS = ("exact", "fp32", "tf32", "bf16")
 ROWS = 2048
 TILE, WIDEST = 2**21, 2048  # entries and features in a tile
 # The committed crossovers: like those of _dense.py from sweeps at d 768, F 24576 on two Sapphire Rapids cores.
@@ -30,7 +30,7 @@ DENSE_ABOVE = 0.2  # candidates ÷ entries of a block of rows above which all en
 
 def route(precision: str, rows: int, shadow: Shadow | None) -> str:
     """Which way a batch of ``rows`` rows takes."""
-    if precision == "fp32":
+    if precision in ("fp32", "tf32"):  # a processor has no TF32
         return "product"
     if rows < FEW_ROWS["no shadow" if shadow is None else "shadow"]:
         return "dots"

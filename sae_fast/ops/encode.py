@@ -1,6 +1,7 @@
 """encode: which features are active, and how strongly.
 
 Body ``cpu``: screened or dotted tile by tile, see _support.py.
+Body ``triton``: screened by one kernel that keeps a bit an entry, see _device_support.py.
 Body ``reference``: dense, any device and dtype; it also serves ``topk`` and ``batch_topk``.
 """
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow, SparseCode
-from sae_fast.ops import _checks
-from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops import _checks, _device_support
+from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, threads
 from sae_fast.ops._support import PRECISIONS, find
 
@@ -45,13 +46,14 @@ def encode(
       ``gated``       magnitudes 1[π > 0] ReLU(exp(r_mag) u + b_mag) and gates ReLU(π); bias is b_gate
       ``relu``        ReLU(π); bias is b_enc
       ``jumprelu``    1[π > threshold] ReLU(π)
-    ``precision``, of u and of the support on the C++ engine (the reference has that of its arguments):
+    ``precision``, of u and of the support on the engines (the reference has that of its arguments):
       ``exact``   every member, and u, by fp32 dots in one fixed order: bitwise the same for any chunking, number of threads
-                  or route.  Candidates come from a bfloat16 product with a proven bound where the processor has one
-                  (docs/screen.md), else every entry is dotted.
+                  or route.  Candidates come from a 16-bit product with a proven bound (docs/screen.md); on a CPU that has
+                  none every entry is dotted, on a GPU a dense block of rows takes torch's fp32 product.
       ``fp32``    torch's fp32 product decides
-      ``bf16``    a bfloat16 product decides and nothing is verified: entries near the threshold come and go, and u has
-                  8 bits.  No faster than ``exact`` by much.
+      ``tf32``    the same with TF32 operands, on a GPU that has them
+      ``bf16``    a 16-bit product decides and nothing is verified: entries near the threshold come and go, and u is of
+                  rounded operands: 8 bits on a CPU, whose product takes bfloat16, 11 on a GPU, where it takes float16.
     ``shadow``: what ``ops.make_shadow(W_enc)`` gave, to save that pass; it must belong to W_enc as it is now.
     Differentiable with respect to x, W_enc, bias, r_mag and b_mag (not the threshold).  MATH.md §1.
     """
@@ -77,10 +79,12 @@ def _encode(
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, want one of {PRECISIONS}")
     shadow = _checks.shadow(W_enc, shadow_rows, shadow_norms)
-    rejects = cpu_rejects(x, W_enc)
-    if rejects is None and support != "threshold":
-        rejects = f"support {support!r} takes the dense route"
-    body = pick("encode", {"cpu": _cpu, "reference": _reference}, {"cpu": rejects})
+    other = None if support == "threshold" else f"support {support!r} takes the dense route"
+    body = pick(
+        "encode",
+        {"cpu": _cpu, "triton": _triton, "reference": _reference},
+        {"cpu": cpu_rejects(x, W_enc) or other, "triton": triton_rejects(x, W_enc) or _device_support.rejects(x) or other},
+    )
     cut = _cut(threshold, activation, slack, bias)
     scale = None if r_mag is None else torch.exp(r_mag)
     return body(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, precision, shadow)
@@ -143,7 +147,15 @@ def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, p
     return indptr, indices, u, values
 
 
-def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, *_):
+def _triton(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, precision, shadow):
+    def contiguous(t):
+        return None if t is None else t.contiguous()
+
+    x, W_enc, *vectors = map(contiguous, (x, W_enc, bias, scale, b_mag, threshold, cut))
+    return _device_support.find(x, W_enc, *vectors, activation, precision, shadow, by_product=_reference)
+
+
+def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support="threshold", k=0, *_):
     u = x @ W_enc.T
     pi = u + bias
     if support == "threshold":

@@ -1,0 +1,183 @@
+"""compact and verify: from a mask to the entries of a code.
+
+count → (a scan of the counts) → compact lists each row's candidates in ascending order → verify computes u of each by a
+float32 dot in a fixed order, drops those that are not members and writes u and the activation's values.  What verify leaves
+is a code with gaps: row b's entries start where its candidates started.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_fast.kernels._config import config
+from sae_fast.kernels._launch import cdiv, launch
+from sae_fast.kernels.sampled_dots import gathered_dots
+
+GATED, RELU, JUMPRELU = 0, 1, 2
+OVERFLOW, NOT_FINITE = 1, 2  # bits of the flag
+
+
+@triton.jit
+def popcount(word):
+    """Bits set in int32 words."""
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _load_words(mask_ptr, b, at, F, stride):
+    """Words of a row's mask, without the bits past the last feature."""
+    word = tl.load(mask_ptr + b * stride + at, mask=at * 32 < F, other=0)
+    left = F - at * 32
+    valid = tl.where(left >= 32, -1, (1 << tl.maximum(tl.minimum(left, 31), 0)) - 1)
+    return word & valid
+
+
+@triton.jit
+def _count(mask_ptr, counts_ptr, F, stride, WORDS: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((WORDS,), tl.int32)
+    for first in range(0, F, 32 * WORDS):
+        total += popcount(_load_words(mask_ptr, b, first // 32 + tl.arange(0, WORDS), F, stride))
+    tl.store(counts_ptr + b, tl.sum(total).to(tl.int64))
+
+
+def count(mask: Tensor, features: int, counts: Tensor) -> None:
+    """counts [B] int64: bits set in each row of mask [B, words]."""
+    c = config("compact")
+    launch(_count, (mask.shape[0],), mask, counts, features, mask.shape[1], WORDS=c["words"], num_warps=c["warps"])
+
+
+@triton.jit
+def _compact(mask_ptr, begin_ptr, end_ptr, candidates_ptr, flag_ptr, F, stride, capacity, WORDS: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
+    if end > capacity:
+        tl.atomic_or(flag_ptr, 1)
+    else:
+        for first in range(0, F, 32 * WORDS):
+            at = first // 32 + tl.arange(0, WORDS)
+            word = _load_words(mask_ptr, b, at, F, stride)
+            size = popcount(word)
+            slot = begin + tl.cumsum(size, 0) - size
+            # Peels the lowest bit of all words at once: as many rounds as the fullest word has bits.
+            for _ in range(tl.max(size, 0)):
+                lowest = word & -word
+                tl.store(candidates_ptr + slot, at * 32 + popcount(lowest - 1), mask=word != 0)
+                slot += (word != 0).to(tl.int64)
+                word = word ^ lowest
+            begin += tl.sum(size, 0)
+
+
+def compact(mask: Tensor, features: int, begin: Tensor, end: Tensor, candidates: Tensor, flag: Tensor) -> None:
+    """candidates [C] int32: row b's at begin[b] .. end[b], ascending.  A row that would end past C is left out and sets bit 0
+    of ``flag`` (int32)."""
+    c = config("compact")
+    launch(
+        _compact, (mask.shape[0],), mask, begin, end, candidates, flag, features, mask.shape[1], candidates.shape[0],
+        WORDS=c["words"], num_warps=c["warps"],
+    )  # fmt: skip
+
+
+@triton.jit
+def _relu(a):
+    return tl.where(a <= 0, 0.0, a)  # keeps a NaN
+
+
+@triton.jit
+def _verify(
+    x_ptr, W_ptr, x_norms_ptr, W_norms_ptr, bias_ptr, cut_ptr, scale_ptr, b_mag_ptr, threshold_ptr,
+    begin_ptr, end_ptr, candidates_ptr, indices_ptr, u_ptr, values_ptr, end_out_ptr,
+    d, stride, x_norm_columns, W_norm_columns, capacity,
+    KIND: tl.constexpr, EXACT: tl.constexpr, HAS_CUT: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
+    if end > capacity:
+        end = begin
+    members = begin
+    for j in range(begin, end, ENTRIES):
+        at = j + tl.arange(0, ENTRIES)
+        member = at < end
+        i = tl.load(candidates_ptr + at, mask=member, other=0)
+        u = gathered_dots(x_ptr + b * stride, W_ptr, i, member, d, stride, ENTRIES, COLUMNS)
+        if not EXACT:  # of the scaled 16-bit copies
+            u /= tl.load(x_norms_ptr + b * x_norm_columns)
+            u /= tl.load(W_norms_ptr + i.to(tl.int64) * W_norm_columns, mask=member, other=1.0)
+        pi = u + tl.load(bias_ptr + i, mask=member, other=0.0).to(tl.float32)
+        if EXACT:
+            if HAS_CUT:
+                member = member & ((pi <= tl.load(cut_ptr + i, mask=member, other=0.0).to(tl.float32)) == 0)
+            else:
+                member = member & ((pi <= 0) == 0)
+        slot = members + tl.cumsum(member.to(tl.int32), 0) - 1
+        if KIND == 0:
+            scale = tl.load(scale_ptr + i, mask=member, other=0.0).to(tl.float32)
+            b_mag = tl.load(b_mag_ptr + i, mask=member, other=0.0).to(tl.float32)
+            tl.store(values_ptr + slot, tl.where(pi <= 0, 0.0, _relu(scale * u + b_mag)), mask=member)
+            tl.store(values_ptr + capacity + slot, _relu(pi), mask=member)
+        elif KIND == 1:
+            tl.store(values_ptr + slot, _relu(pi), mask=member)
+        else:
+            threshold = tl.load(threshold_ptr + i, mask=member, other=0.0).to(tl.float32)
+            tl.store(values_ptr + slot, tl.where(pi <= threshold, 0.0, _relu(pi)), mask=member)
+        tl.store(indices_ptr + slot, i, mask=member)
+        tl.store(u_ptr + slot, u, mask=member)
+        members += tl.sum(member.to(tl.int32), 0)
+    tl.store(end_out_ptr + b, members)
+
+
+def verify(
+    x: Tensor, W: Tensor, bias: Tensor, cut: Tensor | None, kind: int, scale: Tensor | None, b_mag: Tensor | None,
+    threshold: Tensor | None, begin: Tensor, end: Tensor, candidates: Tensor, indices: Tensor, u: Tensor, values: Tensor,
+    end_out: Tensor, norms: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """The members among the candidates, with not (x·w + bias <= cut): indices [C], u [C], values [V, C]; row b's at begin[b] ..
+    end_out[b].  ``scale`` is exp(r_mag).  With ``norms`` (of round_rows) x and W are 16-bit copies; every candidate stays."""
+    c = config("verify")
+    nothing = (None, None, 0, 0) if norms is None else (*norms, norms[0].shape[1], norms[1].shape[1])
+    launch(
+        _verify, (x.shape[0],), x, W, *nothing[:2], bias, cut, scale, b_mag, threshold, begin, end, candidates, indices, u,
+        values, end_out, W.shape[1], W.shape[1], *nothing[2:], candidates.shape[0],
+        KIND=kind, EXACT=norms is None, HAS_CUT=cut is not None, ENTRIES=c["entries"], COLUMNS=c["columns"],
+        num_warps=c["warps"],
+    )  # fmt: skip
+
+
+@triton.jit
+def _pack(
+    begin_ptr, end_ptr, indptr_ptr, indices_ptr, u_ptr, values_ptr, out_indices_ptr, out_u_ptr, out_values_ptr, capacity, nnz,
+    V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    begin, end, to = tl.load(begin_ptr + b), tl.load(end_ptr + b), tl.load(indptr_ptr + b)
+    for j in range(begin, end, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        slot = to + at - begin
+        inside = at < end
+        tl.store(out_indices_ptr + slot, tl.load(indices_ptr + at, mask=inside), mask=inside)
+        tl.store(out_u_ptr + slot, tl.load(u_ptr + at, mask=inside), mask=inside)
+        for v in tl.static_range(V):
+            value = tl.load(values_ptr + v * capacity + at, mask=inside)
+            tl.store(out_values_ptr + v * nnz + slot, value, mask=inside)
+
+
+def pack(begin: Tensor, end: Tensor, indices: Tensor, u: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(indptr, indices, u, values) of a code with gaps, without them.  Waits for the device, to learn how many they are."""
+    B, V = begin.shape[0], values.shape[0]
+    indptr = torch.zeros(B + 1, dtype=torch.int64, device=begin.device)
+    torch.cumsum(end - begin, 0, out=indptr[1:])
+    nnz = int(indptr[-1])
+    if nnz == indices.shape[0]:
+        return indptr, indices, u, values
+    packed = indices.new_empty(nnz), u.new_empty(nnz), values.new_empty(V, nnz)
+    launch(
+        _pack, (B,), begin, end, indptr, indices, u, values, *packed, indices.shape[0], nnz, V=V, BLOCK=128, num_warps=1,
+    )  # fmt: skip
+    return (indptr, *packed)

@@ -1,0 +1,146 @@
+"""16-bit copies of rows for the screening product, with what is needed to bound their error (docs/screen.md).
+
+float16 keeps 11 bits of a value where bfloat16 keeps 8, at the same rate of the tensor cores; a power of two for each row
+brings it into range.  A row's ``norms``, float32 [1 + 2·S]: that scale, then for each slice of 512 columns the squared norms
+of the scaled row and of what rounding took from it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_fast.kernels._config import config
+from sae_fast.kernels._launch import cdiv, launch
+
+SLICE = 512  # columns whose sums of squares are kept together: weight_step refreshes a slice of a row at a time
+DEPTH = 64  # K is a multiple of it, so that no product masks its inner dimension
+
+
+def padded(d: int) -> int:
+    """K, the width of a 16-bit copy of rows of d."""
+    return cdiv(d, DEPTH) * DEPTH
+
+
+def norm_columns(d: int) -> int:
+    return 1 + 2 * cdiv(d, SLICE)
+
+
+@triton.jit
+def _round(
+    A_ptr, shift_ptr, centred_ptr, out_ptr, norms_ptr, flag_ptr, d, K, norm_columns,
+    HAS_SHIFT: tl.constexpr, HAS_CENTRED: tl.constexpr, HAS_FLAG: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    largest = 0.0
+    for first in range(0, d, SLICE):
+        at = first + tl.arange(0, SLICE)
+        a = tl.load(A_ptr + i * d + at, mask=at < d, other=0.0).to(tl.float32)
+        if HAS_SHIFT:
+            a -= tl.load(shift_ptr + at, mask=at < d, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(a)))
+    # 2^(12 - exponent of the largest), so that weights may grow eightfold before the scale has to change.
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    scale = ((139 - tl.maximum(exponent, -100)) << 23).to(tl.float32, bitcast=True)
+    tl.store(norms_ptr + i * norm_columns, scale)
+    finite = True
+    for first in range(0, K, SLICE):
+        at = first + tl.arange(0, SLICE)
+        a = tl.load(A_ptr + i * d + at, mask=at < d, other=0.0).to(tl.float32)
+        if HAS_SHIFT:
+            a -= tl.load(shift_ptr + at, mask=at < d, other=0.0).to(tl.float32)
+        if HAS_CENTRED:
+            tl.store(centred_ptr + i * d + at, a, mask=at < d)
+        a *= scale
+        rounded = a.to(tl.float16)
+        tl.store(out_ptr + i * K + at, rounded, mask=at < K)
+        lost = a - rounded.to(tl.float32)
+        square = tl.sum(a * a)
+        finite = finite & (square < float("inf"))  # false for a NaN
+        if first < d:
+            slot = norms_ptr + i * norm_columns + 1 + 2 * (first // SLICE)
+            tl.store(slot, square)
+            tl.store(slot + 1, tl.sum(lost * lost))
+    if HAS_FLAG:
+        tl.atomic_or(flag_ptr, 2, mask=finite == 0)
+
+
+def round_rows(
+    A: Tensor, out: Tensor, norms: Tensor, shift: Tensor | None = None, centred: Tensor | None = None,
+    flag: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out [n, K] float16 and norms [n, 1 + 2·S] of the rows A [n, d], or of A − shift [d], which goes to ``centred`` [n, d].
+    A row that is not finite (or too large to be squared) sets bit 1 of ``flag`` (int32)."""
+    launch(
+        _round, (A.shape[0],), A, shift, centred, out, norms, flag, A.shape[1], out.shape[1], norms.shape[1],
+        HAS_SHIFT=shift is not None, HAS_CENTRED=centred is not None, HAS_FLAG=flag is not None, SLICE=SLICE,
+        num_warps=config("round")["warps"],
+    )  # fmt: skip
+
+
+def rounded(A: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`round_rows` writes, in fresh memory: also a Shadow of a weight."""
+    n, d = A.shape
+    out = torch.empty(n, padded(d), dtype=torch.float16, device=A.device)
+    norms = torch.empty(n, norm_columns(d), dtype=torch.float32, device=A.device)
+    round_rows(A, out, norms)
+    return out, norms
+
+
+@triton.jit
+def _norm(norms_ptr, i, inside, norm_columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in range(FIRST, norm_columns, 2):
+        total += tl.load(norms_ptr + i * norm_columns + s, mask=inside, other=0.0)
+    return tl.sqrt(total) * (1 + 2**-9)  # above the true norm for up to 2^15 columns, whose sum rounds by less
+
+
+@triton.jit
+def _terms(
+    norms_ptr, bias_ptr, cut_ptr, out_ptr, n, norm_columns, gamma,
+    FEATURES: tl.constexpr, HAS_CUT: tl.constexpr, MARGINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    scale = tl.load(norms_ptr + i * norm_columns, mask=inside, other=1.0)
+    norm = _norm(norms_ptr, i, inside, norm_columns, 1, BLOCK)
+    lost = _norm(norms_ptr, i, inside, norm_columns, 2, BLOCK)
+    rounded = norm + lost
+    true_norm = norm / scale
+    # Outside this range products may vanish; every entry of such a row or feature is a candidate.
+    usual = (norm == 0) | ((true_norm >= 2.0**-40) & (true_norm <= 2.0**40) & (lost < float("inf")))
+    if FEATURES:
+        bias = tl.load(bias_ptr + i, mask=inside, other=0.0).to(tl.float32)
+        if HAS_CUT:
+            bias -= tl.load(cut_ptr + i, mask=inside, other=0.0).to(tl.float32)
+        zeroth = bias * scale
+        if MARGINS:
+            zeroth = tl.where(usual, zeroth + tl.abs(zeroth) * 2.0**-22, float("inf"))
+        first, second = rounded, lost
+    else:
+        zeroth = scale
+        first, second = tl.where(usual, lost + gamma * rounded, float("inf")), rounded
+    tl.store(out_ptr + i, zeroth, mask=inside)
+    tl.store(out_ptr + n + i, first, mask=inside)
+    tl.store(out_ptr + 2 * n + i, second, mask=inside)
+
+
+def row_terms(norms: Tensor, K: int, out: Tensor) -> None:
+    """out [3, B]: each row's factors of the bias, of the features' norms and of what rounding took from the features."""
+    _launch_terms(norms, None, None, out, K, False, True)
+
+
+def feature_terms(norms: Tensor, bias: Tensor, cut: Tensor | None, K: int, out: Tensor, margins: bool = True) -> None:
+    """out [3, F]: each feature's factors, in the same order; ``bias`` and ``cut`` [F]."""
+    _launch_terms(norms, bias, cut, out, K, True, margins)
+
+
+def _launch_terms(norms, bias, cut, out, K, features, margins) -> None:
+    n = norms.shape[0]
+    # γ twice over: the product's accumulation and the verifying dot's.
+    launch(
+        _terms, (cdiv(n, 256),), norms, bias, cut, out, n, norms.shape[1], (K + 64) * 2.0**-22,
+        FEATURES=features, HAS_CUT=cut is not None, MARGINS=margins, BLOCK=256, num_warps=4,
+    )  # fmt: skip

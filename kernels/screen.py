@@ -1,0 +1,177 @@
+"""screen: the encoder's product in 16 bits, of which only a bit an entry is kept.
+
+Bit i of a row's mask says that feature i could be active: that the product, the bias and the bound of the error do not stay
+at or below 0.  The [B, F] pre-activations never reach memory.  docs/screen.md derives the bound; its three terms are products
+of a number a row and a number a feature (round.row_terms and round.feature_terms).
+
+Two kernels give the same mask: one of plain pointers for every GPU since Ampere, and a persistent one that lets Hopper's copy
+engine fetch the tiles.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_fast.kernels._config import config
+from sae_fast.kernels._launch import cdiv, launch
+
+BITS = 32
+
+
+def words(features: int) -> int:
+    """int32 words of a row's mask; those past the last feature's hold nothing that is read."""
+    return cdiv(features, 256) * 8
+
+
+@triton.jit
+def _bits(v, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """[ROWS, WORDS] int32 of v [ROWS, 32 · WORDS]: a bit for each value that is not ≤ 0, so that a NaN has one."""
+    values = tl.reshape(v, (ROWS, WORDS, 32))
+    bit = (1 << tl.arange(0, 32))[None, None, :]
+    return tl.sum(tl.where(values <= 0, 0, bit), axis=2)
+
+
+@triton.jit
+def _upper(acc, row_terms_ptr, feature_terms_ptr, rows, features, B, F, MARGINS: tl.constexpr):
+    """The upper bound of the scaled pre-activations.  Term by term onto the accumulators: their sum first would spill."""
+    v = acc + tl.load(row_terms_ptr + rows)[:, None] * tl.load(feature_terms_ptr + features)[None, :]
+    if MARGINS:
+        v = v + tl.load(row_terms_ptr + B + rows)[:, None] * tl.load(feature_terms_ptr + F + features)[None, :]
+        v = v + tl.load(row_terms_ptr + 2 * B + rows)[:, None] * tl.load(feature_terms_ptr + 2 * F + features)[None, :]
+    return v
+
+
+@triton.jit
+def _place(tile, B, F, ROWS: tl.constexpr, FEATURES: tl.constexpr, GROUP: tl.constexpr):
+    """Row and feature tile number: GROUP tiles of rows share the weights that are in the L2 cache."""
+    per_group = GROUP * tl.cdiv(F, FEATURES)
+    first = tile // per_group * GROUP
+    size = tl.minimum(tl.cdiv(B, ROWS) - first, GROUP)
+    return first + tile % per_group % size, tile % per_group // size
+
+
+@triton.jit
+def _write(
+    acc, m, n, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, stride,
+    MARGINS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    rows, features = m * ROWS + tl.arange(0, ROWS), n * FEATURES + tl.arange(0, FEATURES)
+    at_rows, at_features = tl.minimum(rows, B - 1), tl.minimum(features, F - 1)
+    v = _upper(acc, row_terms_ptr, feature_terms_ptr, at_rows, at_features, B, F, MARGINS)
+    word = n * (FEATURES // 32) + tl.arange(0, FEATURES // 32)
+    tl.store(
+        mask_ptr + rows.to(tl.int64)[:, None] * stride + word[None, :], _bits(v, ROWS, FEATURES // 32),
+        mask=(rows < B)[:, None],
+    )  # fmt: skip
+
+
+@triton.jit
+def _screen(
+    x_ptr, w_ptr, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, K, stride,
+    MARGINS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    m, n = _place(tl.program_id(0), B, F, ROWS, FEATURES, GROUP)
+    rows = tl.minimum(m * ROWS + tl.arange(0, ROWS), B - 1).to(tl.int64)
+    features = tl.minimum(n * FEATURES + tl.arange(0, FEATURES), F - 1).to(tl.int64)
+    depth = tl.arange(0, DEPTH)
+    x = x_ptr + rows[:, None] * K + depth[None, :]
+    w = w_ptr + features[None, :] * K + depth[:, None]
+    acc = tl.zeros((ROWS, FEATURES), tl.float32)
+    for _ in range(0, K, DEPTH):
+        acc = tl.dot(tl.load(x), tl.load(w), acc)
+        x += DEPTH
+        w += DEPTH
+    _write(acc, m, n, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, stride, MARGINS, ROWS, FEATURES)
+
+
+@triton.jit
+def _screen_persistent(
+    x_ptr, w_ptr, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, K, stride, programs,
+    MARGINS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    x = tl.make_tensor_descriptor(x_ptr, [B, K], [K, 1], [ROWS, DEPTH])
+    w = tl.make_tensor_descriptor(w_ptr, [F, K], [K, 1], [FEATURES, DEPTH])
+    tiles = tl.cdiv(B, ROWS) * tl.cdiv(F, FEATURES)
+    for tile in tl.range(tl.program_id(0), tiles, programs):
+        m, n = _place(tile, B, F, ROWS, FEATURES, GROUP)
+        acc = tl.zeros((ROWS, FEATURES), tl.float32)
+        for k in range(0, K, DEPTH):
+            acc = tl.dot(x.load([m * ROWS, k]), w.load([n * FEATURES, k]).T, acc)
+        _write(acc, m, n, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, stride, MARGINS, ROWS, FEATURES)
+
+
+def screen(
+    x: Tensor, w: Tensor, row_terms: Tensor, feature_terms: Tensor, mask: Tensor, margins: bool = True,
+    persistent: bool | None = None,
+) -> None:  # fmt: skip
+    """mask [B, words(F)] int32 from x [B, K] and w [F, K] (float16 or bfloat16, of round.round_rows) and the terms [3, B]
+    and [3, F].  ``margins=False`` leaves the bound out: the 16-bit product decides."""
+    c = config("screen")
+    B, K = x.shape
+    features = w.shape[0]
+    tiles = cdiv(B, c["rows"]) * cdiv(features, c["features"])
+    options = dict(
+        MARGINS=margins, ROWS=c["rows"], FEATURES=c["features"], DEPTH=c["depth"], GROUP=c["group"],
+        num_warps=c["warps"], num_stages=c["stages"],
+    )  # fmt: skip
+    arguments = (x, w, row_terms, feature_terms, mask, B, features, K, mask.shape[1])
+    if c["persistent"] if persistent is None else persistent:
+        triton.set_allocator(_scratch)
+        programs = min(tiles, _multiprocessors(x.device))
+        launch(_screen_persistent, (programs,), *arguments, programs, **options)
+    else:
+        launch(_screen, (tiles,), *arguments, **options)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the copy engine's descriptors, which the kernel writes itself."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@triton.jit
+def _scan(
+    product_ptr, row_terms_ptr, feature_terms_ptr, mask_ptr, first_row, B, F, stride,
+    MARGINS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    rows = first_row + b + tl.zeros((1,), tl.int64)
+    acc = tl.load(product_ptr + b * F + features, mask=features < F, other=0.0)[None, :]
+    v = _upper(acc, row_terms_ptr, feature_terms_ptr, rows, tl.minimum(features, F - 1), B, F, MARGINS)
+    word = tl.program_id(1) * (FEATURES // 32) + tl.arange(0, FEATURES // 32)
+    tl.store(mask_ptr + rows[:, None] * stride + word[None, :], _bits(v, 1, FEATURES // 32), mask=(word < stride)[None, :])
+
+
+def scan(product: Tensor, first_row: int, row_terms: Tensor, feature_terms: Tensor, mask: Tensor, margins: bool = True) -> None:
+    """The same mask for the rows first_row .. of a product [rows, F] float32 that is in memory."""
+    rows, features = product.shape
+    launch(
+        _scan, (rows, cdiv(features, 1024)), product, row_terms, feature_terms, mask, first_row, row_terms.shape[1], features,
+        mask.shape[1], MARGINS=margins, FEATURES=1024, num_warps=4,
+    )  # fmt: skip
+
+
+CHUNK = 2**26  # entries of the product that the chunked variant holds: 256 MiB
+
+
+def screen_by_library(
+    x: Tensor, w: Tensor, row_terms: Tensor, feature_terms: Tensor, mask: Tensor, margins: bool = True
+) -> None:
+    """screen by torch's product, chunk by chunk, and a scan of each: what the fused kernels have to beat."""
+    B, features = x.shape[0], w.shape[0]
+    step = max(1, min(B, CHUNK // features))
+    for first in range(0, B, step):
+        rows = x[first : first + step]
+        # float32 out of 16-bit operands: only CUDA's product can
+        product = torch.mm(rows, w.T, out_dtype=torch.float32) if x.is_cuda else rows.float() @ w.T.float()
+        scan(product, first, row_terms, feature_terms, mask, margins)
