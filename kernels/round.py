@@ -90,6 +90,28 @@ def rounded(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def _compare(A_ptr, rows_ptr, norms_ptr, flag_ptr, flag_stride, d, K, norm_columns, SLICE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    scale = tl.load(norms_ptr + i * norm_columns)
+    differs = 0
+    for first in range(0, d, SLICE):
+        at = first + tl.arange(0, SLICE)
+        a = tl.load(A_ptr + i * d + at, mask=at < d, other=0.0).to(tl.float32) * scale
+        kept = tl.load(rows_ptr + i * K + at, mask=at < d, other=0.0)
+        differs += tl.sum((a.to(tl.float16).to(tl.int16, bitcast=True) != kept.to(tl.int16, bitcast=True)).to(tl.int32))
+    tl.atomic_or(flag_ptr + i * flag_stride, 4, mask=differs > 0)
+
+
+def compare_rows(A: Tensor, rows: Tensor, norms: Tensor, flag: Tensor) -> None:
+    """Sets bit 2 of ``flag`` (int32, of all rows or of each) if a row of A [n, d] is not, at its scale, what ``rows`` [n, K]
+    holds."""
+    launch(
+        _compare, (A.shape[0],), A, rows, norms, flag, flag.dim(), A.shape[1], rows.shape[1], norms.shape[1],
+        SLICE=SLICE, num_warps=config("round")["warps"],
+    )  # fmt: skip
+
+
+@triton.jit
 def _norm(norms_ptr, i, inside, norm_columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for s in range(FIRST, norm_columns, 2):

@@ -8,7 +8,7 @@ from helpers import Judge, assert_repeats, randn
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
-from sae_fast.ops import _dense
+from sae_fast.ops import _dense, _dense_step
 from sae_fast.optim import to_dense
 from sae_fast.reference import DIALECTS
 
@@ -42,9 +42,12 @@ def by_autograd(sae, x, dialect) -> dict[str, torch.Tensor]:
     return {"losses": losses, **{n: g for (n, _), g in zip(sae.named_parameters(), grads, strict=True)}}
 
 
-@pytest.fixture
-def dense_way(monkeypatch):
+@pytest.fixture(params=["engine", "torch"])
+def dense_way(request, monkeypatch):
+    """The dense way, with the pointwise part by the C++ engine and, as on a GPU, by torch."""
     monkeypatch.setitem(_dense.CROSSOVER, "step", -1.0)
+    if request.param == "torch":
+        monkeypatch.setattr(_dense_step, "_by_engine", _dense_step._by_torch)
 
 
 @pytest.mark.parametrize("density", [0.5, 0.03, 1.0], ids=["half", "sparse", "all"])

@@ -597,7 +597,7 @@ def test_in_bf16_a_nan_of_any_kind_is_kept(bits):
 @pytest.mark.parametrize("bad", ["bfloat16", "", None, 32])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_an_unknown_precision_is_a_value_error_that_names_it(layer, bad):
-    with pytest.raises(ValueError, match=r"precision: got .*, want one of \('exact', 'fp32', 'bf16'\)"):
+    with pytest.raises(ValueError, match=r"precision: got .*, want one of \('exact', 'fp32', 'tf32', 'bf16'\)"):
         layer(4, 8, precision=bad)
     sae = layer(4, 8)
     with pytest.raises(ValueError, match="precision: got"):

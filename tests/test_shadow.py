@@ -18,9 +18,8 @@ from torch import Tensor
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
-from sae_fast.code import RowGradient, SparseCode
-from sae_fast.ops import _dense, _screen
-from sae_fast.ops._screen import Shadow
+from sae_fast.code import RowGradient, Shadow, SparseCode
+from sae_fast.ops import _dense, _shadow
 from sae_fast.optim import RowAdam
 
 pytestmark = built
@@ -278,13 +277,13 @@ def fresh(sae, x: Tensor = X) -> SparseCode:
 @pytest.fixture
 def made(monkeypatch) -> list:
     """Every shadow that was made, on the way to being kept."""
-    shadows, make_shadow = [], _screen.make_shadow
+    shadows, make_shadow = [], _shadow.make_shadow
 
     def recorded(W):
         shadows.append(make_shadow(W))
         return shadows[-1]
 
-    monkeypatch.setattr(_screen, "make_shadow", recorded)
+    monkeypatch.setattr(_shadow, "make_shadow", recorded)
     return shadows
 
 

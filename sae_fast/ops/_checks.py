@@ -176,13 +176,21 @@ def shadow(W: Tensor, rows: Tensor | None, norms: Tensor | None) -> Shadow | Non
         return None
     if rows is None or norms is None:
         raise ValueError("shadow: got one of rows and norms, want both or neither")
-    shape("shadow.rows", rows, *W.shape)
-    dtype("shadow.rows", rows, torch.bfloat16)
-    shape("shadow.norms", norms, W.shape[0], 2)
-    dtype("shadow.norms", norms, torch.float64)
-    for name, tensor in {"shadow.rows": rows, "shadow.norms": norms}.items():
+    dtype("shadow.rows", rows, torch.bfloat16, torch.float16)
+    made = Shadow(rows, norms)
+    if made.of_gpu:
+        from sae_fast.kernels.round import norm_columns, padded
+
+        widths, norm = (padded(W.shape[1]), norm_columns(W.shape[1])), torch.float32
+    else:
+        widths, norm = (W.shape[1], 2), torch.float64
+        if W.dtype != torch.float32 or W.device.type != "cpu":
+            raise ValueError(f"shadow: got a weight in {W.dtype} on {W.device}, want float32 on the CPU, of which it was made")
+    dtype("shadow.norms", norms, norm)
+    for name, tensor, width in zip(("shadow.rows", "shadow.norms"), made, widths, strict=True):
+        shape(name, tensor, W.shape[0], width)
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: got strides {tensor.stride()}, want what make_shadow gave")
-        if W.dtype != torch.float32 or W.device.type != "cpu":
-            raise ValueError(f"shadow: got a weight in {W.dtype} on {W.device}, want float32 on the CPU")
-    return Shadow(rows, norms)
+        if tensor.device != W.device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, want {W.device}, the weight's device")
+    return made

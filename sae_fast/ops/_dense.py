@@ -17,6 +17,7 @@ CROSSOVER = {"decode": 0.085, "sampled_dots": 0.085, "decode_loss": 0.16, "outer
 # The same for every op on a GPU: gathers at 2.7 TB/s against an fp32 product at 60 TFLOP/s (a model of an H100, not measured).
 GPU_DENSE = 0.03
 CHUNK = 2**23  # floats in a dense chunk: 32 MiB
+GPU_CHUNK = 2**26  # on a GPU, which reads all weights once a chunk: 256 MiB
 
 
 def is_dense(op: str, nnz: int, rows: int, features: int) -> bool:
@@ -37,9 +38,9 @@ def to_dense(indptr: Tensor, indices: Tensor, values: Tensor, features: int) -> 
     return dense
 
 
-def chunks(n: int, width: int) -> Iterator[tuple[int, int]]:
+def chunks(n: int, width: int, device: str = "cpu") -> Iterator[tuple[int, int]]:
     """Runs [first, last) of n rows such that a [last − first, width] block stays small."""
-    step = max(1, min(n, CHUNK // max(width, 1)))
+    step = max(1, min(n, (CHUNK if device == "cpu" else GPU_CHUNK) // max(width, 1)))
     return ((first, min(first + step, n)) for first in range(0, n, step))
 
 

@@ -1,8 +1,9 @@
 """The gradients of a step whose code is dense, as it is with the peers' initialisation: half of all gates open.
 
-Row chunk by row chunk six products of dense matrices (the encoder's made seven), and one pass over the entries between
-them.  The numbers of decode_loss, transpose and outer to rounding, without a gradient or a permutation per entry.  They
-repeat bit for bit at one number of threads; across numbers the BLAS rounds differently.
+Row chunk by row chunk six products of dense matrices (the encoder's made seven), and between them the pointwise part: one
+pass of the C++ engine over the entries, or plain PyTorch on a GPU.  The numbers of decode_loss, transpose and outer to
+rounding, without a gradient or a permutation per entry.  They repeat bit for bit at one number of threads; across numbers
+the BLAS rounds differently.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_fast.code import SparseCode
+from sae_fast.code import SparseCode, row_ids
 from sae_fast.ops import _dense
-from sae_fast.ops._dispatch import cpu_rejects, may_run
+from sae_fast.ops._dispatch import cpu_rejects, may_run, triton_rejects
 from sae_fast.ops._native import _C, address, threads
 
 PARTS = 16  # runs of rows by which a chunk's sums are taken: fixed, so that they repeat
@@ -22,6 +23,8 @@ PARTS = 16  # runs of rows by which a chunk's sums are taken: fixed, so that the
 
 def dense_step_pays(code: SparseCode, W: Tensor) -> bool:
     """Whether the engine takes this way for a code with the weight W [F, d]."""
+    if triton_rejects(W) is None:
+        return _dense.gpu_rejects(code.nnz, code.batch, code.d_sae) is not None
     return cpu_rejects(W) is None and may_run("cpu") and _dense.is_dense("step", code.nnz, code.batch, code.d_sae)
 
 
@@ -44,7 +47,12 @@ def dense_gradients(
     code: SparseCode, x_c: Tensor, target: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor | None,
     sparsity_weight: Tensor, stop_auxiliary: bool,
 ) -> DenseGradients:  # fmt: skip
-    """Of a code of rows x_c [B, d] with two value sets (``scale`` [F] is exp(r_mag)) or one, on the C++ engine."""
+    """Of a code of rows x_c [B, d] with two value sets (``scale`` [F] is exp(r_mag)) or one."""
+    body = _by_engine if cpu_rejects(x_c, W_dec) is None else _by_torch
+    return body(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxiliary)
+
+
+def _by_engine(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxiliary):
     (n, d), features = x_c.shape, W_dec.shape[0]
     gated = code.values.shape[0] == 2
     dW_enc, dW_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
@@ -72,7 +80,52 @@ def dense_gradients(
             address(blocks[1]) if gated else 0, address(sums), threads(),
         )  # fmt: skip
         dW_enc.addmm_(u_gradients.T, x_c[rows])
-    bias, r_mag, b_mag, delta, values = sums.sum(0)
+    return _finish(n, squares, sparsity_weight, sums.sum(0), dW_enc, dW_dec, residual_sum)
+
+
+def _by_torch(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxiliary):
+    (n, d), features = x_c.shape, W_dec.shape[0]
+    dW_enc, dW_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+    sums = W_dec.new_zeros(5, features)
+    squares = W_dec.new_zeros(2, dtype=torch.float64)
+    residual_sum = W_dec.new_zeros(d)
+    for first, last in _dense.chunks(n, 2 * features, W_dec.device.type):
+        rows = slice(first, last)
+        begin, end = code.indptr[[first, last]].tolist()
+        indptr, i = code.indptr[first : last + 1] - begin, code.indices[begin:end].long()
+        at = row_ids(indptr, end - begin) * features + i
+        block = W_dec.new_empty(last - first, features)
+
+        def spread(entries, block=block, at=at):
+            block.zero_().view(-1)[at] = entries
+            return block
+
+        weight = sparsity_weight[i] / n
+        values, grads = code.values[:, begin:end], []
+        for v, value in enumerate(values):
+            r = torch.addmm(b_dec - target[rows], spread(value), W_dec)
+            squares[v] += r.double().pow(2).sum()
+            if v == 0 or not stop_auxiliary:
+                dW_dec.addmm_(block.T, r, alpha=2 / n)
+                residual_sum += r.sum(0) * (2 / n)
+            grads.append(torch.mm(r, W_dec.T, out=block).view(-1)[at] * (2 / n))
+        grads[-1] = grads[-1] + weight
+        grads = [torch.where(value != 0, g, 0) for value, g in zip(values, grads, strict=True)]
+        if len(grads) == 2:
+            magnitude = grads[0] * scale[i]
+            entries = grads[1], magnitude * code.u[begin:end], grads[0], grads[1] + magnitude, values[1]
+        else:
+            entries = grads[0], None, None, grads[0], values[0]
+        # Sums by columns of a dense matrix: additions of entries onto features would come in any order on a GPU.
+        for total, entry in zip(sums, entries, strict=True):
+            if entry is not None:
+                total += spread(entry).sum(0)
+        dW_enc.addmm_(spread(entries[3]).T, x_c[rows])
+    return _finish(n, squares, sparsity_weight, sums, dW_enc, dW_dec, residual_sum)
+
+
+def _finish(n, squares, sparsity_weight, sums, dW_enc, dW_dec, residual_sum):
+    bias, r_mag, b_mag, delta, values = sums
     sparsity = (values.double() * sparsity_weight).sum()
     losses = torch.stack([squares[0], sparsity, squares[1]]) / n
-    return DenseGradients(losses.float(), dW_enc, dW_dec, bias, r_mag, b_mag, delta, values, residual_sum)
+    return DenseGradients(losses.to(dW_dec.dtype), dW_enc, dW_dec, bias, r_mag, b_mag, delta, values, residual_sum)

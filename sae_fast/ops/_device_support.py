@@ -35,7 +35,7 @@ def find(x, W, bias, scale, b_mag, threshold, cut, activation: str, precision: s
     vectors = (bias, scale, b_mag, threshold, cut)
 
     def product(rows: Tensor):
-        parts = [by_product(rows[a:b], W, *vectors, activation) for a, b in _dense.chunks(rows.shape[0], W.shape[0])]
+        parts = [by_product(rows[a:b], W, *vectors, activation) for a, b in _dense.chunks(rows.shape[0], W.shape[0], W.device.type)]
         return join(parts) if len(parts) != 1 else parts[0]
 
     if precision in ("fp32", "tf32") or x.shape[0] == 0:

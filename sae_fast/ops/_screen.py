@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow
-from sae_fast.ops import _checks
-from sae_fast.ops._dispatch import cpu_rejects
 from sae_fast.ops._native import _C, address, threads
 
 MARGINS = 7  # columns for the bias and the error bound
@@ -21,57 +19,6 @@ OUTLIERS = 16  # columns, at most, that enter as high and low parts
 FAR_MORE = 16.0  # times the median column's residual energy makes an outlier
 PARTS = 16  # runs of rows over which column residuals are summed: fixed, so that the choice of outliers is
 TERMS = torch.ones(7, dtype=torch.float64)  # factors of the bound's terms (Screen::Term): a test removes one at a time
-
-
-def make_shadow(W: Tensor) -> Shadow:
-    """The Shadow of W [F, d] float32, in one pass.  It holds as long as W's values do."""
-    _checks.engine_weight(W)
-    W = W.detach().contiguous()
-    return Shadow(*_round(W, W.shape[1]))
-
-
-def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
-    """Brings a Shadow up to date with its W, in place."""
-    _checks.shadow(W, *shadow)
-    n, d = W.shape
-    _C.round_rows(address(W), n, d, d, address(shadow.rows), address(shadow.norms), threads())
-
-
-def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
-    """How many rows of W[first:last] are no longer what the Shadow was made from."""
-    _checks.shadow(W, *shadow)
-    rows, norms = (part[first:last] for part in shadow)
-    return _C.stale_rows(address(W[first:last]), last - first, W.shape[1], address(rows), address(norms), threads())
-
-
-class KeptShadow:
-    """A Shadow that is kept across calls, for whoever knows when its weight changes."""
-
-    def __init__(self) -> None:
-        self.shadow: Shadow | None = None
-        self._made_from: tuple[Tensor, int] | None = None  # W's memory, held so that nothing else gets its address
-
-    def __reduce__(self) -> tuple:
-        return KeptShadow, ()  # a copy starts anew
-
-    def of(self, W: Tensor) -> Shadow | None:
-        """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves."""
-        if cpu_rejects(W) or unavailable():
-            return None
-        if not self._is_of(W):
-            self.shadow = make_shadow(W)
-            self.follows(W)
-        return self.shadow
-
-    def _is_of(self, W: Tensor) -> bool:
-        if self.shadow is None or self._made_from is None or W.is_inference():  # of which torch counts no changes
-            return False
-        memory, version = self._made_from
-        return W.data_ptr() == memory.data_ptr() and W._version == version and W.shape == memory.shape
-
-    def follows(self, W: Tensor) -> None:
-        """W has changed, and the Shadow with it."""
-        self._made_from = W.detach(), 0 if W.is_inference() else W._version
 
 
 def unavailable() -> str | None:
@@ -100,7 +47,7 @@ class Operands:
     def __init__(self, x: Tensor, W: Tensor, shadow: Shadow | None, bias: Tensor, cut: Tensor | None, margins: bool = True):
         d = x.shape[1]
         self.W, self.shadow, self.bias, self.cut, self.margins = W, shadow, bias, cut, margins
-        self.rows, norms = _round(x, _to_32(d + MARGINS + OUTLIERS))
+        self.rows, norms = round_rows(x, _to_32(d + MARGINS + OUTLIERS))
         self.outliers = outlier_columns(x, self.rows) if margins else torch.empty(0, dtype=torch.int64)
         m, K = self.outliers.shape[0], self.rows.shape[1]
         gamma = (K + 8) * 2.0**-23
@@ -110,7 +57,7 @@ class Operands:
     def weights(self, first: int, last: int, out: Tensor) -> Tensor:
         """Rows [last − first, K] of W's operand, in the memory of ``out``."""
         W = self.W[first:last]
-        rows, norms = make_shadow(W) if self.shadow is None else (part[first:last] for part in self.shadow)
+        rows, norms = round_rows(W, W.shape[1]) if self.shadow is None else (part[first:last] for part in self.shadow)
         out = out[: last - first]
         cut = 0 if self.cut is None else address(self.cut[first:last])
         _C.screen_w(
@@ -133,7 +80,8 @@ def outlier_columns(x: Tensor, rounded: Tensor) -> Tensor:
     return top.indices[top.values > FAR_MORE * energy.median()].sort().values
 
 
-def _round(A: Tensor, K: int) -> tuple[Tensor, Tensor]:
+def round_rows(A: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Rows of A [n, d] float32 as bfloat16 [n, K], zeros in the columns past d, and their norms, as a Shadow has them."""
     n, d = A.shape
     rows, norms = torch.empty(n, K, dtype=torch.bfloat16), torch.empty(n, 2, dtype=torch.float64)
     _C.round_rows(address(A), n, d, K, address(rows), address(norms), threads())

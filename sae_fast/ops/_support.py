@@ -47,7 +47,7 @@ def find(
     """indptr, indices and u of the entries of x [B, d] with not (x·w + bias <= cut)."""
     way = route(precision, x.shape[0], shadow)
     if way in ("screen", "rounded") and shadow is None and x.shape[0] > ROWS:  # else it serves one block only
-        shadow = _screen.make_shadow(W)
+        shadow = Shadow(*_screen.round_rows(W, W.shape[1]))
     counts, indices, u = [], [], []
     for first in range(0, x.shape[0], ROWS):
         rows = x[first : first + ROWS]

@@ -1,0 +1,78 @@
+"""The Shadow of an encoder's weight: its 16-bit copy and the norms that bound what rounding took; made, refreshed, compared,
+kept.  Which form it has follows from the device: the C++ engine's (bfloat16) or the GPU kernels' (float16)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import Shadow
+from sae_fast.ops import _checks, _screen
+from sae_fast.ops._dispatch import cpu_rejects, triton_rejects
+from sae_fast.ops._native import _C, address, threads
+
+
+def make_shadow(W: Tensor) -> Shadow:
+    """The Shadow of W [F, d], in one pass.  It holds as long as W's values do."""
+    W = W.detach().contiguous()
+    if triton_rejects(W) is None:
+        from sae_fast.kernels.round import rounded
+
+        return Shadow(*rounded(W))
+    _checks.engine_weight(W)
+    return Shadow(*_screen.round_rows(W, W.shape[1]))
+
+
+def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
+    """Brings a Shadow up to date with its W, in place."""
+    _checks.shadow(W, *shadow)
+    if shadow.of_gpu:
+        from sae_fast.kernels.round import round_rows
+
+        return round_rows(W.detach(), *shadow)
+    n, d = W.shape
+    _C.round_rows(address(W), n, d, d, address(shadow.rows), address(shadow.norms), threads())
+
+
+def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
+    """How many rows of W[first:last] are no longer what the Shadow was made from.  Synchronises on a GPU."""
+    _checks.shadow(W, *shadow)
+    part = Shadow(*(t[first:last] for t in shadow))
+    if shadow.of_gpu:
+        from sae_fast.kernels.round import compare_rows
+
+        flags = torch.zeros(last - first, dtype=torch.int32, device=W.device)
+        compare_rows(W[first:last], *part, flags)
+        return int(flags.count_nonzero())
+    of = address(part.rows), address(part.norms)
+    return _C.stale_rows(address(W[first:last]), last - first, W.shape[1], *of, threads())
+
+
+class KeptShadow:
+    """A Shadow that is kept across calls, for whoever knows when its weight changes."""
+
+    def __init__(self) -> None:
+        self.shadow: Shadow | None = None
+        self._made_from: tuple[Tensor, int] | None = None  # W's memory, held so that nothing else gets its address
+
+    def __reduce__(self) -> tuple:
+        return KeptShadow, ()  # a copy starts anew
+
+    def of(self, W: Tensor) -> Shadow | None:
+        """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves."""
+        if triton_rejects(W) and (cpu_rejects(W) or _screen.unavailable()):
+            return None
+        if not self._is_of(W):
+            self.shadow = make_shadow(W)
+            self.follows(W)
+        return self.shadow
+
+    def _is_of(self, W: Tensor) -> bool:
+        if self.shadow is None or self._made_from is None or W.is_inference():  # of which torch counts no changes
+            return False
+        memory, version = self._made_from
+        return W.data_ptr() == memory.data_ptr() and W._version == version and W.shape == memory.shape
+
+    def follows(self, W: Tensor) -> None:
+        """W has changed, and the Shadow with it."""
+        self._made_from = W.detach(), 0 if W.is_inference() else W._version
