@@ -21,7 +21,7 @@ _target: int | None = None
 _EVERY = {
     "round": {"warps": 4},
     "compact": {"words": 1024, "warps": 4},
-    "verify": {"entries": 16, "columns": 256, "warps": 4},
+    "verify": {"entries": 16, "columns": 128, "warps": 4},
     "decode": {"entries": 8, "columns": 256},
     "decode_loss": {"entries": 8, "columns": 256, "finish": 64},
     "sampled_dots": {"entries": 16, "columns": 128, "warps": 4},

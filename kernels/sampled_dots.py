@@ -38,9 +38,7 @@ def gathered_dots(x_ptr, W_ptr, feature, chosen, d, stride_w, ENTRIES: tl.conste
 
 
 @triton.jit
-def _sampled_dots(
-    begin_ptr, end_ptr, indices_ptr, A_ptr, W_ptr, out_ptr, d, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _sampled_dots(begin_ptr, end_ptr, indices_ptr, A_ptr, W_ptr, out_ptr, d, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
     for j in range(begin, end, ENTRIES):

@@ -133,6 +133,14 @@ class RowAdam(torch.optim.Optimizer):
         if group["unit_rows"]:
             p.copy_(torch.nn.functional.normalize(p, dim=1))
 
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """State for every parameter that has none yet, as the first step makes it."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self._initialise(p, self.state[p], group)
+
     def _initialise(self, p: Tensor, state: dict, group: dict) -> None:
         state["step"] = 0
         state["beta2"] = group["betas"][1]

@@ -467,7 +467,7 @@ def test_training_by_a_kept_shadow_has_the_bits_of_the_dots(layer, betas, dialec
             log = screening.step(batch(i))
         with forced("dots"):
             other = dotting.step(batch(i))
-        assert_same_bits([log.losses, log.code], [other.losses, other.code])
+        assert_same_bits([log.losses, log.result.code], [other.losses, other.result.code])
         assert_up_to_date(screening._kept.shadow, screening.sae.W_enc)
     assert_same_bits(everything(screening), everything(dotting))
 

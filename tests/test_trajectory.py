@@ -75,7 +75,7 @@ def engine_run(sae: sf.GatedSAE, batches: list[Tensor], lr: float, l1: float) ->
     for x in batches:
         log = trainer.step(x)
         run.record(log.loss, dict(sae.named_parameters()))
-        densities.append(log.code.nnz / (BATCH * D_SAE))
+        densities.append(log.result.code.nnz / (BATCH * D_SAE))
     return run, densities
 
 

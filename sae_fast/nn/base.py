@@ -102,16 +102,20 @@ class SparseAutoencoder(nn.Module):
 
     def check_input(self, x: Tensor, name: str = "x") -> Tensor:
         """x as [B, d_in] in the module's dtype, or ``ValueError``."""
+        self.check_shape(x, name)
+        rows = x.to(self.W_enc.dtype)  # first: a value may overflow a narrower dtype
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            _checks.finite(name, rows)
+        return rows.reshape(-1, self.d_in)
+
+    def check_shape(self, x: Tensor, name: str = "x") -> None:
+        """``ValueError`` unless x is a tensor of a dtype and a last dimension that the module takes."""
         if not isinstance(x, Tensor) or (x.dtype not in INPUT_DTYPES and x.dtype != self.W_enc.dtype):
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             wanted = ", ".join(dict.fromkeys(str(dtype) for dtype in (*INPUT_DTYPES, self.W_enc.dtype)))
             raise ValueError(f"{name}: got {got}, want a tensor of one of {wanted}")
         if x.dim() < 1 or x.shape[-1] != self.d_in:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [..., d_in] with d_in = {self.d_in}")
-        rows = x.to(self.W_enc.dtype)  # first: a value may overflow a narrower dtype
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            _checks.finite(name, rows)
-        return rows.reshape(-1, self.d_in)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

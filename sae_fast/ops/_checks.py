@@ -185,7 +185,9 @@ def shadow(W: Tensor, rows: Tensor | None, norms: Tensor | None) -> Shadow | Non
     else:
         widths, norm = (W.shape[1], 2), torch.float64
         if W.dtype != torch.float32 or W.device.type != "cpu":
-            raise ValueError(f"shadow: got a weight in {W.dtype} on {W.device}, want float32 on the CPU, of which it was made")
+            raise ValueError(
+                f"shadow: got a weight in {W.dtype} on {W.device}, want float32 on the CPU, of which it was made"
+            )
     dtype("shadow.norms", norms, norm)
     for name, tensor, width in zip(("shadow.rows", "shadow.norms"), made, widths, strict=True):
         shape(name, tensor, W.shape[0], width)

@@ -1,9 +1,9 @@
 """encode on a GPU: the rows' blocks one after another, each by the way that its candidates ask for.
 
-  screen    float16 product with a proven bound, its candidates decided by float32 dots (precision "exact"; with "bf16" the
-            product alone decides)
-  product   torch's product decides, row chunk by row chunk: precision "fp32" and "tf32", and blocks so dense that gathering
-            rows of W for each candidate would take longer
+screen    float16 product with a proven bound, its candidates decided by float32 dots (precision "exact"; with "bf16" the
+          product alone decides)
+product   torch's product decides, row chunk by row chunk: precision "fp32" and "tf32", and blocks so dense that gathering
+          rows of W for each candidate would take longer
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def find(x, W, bias, scale, b_mag, threshold, cut, activation: str, precision: s
     vectors = (bias, scale, b_mag, threshold, cut)
 
     def product(rows: Tensor):
-        parts = [by_product(rows[a:b], W, *vectors, activation) for a, b in _dense.chunks(rows.shape[0], W.shape[0], W.device.type)]
+        parts = [
+            by_product(rows[a:b], W, *vectors, activation)
+            for a, b in _dense.chunks(rows.shape[0], W.shape[0], W.device.type)
+        ]
         return join(parts) if len(parts) != 1 else parts[0]
 
     if precision in ("fp32", "tf32") or x.shape[0] == 0:

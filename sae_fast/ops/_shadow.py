@@ -62,12 +62,13 @@ class KeptShadow:
         """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves."""
         if triton_rejects(W) and (cpu_rejects(W) or _screen.unavailable()):
             return None
-        if not self._is_of(W):
+        if not self.serves(W):
             self.shadow = make_shadow(W)
             self.follows(W)
         return self.shadow
 
-    def _is_of(self, W: Tensor) -> bool:
+    def serves(self, W: Tensor) -> bool:
+        """Whether what is kept is W's, as far as torch counts changes."""
         if self.shadow is None or self._made_from is None or W.is_inference():  # of which torch counts no changes
             return False
         memory, version = self._made_from

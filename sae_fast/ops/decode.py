@@ -1,6 +1,7 @@
 """decode: sums of decoder rows.
 
-Body ``cpu``: gathers rows; above the crossover density it fills dense row chunks and multiplies.  ``reference``: dense.
+Body ``cpu``: gathers rows; above the crossover density it fills dense row chunks and multiplies.  ``triton``: gathers
+rows.  ``reference``: dense.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sae_fast.code import SparseCode
 from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
 
@@ -44,7 +45,15 @@ def _decode(indptr, indices, values, W_dec, groups):
     _checks.shape("values", values, "V", indices.shape[0])
     _checks.floating("values", values, W_dec, "W_dec")
     bounds = _bounds(groups, W_dec.shape[0])
-    body = pick("decode", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(values, W_dec, indptr, indices)})
+    tensors = (values, W_dec, indptr, indices)
+    body = pick(
+        "decode",
+        {"cpu": _cpu, "triton": _triton, "reference": _reference},
+        {
+            "cpu": cpu_rejects(*tensors),
+            "triton": triton_rejects(*tensors) or _dense.gpu_rejects(indices.shape[0], indptr.shape[0] - 1, W_dec.shape[0]),
+        },
+    )
     out = body(indptr, indices, values, W_dec, bounds)
     return out if groups is not None else out.squeeze(1)
 
@@ -76,6 +85,17 @@ def _cpu(indptr, indices, values, W_dec, bounds):
         return out
     _C.decode((address(indptr), address(indices)), rows, indices.shape[0], address(values), values.shape[0],
               address(W_dec), d, bounds, address(out), threads())  # fmt: skip
+    return out
+
+
+def _triton(indptr, indices, values, W_dec, bounds):
+    from sae_fast.kernels import decode as kernel
+
+    indptr, indices, values, W_dec = contiguous(indptr, indices, values, W_dec)
+    features, d = W_dec.shape
+    out = W_dec.new_empty(values.shape[0], len(bounds) - 1, indptr.shape[0] - 1, d)
+    limits = None if bounds == [0, features] else torch.tensor(bounds, device=W_dec.device)
+    kernel.decode(indptr[:-1], indptr[1:], indices, values, W_dec, limits, out)
     return out
 
 

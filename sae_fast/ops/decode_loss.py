@@ -1,6 +1,7 @@
 """decode_loss: decode ∘ loss ∘ sampled_dots, fused.
 
-Body ``cpu``: one visit of each example; above the crossover density dense row chunks.  ``reference``: dense.
+Body ``cpu``: one visit of each example; above the crossover density dense row chunks.  ``triton``: one visit of each slice
+of an example.  ``reference``: dense.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sae_fast.code import SparseCode, row_ids
 from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
 
@@ -86,7 +87,15 @@ def _decode_loss(indptr, indices, values, W_dec, b_dec, target, sparsity_weight,
         _checks.floating(name, tensor, W_dec, "W_dec")
     if not normaliser > 0:
         raise ValueError(f"normaliser: got {normaliser}, want a positive number such as the batch size")
-    body = pick("decode_loss", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W_dec, indptr, indices)})
+    inputs = (W_dec, indptr, indices)
+    body = pick(
+        "decode_loss",
+        {"cpu": _cpu, "triton": _triton, "reference": _reference},
+        {
+            "cpu": cpu_rejects(*inputs),
+            "triton": triton_rejects(*inputs) or _dense.gpu_rejects(indices.shape[0], target.shape[0], features),
+        },
+    )
     return body(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser)
 
 
@@ -136,6 +145,24 @@ def _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, n
     return _finish(indices, values, residuals, grads, sparsity_weight, normaliser)
 
 
+def _triton(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
+    from sae_fast.kernels import decode_loss as kernel
+
+    indptr, indices, values, W_dec, b_dec, target, sparsity_weight = contiguous(
+        indptr, indices, values, W_dec, b_dec, target, sparsity_weight
+    )
+    (rows, d), V = target.shape, values.shape[0]
+    residuals, grads = target.new_empty(V, rows, d), torch.empty_like(values)
+    partials, squares = kernel.scratch(V, rows, d, indices.shape[0], target.device)
+    losses = torch.empty(rows, 3, device=target.device)
+    kernel.decode_loss(
+        indptr[:-1], indptr[1:], indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, residuals, partials,
+        squares, losses, grads,
+    )  # fmt: skip
+    losses = losses.sum(0, dtype=torch.float64).div_(normaliser).to(target.dtype)
+    return losses, *_split(residuals), grads
+
+
 def _reference(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
     f = torch.stack([_dense.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
     residuals = f @ W_dec + b_dec - target
@@ -154,5 +181,10 @@ def _finish(indices, values, residuals, grads, sparsity_weight, normaliser):
     auxiliary = squares[1] if values.shape[0] == 2 else squares.new_zeros(())
     sparsity = (weight * values[-1]).sum(dtype=torch.float64)
     losses = (torch.stack([squares[0], sparsity, auxiliary]) / normaliser).to(residuals.dtype)
-    residual_aux = residuals[1].clone() if values.shape[0] == 2 else residuals.new_empty(0, residuals.shape[2])
-    return losses, residuals[0].clone(), residual_aux, grads
+    return losses, *_split(residuals), grads
+
+
+def _split(residuals):
+    """The residuals [V, B, d] in tensors of their own, as an op must return them."""
+    residual_aux = residuals[1].clone() if residuals.shape[0] == 2 else residuals.new_empty(0, residuals.shape[2])
+    return residuals[0].clone(), residual_aux

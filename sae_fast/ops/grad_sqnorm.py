@@ -1,6 +1,7 @@
 """grad_sqnorm: the squared norm of a weight gradient that is never stored: a first pass for gradient clipping.
 
 Body ``cpu``: a thread owns a feature; above the crossover density feature chunks are multiplied densely.
+Body ``triton``: a program owns a slice of a feature's row, or all of it to project.
 Body ``reference``: from the dense gradient.
 """
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from sae_fast.code import RowGradient
 from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick
-from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops._native import _C, address, contiguous, threads
 from sae_fast.ops.weight_step import dense_gradient, project_rows
 
 
@@ -41,7 +42,12 @@ def grad_sqnorm(gradient: RowGradient, W: Tensor, *, first_feature: int = 0, pro
 )
 def _grad_sqnorm(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
     _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
-    body = pick("grad_sqnorm", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W, colptr, rows, perm)})
+    rejections = {
+        "cpu": cpu_rejects(W, colptr, rows, perm),
+        "triton": triton_rejects(W, colptr, rows, perm)
+        or _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1),
+    }
+    body = pick("grad_sqnorm", {"cpu": _cpu, "triton": _triton, "reference": _reference}, rejections)
     return body(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
 
 
@@ -66,6 +72,18 @@ def _cpu(W, colptr, rows, perm, values, A, self_coefficient, first_feature, proj
     csc = address(colptr), address(rows), address(perm)
     _C.grad_sqnorm(csc, colptr.shape[0] - 1, sources, W.shape[1], first_feature, W.shape[0],
                    address(W), address(self_coefficient), project, address(out), threads())  # fmt: skip
+    return out.sum()
+
+
+def _triton(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
+    from sae_fast.kernels import grad_sqnorm as kernels
+
+    if len(values) > 2:
+        return _reference(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
+    csc, values, A = contiguous(colptr, rows, perm), contiguous(*values), contiguous(*A)
+    own = None if self_coefficient is None else self_coefficient.contiguous()
+    out = torch.empty(W.shape[0], kernels.slices(W.shape[1], project), dtype=torch.float64, device=W.device)
+    kernels.grad_sqnorm(*csc, values, A, own, first_feature, W.contiguous(), project, out)
     return out.sum()
 
 

@@ -1,7 +1,7 @@
 """outer: weight gradients, row by row of the weight.
 
 Body ``cpu``: a thread owns a feature and sums its entries in order; above the crossover density it multiplies dense
-feature chunks.  ``reference``: dense.
+feature chunks.  ``triton``: a program owns a slice of a feature's row.  ``reference``: dense.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sae_fast.code import Transposed
 from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick
-from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops._native import _C, address, contiguous, threads
 
 
 def outer(
@@ -98,8 +98,13 @@ def _check(colptr, rows, perm, values, A, features, first_feature, n_features) -
         raise ValueError(f"first_feature, n_features: got {first_feature}, {n_features}, want a range within F = {total}")
 
 
-def _body(values, A, *indices):
-    return pick("outer", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(*values, *A, *indices)})
+def _body(values, A, colptr, rows, perm, features):
+    tensors = *values, *A, colptr, rows, perm, features
+    rejections = {
+        "cpu": cpu_rejects(*tensors),
+        "triton": triton_rejects(*tensors) or _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1),
+    }
+    return pick("outer", {"cpu": _cpu, "triton": _triton, "reference": _reference}, rejections)
 
 
 def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
@@ -117,6 +122,18 @@ def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
     csc = address(colptr), address(rows), address(perm)
     _C.outer(csc, colptr.shape[0] - 1, sources, A[0].shape[1], address(features),
              first_feature, out.shape[0], address(out), threads())  # fmt: skip
+
+
+def _triton(out, colptr, rows, perm, values, A, features, first_feature):
+    from sae_fast.kernels.outer import outer
+
+    csc, values, A = contiguous(colptr, rows, perm), contiguous(*values), contiguous(*A)
+    features = None if features is None else features.contiguous()
+    # Sources are added two by two, and a 16-bit out would round in between.
+    target = out if len(values) <= 2 else out.float()
+    outer(*csc, values, A, features, first_feature, target)
+    if target is not out:
+        out.copy_(target)
 
 
 def _reference(out, colptr, rows, perm, values, A, features, first_feature):

@@ -1,6 +1,7 @@
 """sampled_dots: A Wᵀ at the entries of a code only, the gradient with respect to values.
 
-Body ``cpu``: gathered dots; above the crossover density dense row chunks.  ``reference``: dense.
+Body ``cpu``: gathered dots; above the crossover density dense row chunks.  ``triton``: gathered dots.
+``reference``: dense.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sae_fast.code import SparseCode, row_ids
 from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
 
@@ -30,7 +31,15 @@ def _sampled_dots(indptr, indices, A, W):
     _checks.csr(indptr, indices, W.shape[0])
     _checks.shape("A", A, indptr.shape[0] - 1, W.shape[1])
     _checks.floating("A", A, W, "W")
-    body = pick("sampled_dots", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(A, W, indptr, indices)})
+    tensors = (A, W, indptr, indices)
+    body = pick(
+        "sampled_dots",
+        {"cpu": _cpu, "triton": _triton, "reference": _reference},
+        {
+            "cpu": cpu_rejects(*tensors),
+            "triton": triton_rejects(*tensors) or _dense.gpu_rejects(indices.shape[0], A.shape[0], W.shape[0]),
+        },
+    )
     return body(indptr, indices, A, W)
 
 
@@ -48,6 +57,15 @@ def _cpu(indptr, indices, A, W):
             _dense.gather(indptr, indices, first, last, A[first:last] @ W.T, out)
         return out
     _C.sampled_dots((address(indptr), address(indices)), rows, address(A), address(W), d, address(out), threads())
+    return out
+
+
+def _triton(indptr, indices, A, W):
+    from sae_fast.kernels import sampled_dots as kernel
+
+    indptr, indices, A, W = contiguous(indptr, indices, A, W)
+    out = A.new_empty(indices.shape[0])
+    kernel.sampled_dots(indptr[:-1], indptr[1:], indices, A, W, out)
     return out
 
 

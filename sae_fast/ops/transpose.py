@@ -1,6 +1,6 @@
 """transpose: the entries of a code ordered by feature.
 
-Body ``cpu``: counting by parts of rows, in parallel.  ``reference``: a stable sort.
+Body ``cpu``: counting by parts of rows, in parallel.  ``triton``: counting by bits.  ``reference``: a stable sort.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 from sae_fast.code import SparseCode, Transposed, row_ids
 from sae_fast.ops import _checks
-from sae_fast.ops._dispatch import cpu_rejects, pick
+from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
 
@@ -30,7 +30,10 @@ def _transpose(indptr, indices, features):
     rejects = cpu_rejects()
     if rejects is None and indptr.device.type != "cpu":
         rejects = f"the code is on {indptr.device}"
-    body = pick("transpose", {"cpu": _cpu, "reference": _reference}, {"cpu": rejects})
+    body = pick(
+        "transpose", {"cpu": _cpu, "triton": _triton, "reference": _reference},
+        {"cpu": rejects, "triton": triton_rejects(indptr, indices)},
+    )  # fmt: skip
     return body(indptr, indices, features)
 
 
@@ -48,6 +51,17 @@ def _cpu(indptr, indices, features):
     _C.transpose((address(indptr), address(indices)), rows, features, parts, address(scratch), address(colptr),
                  address(out_rows), address(perm), threads())  # fmt: skip
     return colptr, out_rows, perm
+
+
+def _triton(indptr, indices, features):
+    from sae_fast.kernels import transpose as kernels
+
+    indptr, indices = contiguous(indptr, indices)
+    colptr = indptr.new_empty(features + 1)
+    rows, perm = torch.empty_like(indices), indptr.new_empty(indices.shape[0])
+    scratch = kernels.scratch(indptr.shape[0] - 1, features, indptr.device)
+    kernels.transpose(indptr[:-1], indptr[1:], indices, features, colptr, rows, perm, *scratch)
+    return colptr, rows, perm
 
 
 def _reference(indptr, indices, features):

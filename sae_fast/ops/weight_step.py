@@ -2,7 +2,7 @@
 the same from a gradient that is already dense.
 
 Body ``cpu``: a thread owns a feature; above the crossover density feature chunks are multiplied densely, then stepped.
-``reference``: dense, plain PyTorch.
+``triton``: a program owns a slice of a row, or all of a unit row.  ``reference``: dense, plain PyTorch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sae_fast.code import RowGradient, Shadow
 from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick
-from sae_fast.ops._native import _C, address, threads
-from sae_fast.ops._screen import refresh_shadow
+from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops._native import _C, address, contiguous, threads
+from sae_fast.ops._shadow import refresh_shadow
 
 
 def weight_step(
@@ -86,12 +86,14 @@ def _weight_step(
     _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
     _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
     shadow = _checks.shadow(W, shadow_rows, shadow_norms)
-    body = pick(
-        "weight_step", {"cpu": _cpu, "reference": _reference}, {"cpu": cpu_rejects(W, last_step, colptr, rows, perm)}
-    )
-    if skip is None or not bool(skip):
-        body(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-             unit_rows, grad_scale, shadow)  # fmt: skip
+    rejections = {
+        "cpu": cpu_rejects(W, last_step, colptr, rows, perm),
+        "triton": _triton_rejects(W, shadow, last_step, colptr, rows, perm)
+        or _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1),
+    }
+    body = pick("weight_step", {"cpu": _cpu, "triton": _triton, "reference": _reference}, rejections)
+    body(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps, unit_rows,
+         grad_scale, skip, shadow)  # fmt: skip
 
 
 @_weight_step.register_fake
@@ -126,9 +128,12 @@ def _row_step(
     _checks.floating("grad", grad, W, "W")
     _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
     shadow = _checks.shadow(W, shadow_rows, shadow_norms)
-    body = pick("row_step", {"cpu": _cpu_rows, "reference": _reference_rows}, {"cpu": cpu_rejects(W, last_step)})
-    if skip is None or not bool(skip):
-        body(W, v, last_step, grad.contiguous(), step, lr, beta2, eps, unit_rows, grad_scale, shadow)
+    rejections = {
+        "cpu": cpu_rejects(W, last_step),
+        "triton": _triton_rejects(W, shadow, last_step),
+    }
+    body = pick("row_step", {"cpu": _cpu_rows, "triton": _triton_rows, "reference": _reference_rows}, rejections)
+    body(W, v, last_step, grad.contiguous(), step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow)
 
 
 @_row_step.register_fake
@@ -136,8 +141,20 @@ def _(*args):
     return None
 
 
+def _skips(skip: Tensor | None) -> bool:
+    return skip is not None and bool(skip)
+
+
+def _triton_rejects(W, shadow, *indices) -> str | None:
+    if W.dtype != torch.float32:
+        return f"W is {W.dtype}; the kernels step float32 weights"
+    return triton_rejects(W, *indices, *(shadow or ()))
+
+
 def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-         unit_rows, grad_scale, shadow):  # fmt: skip
+         unit_rows, grad_scale, skip, shadow):  # fmt: skip
+    if _skips(skip):
+        return
     if _dense.is_dense("weight_step", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
         colptr = colptr.contiguous()
         for first, last in _dense.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
@@ -146,7 +163,7 @@ def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first
             grad = dense_gradient(W[at], colptr, rows, perm, values, A, coefficient, first_feature + first, last - first)
             touched = colptr[first_feature + first :]
             part = None if shadow is None else Shadow(shadow.rows[at], shadow.norms[at])
-            _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale, part, touched)
+            _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale, None, part, touched)
         return
     values, A = [x.contiguous() for x in values], [a.contiguous() for a in A]
     colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
@@ -160,8 +177,10 @@ def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first
     )  # fmt: skip
 
 
-def _cpu_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, shadow, colptr=None):
+def _cpu_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow, colptr=None):
     """With colptr [n + 1], rows without entries are left alone."""
+    if _skips(skip):
+        return
     adam = _C.Adam(lr, beta2, eps, step, unit_rows, unit_rows)
     _C.row_step(address(grad), address(colptr), W.shape[1], W.shape[0], _scale(grad_scale), adam, address(W), address(v),
                 address(last_step), _addresses(shadow), threads())  # fmt: skip
@@ -173,6 +192,42 @@ def _addresses(shadow: Shadow | None) -> tuple[int, int]:
 
 def _scale(grad_scale: Tensor | None) -> float:
     return 1.0 if grad_scale is None else float(grad_scale)
+
+
+def _triton(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
+            unit_rows, grad_scale, skip, shadow):  # fmt: skip
+    from sae_fast.kernels.weight_step import weight_step
+
+    csc, values, A = contiguous(colptr, rows, perm), contiguous(*values), contiguous(*A)
+    own = None if self_coefficient is None else self_coefficient.contiguous()
+    adam = _adam(W, step, lr, beta2, eps)
+    grad_scale, skip = _beside(W, grad_scale), _beside(W, skip)
+    followed = None if unit_rows else shadow
+    weight_step(W, v, last_step, *csc, values, A, own, first_feature, adam, unit_rows, grad_scale, skip, followed)
+    if followed is not shadow:
+        refresh_shadow(W, shadow)
+
+
+def _triton_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow):
+    from sae_fast.kernels.weight_step import row_step
+
+    grad_scale, skip = _beside(W, grad_scale), _beside(W, skip)
+    followed = None if unit_rows else shadow
+    row_step(W, v, last_step, grad, _adam(W, step, lr, beta2, eps), unit_rows, grad_scale, skip, followed)
+    if followed is not shadow:
+        refresh_shadow(W, shadow)
+
+
+def _beside(W, scalar):
+    return None if scalar is None else scalar.to(W.device)
+
+
+def _adam(W, step, lr, beta2, eps):
+    from sae_fast.kernels.weight_step import new_adam, set_adam
+
+    adam = new_adam(W.device)
+    set_adam(adam, step, lr, beta2, eps)
+    return adam
 
 
 def dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, n):
@@ -188,19 +243,23 @@ def project_rows(grad: Tensor, W: Tensor) -> Tensor:
 
 
 def _reference(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-               unit_rows, grad_scale, shadow):  # fmt: skip
+               unit_rows, grad_scale, skip, shadow):  # fmt: skip
+    if _skips(skip):
+        return
     n = W.shape[0]
     grad = dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, n)
     range_ = colptr[first_feature : first_feature + n + 1]
     at = (range_[1:] > range_[:-1]).nonzero()[:, 0]
     W_at, v_at, last_at = W[at], v[at], last_step[at]
-    _reference_rows(W_at, v_at, last_at, grad[at], step, lr, beta2, eps, unit_rows, grad_scale, None)
+    _reference_rows(W_at, v_at, last_at, grad[at], step, lr, beta2, eps, unit_rows, grad_scale, None, None)
     W[at], v[at], last_step[at] = W_at, v_at, last_at
     if shadow is not None:
         refresh_shadow(W, shadow)
 
 
-def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, shadow):
+def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow):
+    if _skips(skip):
+        return
     if grad_scale is not None:
         grad = grad * grad_scale
     if unit_rows:

@@ -19,9 +19,37 @@ from tqdm.auto import tqdm
 from sae_fast import nn, ops
 from sae_fast.code import RowGradient, SparseCode
 from sae_fast.ops import _checks
+from sae_fast.ops._dispatch import log_once
 from sae_fast.optim import RowAdam
 from sae_fast.reference import DIALECTS
 from sae_fast.train import checkpoint, schedules
+from sae_fast.train.device_runner import DeviceRunner, Step, mean_l0, stale_message
+
+
+class HostResult:
+    """What came of a step that the host has taken."""
+
+    def __init__(self, losses: Tensor, code: SparseCode):
+        self.losses, self.code = losses, code
+
+    @cached_property
+    def l0(self) -> float:
+        return mean_l0(self.code)
+
+
+class DeviceResult:
+    """What comes of a step on a GPU; to ask is to wait for it."""
+
+    def __init__(self, runner: DeviceRunner, step: Step):
+        self._runner, self._step = runner, step
+
+    @property
+    def losses(self) -> Tensor:
+        return self._runner.losses(self._step)
+
+    @property
+    def l0(self) -> float:
+        return self._runner.l0(self._step)
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,12 +59,16 @@ class StepLog:
     step: int
     lr: float
     l1_coefficient: float
-    losses: Tensor
-    code: SparseCode
+    result: HostResult | DeviceResult
 
     def __repr__(self) -> str:
         terms = ", ".join(f"{n}={getattr(self, n):.6g}" for n in ("loss", "reconstruction", "sparsity", "auxiliary", "l0"))
         return f"StepLog(step={self.step}, {terms})"
+
+    @property
+    def losses(self) -> Tensor:
+        """[3]: reconstruction, sparsity, auxiliary."""
+        return self.result.losses
 
     @property
     def reconstruction(self) -> float:
@@ -55,10 +87,10 @@ class StepLog:
     def loss(self) -> float:
         return float(self.losses.sum())
 
-    @cached_property
+    @property
     def l0(self) -> float:
         """Mean number of non-zero features an example."""
-        return float((self.code.magnitudes != 0).sum()) / self.code.batch
+        return self.result.l0
 
 
 @dataclass(frozen=True)
@@ -132,6 +164,7 @@ class Trainer:
         self.optimizer = RowAdam(groups, lr=lr, betas=betas, eps=eps)
         self.step_count = 0
         self._kept = ops.KeptShadow()  # of W_enc: this Trainer is its sole writer between steps
+        self._runner: DeviceRunner | None = None
 
     def step(self, x: Tensor) -> StepLog:
         """One optimizer step on a batch x [..., d_in].
@@ -139,33 +172,68 @@ class Trainer:
         A NaN or infinity in x is a ``ValueError``, a non-finite loss or gradient a ``FloatingPointError``; both name the
         step, and leave weights and optimizer as they were.
         """
-        settings, index = self.settings, self.step_count
+        index, runner = self.step_count, self._device_runner()
+        undo: dict[str, Tensor] = {}
         try:
-            rows = self.sae.check_input(x)
-            if rows.shape[0] == 0:
+            self.sae.check_shape(x)
+            if x.numel() == 0:
                 raise ValueError(f"x: got shape {tuple(x.shape)}, want at least one example")
+            if runner is None or index == 0:
+                rows = self.sae.check_input(x)
             undo = self._prepare(rows) if index == 0 else {}
         except ValueError as error:
             raise ValueError(f"step {index}: {error}") from error
-        l1 = settings.l1_coefficient * schedules.warmup(index, settings.l1_warmup_steps)
-        shadow = self._shadow()
-        losses, code, gradients = self.sae.row_gradients(rows, l1, settings.dialect, shadow)
+        lr, l1 = self._rates(index)
+        result: HostResult | DeviceResult
         try:
-            self._check_finite(index, losses, gradients)
-        except FloatingPointError:
+            if runner is not None:
+                result = DeviceResult(runner, runner.step(x.detach().reshape(-1, self.sae.d_in), lr, l1))
+            else:
+                result = HostResult(*self._update(rows, index, lr, l1, self._shadow()))
+                self.step_count += 1
+        except (FloatingPointError, ValueError):
             self.sae.load_state_dict(undo, strict=False)
             raise
-        by_parameter = {self.sae.get_parameter(name): g for name, g in gradients.items()}
+        return StepLog(index, lr, l1, result)
+
+    def wait(self) -> None:
+        """Until every step has happened: on a GPU the host runs a few steps ahead, and a step whose buffers were too small
+        is repeated.  Before weights are read or changed other than through the Trainer."""
+        if self._runner is not None:
+            self._runner.wait()
+
+    def _device_runner(self) -> DeviceRunner | None:
+        """What takes the steps on a GPU, where it can."""
+        reason = DeviceRunner.refuses(self)
+        if reason is not None:
+            log_once("Trainer", f"not the GPU's own step: {reason}")
+            self.wait()
+            return None
+        if self._runner is None:
+            self._runner = DeviceRunner(self)
+        return self._runner
+
+    def _rates(self, index: int) -> tuple[float, float]:
+        """The learning rate and the sparsity coefficient of a step."""
+        settings = self.settings
         lr = settings.lr * schedules.warmup(index, settings.lr_warmup_steps)
         lr *= schedules.decay(index, settings.lr_decay_start, settings.total_steps)
+        return lr, settings.l1_coefficient * schedules.warmup(index, settings.l1_warmup_steps)
+
+    def _update(
+        self, rows: Tensor, index: int, lr: float, l1: float, shadow: ops.Shadow | None
+    ) -> tuple[Tensor, SparseCode]:
+        """The step, op by op: its losses and its code."""
+        losses, code, gradients = self.sae.row_gradients(rows, l1, self.settings.dialect, shadow)
+        self._check_finite(index, losses, gradients)
+        by_parameter = {self.sae.get_parameter(name): g for name, g in gradients.items()}
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         shadows = {} if shadow is None else {self.sae.W_enc: shadow}
         self.optimizer.step(rows=by_parameter, grad_scale=self._clip(gradients), shadows=shadows)
         if shadow is not None:
             self._kept.follows(self.sae.W_enc)
-        self.step_count += 1
-        return StepLog(index, lr, l1, losses, code)
+        return losses, code
 
     def fit(
         self, batches: Iterable[Tensor], steps: int | None = None, log_every: int = 10, progress: bool = True
@@ -190,6 +258,7 @@ class Trainer:
                     last = history[-1]
                     bar.set_postfix(loss=f"{last['loss']:.4g}", l0=f"{last['l0']:.1f}", fvu=f"{last['fvu']:.3f}")
                 bar.update()
+        self.wait()
         if latest is not None and (not history or history[-1]["step"] != latest[0].step):
             history.append(_record(*latest, time.perf_counter() - start))
         return history
@@ -197,6 +266,7 @@ class Trainer:
     def save(self, path: str | os.PathLike) -> None:
         """Writes weights, raw optimizer state and settings into the folder ``path``, atomically; ``sf.load`` reads the SAE
         from it, :meth:`load` all of it, to resume bit for bit."""
+        self.wait()
         tensors, numbers = {}, {}
         for name, parameter in self.sae.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -250,17 +320,13 @@ class Trainer:
         """W_enc's Shadow, which every step keeps up to date.  What else writes to W_enc is noticed at once where torch
         counts it, and otherwise by comparing a sixteenth of the rows a step."""
         W = self.sae.W_enc
-        shadow = None if self.sae.precision == "fp32" else self._kept.of(W)
+        shadow = None if self.sae.precision in ("fp32", "tf32") else self._kept.of(W)
         if shadow is None:
             return None
         sixteenth = self.step_count % 16
         first, last = (W.shape[0] * i // 16 for i in (sixteenth, sixteenth + 1))
         if ops.stale_rows(W, shadow, first, last):
-            warnings.warn(
-                f"step {self.step_count}: W_enc has been changed since the last step in a way that torch does not count "
-                "(.data, numpy, a fused optimizer); up to 16 steps may have missed active features of changed rows",
-                stacklevel=3,
-            )
+            warnings.warn(stale_message(self.step_count), stacklevel=3)
             ops.refresh_shadow(W, shadow)
         return shadow
 

@@ -1,0 +1,241 @@
+"""Steps on a GPU that the host runs ahead of: up to ``AHEAD`` of them are under way, each captured in a CUDA graph.
+
+The batches of the steps under way are kept.  When a report says that the flag was set, no weight has changed since that
+step; its cause is removed (a larger buffer, a refreshed shadow, the dense way) and every step from it on is repeated on the
+batch that was kept, so the trajectory is what it would have been.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae_fast import ops
+from sae_fast.code import SparseCode
+from sae_fast.ops import _checks, _dense
+from sae_fast.ops._dispatch import may_run, triton_rejects
+
+if TYPE_CHECKING:
+    from sae_fast.train.device_step import DeviceStep
+    from sae_fast.train.trainer import Trainer
+
+AHEAD = 4  # steps, each of which keeps its batch
+ROOM = 128  # candidates an example that the first buffers have room for
+
+
+@dataclass
+class Step:
+    """A step under way; ``report`` is filled when it is known to have happened."""
+
+    index: int
+    lr: float
+    l1: float
+    x: Tensor
+    incoming: Tensor
+    event: torch.cuda.Event | None
+    report: list[float] | None = None
+    dense: tuple[Tensor, float] | None = None  # losses and L0 of a step that went the dense way
+
+
+class DeviceRunner:
+    """The Trainer's steps on the GPU.  ``refuses`` says when there is none for a Trainer."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.under_way: deque[Step] = deque()
+        self.capacity = 0
+        self.dense = False  # the last step went the dense way: wait for each, as the next will probably too
+        self._step: DeviceStep | None = None
+        self._addresses: tuple = ()
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._slots: list[Tensor] = []
+
+    @staticmethod
+    def refuses(trainer: Trainer) -> str | None:
+        settings, W = trainer.settings, trainer.sae.W_enc
+        if W.dtype != torch.float32:
+            return f"the weights are {W.dtype}"
+        if settings.betas[0] != 0 or not settings.eps > 0:
+            return f"betas[0] = {settings.betas[0]} and eps = {settings.eps} visit every row in every step"
+        if trainer.sae.precision not in ("exact", "bf16"):
+            return f"precision {trainer.sae.precision!r} takes torch's product"
+        if not may_run("triton"):
+            return "another backend is forced"
+        return triton_rejects(W)
+
+    def step(self, x: Tensor, lr: float, l1: float) -> Step:
+        """Enqueues a step on x [B, d]; the weights follow when the device gets there."""
+        index = self.trainer.step_count
+        if len(self.under_way) == AHEAD:
+            self._settle(self.under_way[0])
+        self._ready(x)
+        slot = self._slots[index % AHEAD]
+        slot.copy_(x)
+        host = torch.empty(6, dtype=torch.float64, pin_memory=x.is_cuda)
+        step = Step(index, lr, l1, slot, host, torch.cuda.Event() if x.is_cuda else None)
+        self.under_way.append(step)
+        self._enqueue(step)
+        self.trainer.step_count += 1
+        if self.dense or index == 0:
+            self._settle(step)
+        return step
+
+    def wait(self) -> None:
+        """Until every step has happened."""
+        while self.under_way:
+            self._settle(self.under_way[0])
+
+    def losses(self, step: Step) -> Tensor:
+        self._settle(step)
+        return step.dense[0] if step.dense else torch.tensor(step.report[:3], dtype=torch.float32)  # type: ignore[index]
+
+    def l0(self, step: Step) -> float:
+        self._settle(step)
+        return step.dense[1] if step.dense else step.report[3] / step.x.shape[0]  # type: ignore[index]
+
+    # ---- The device side ----------------------------------------------------------------------------------------------
+
+    def _ready(self, x: Tensor) -> None:
+        """Buffers and graphs for batches like x, and a shadow of W_enc as it is now."""
+        sae, optimizer = self.trainer.sae, self.trainer.optimizer
+        optimizer.initialise()
+        kept = self.trainer._kept
+        if not kept.serves(sae.W_enc):
+            self.wait()
+        shadow = kept.of(sae.W_enc)
+        state = [t for p in sae.parameters() for t in (p, *(optimizer.state[p][k] for k in ("exp_avg_sq", "last_step")))]
+        addresses = (x.shape, x.dtype, self.capacity, sae.precision, *(t.data_ptr() for t in (*state, *shadow)))
+        if addresses == self._addresses:
+            return
+        self.wait()
+        from sae_fast.train.device_step import DeviceStep
+
+        settings = self.trainer.settings
+        self.capacity = self.capacity or x.shape[0] * min(sae.d_sae, ROOM)
+        self._graphs, self._step = {}, None  # their memory first
+        self._step = DeviceStep(
+            sae, optimizer, shadow, settings.dialect, settings.betas[1], settings.eps, settings.grad_clip, self.capacity
+        )
+        if not self._slots or self._slots[0].shape != x.shape or self._slots[0].dtype != x.dtype:
+            self._slots = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(AHEAD)]
+        self._addresses = (*addresses[:2], self.capacity, *addresses[3:])
+        self._warm = False
+
+    def _enqueue(self, step: Step) -> None:
+        device = self._step
+        assert device is not None
+        W = self.trainer.sae.W_enc
+        from sae_fast.kernels.round import compare_rows
+
+        sixteenth = step.index % 16
+        first, last = (W.shape[0] * i // 16 for i in (sixteenth, sixteenth + 1))
+        compare_rows(W.detach()[first:last], *(t[first:last] for t in device.shadow), device.flag)
+        device.set(step.index + 1, step.lr, step.l1)
+        if step.event is None or not self._warm:  # compiling and loading kernels cannot be captured
+            device.run(step.x)
+            self._warm = True
+        else:
+            self._graph(step).replay()
+        torch.autograd.graph.increment_version(list(self.trainer.sae.parameters()))
+        self.trainer._kept.follows(W)
+        step.incoming.copy_(device.report, non_blocking=True)
+        if step.event is not None:
+            step.event.record()
+
+    def _graph(self, step: Step) -> torch.cuda.CUDAGraph:
+        at = step.index % AHEAD
+        if at not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            # They never run at the same time, so they share memory.
+            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                self._step.run(step.x)  # type: ignore[union-attr]
+            self._graphs[at] = graph
+        return self._graphs[at]
+
+    # ---- What came of it ----------------------------------------------------------------------------------------------
+
+    def _settle(self, step: Step) -> None:
+        """Waits until ``step``, and those before it, have happened."""
+        while step.report is None and step.dense is None:
+            first = self.under_way[0]
+            if first.event is not None:
+                first.event.synchronize()
+            report = first.incoming.tolist()
+            if int(report[-1]):
+                self._recover(first, int(report[-1]), int(report[-2]))
+            else:
+                self._happened(first)
+                first.report = report
+                self.dense = False
+
+    def _happened(self, step: Step) -> None:
+        self.under_way.popleft()
+        for state in self.trainer.optimizer.state.values():
+            state["step"] = step.index + 1
+
+    def _recover(self, step: Step, flag: int, candidates: int) -> None:
+        """``step`` did not happen, nor did any after it."""
+        from sae_fast.train import device_step as bits
+
+        device = self._step
+        assert device is not None
+        try:
+            if flag & bits.NOT_FINITE:
+                self._not_finite(step)
+            if flag & bits.STALE:
+                warnings.warn(stale_message(step.index), stacklevel=4)
+            ops.refresh_shadow(self.trainer.sae.W_enc, device.shadow)  # a scale may have become too large
+            if flag & bits.OVERFLOW:
+                if _dense.gpu_rejects(candidates, step.x.shape[0], self.trainer.sae.d_sae):
+                    device.flag.zero_()
+                    rows = step.x.to(self.trainer.sae.W_enc.dtype)
+                    losses, code = self.trainer._update(rows, step.index, step.lr, step.l1, device.shadow)
+                    step.dense = losses.cpu(), mean_l0(code)
+                    self._happened(step)
+                    self.dense = True
+                else:
+                    self.capacity = candidates + candidates // 4
+            elif flag & bits.NOT_FINITE_LOSS and not flag & bits.STALE:
+                raise FloatingPointError(
+                    f"step {step.index}: a loss or a gradient is not finite; the weights are unchanged"
+                )
+        except Exception:
+            device.flag.zero_()
+            self.under_way.clear()
+            self.trainer.step_count = step.index
+            raise
+        device.flag.zero_()
+        rest = list(self.under_way)
+        self.under_way.clear()
+        if rest:
+            self._ready(rest[0].x)
+        self.under_way.extend(rest)
+        for again in rest:
+            self._enqueue(again)
+
+    @staticmethod
+    def _not_finite(step: Step) -> None:
+        try:
+            _checks.finite("x", step.x)
+        except ValueError as error:
+            raise ValueError(f"step {step.index}: {error}") from error
+        largest = float(_checks.largest(step.x))
+        raise ValueError(f"step {step.index}: x: got values up to {largest:.3g}, want rows whose squares float32 can sum")
+
+
+def mean_l0(code: SparseCode) -> float:
+    """Mean number of non-zero features an example."""
+    return float((code.magnitudes != 0).sum()) / code.batch
+
+
+def stale_message(index: int) -> str:
+    return (
+        f"step {index}: W_enc has been changed since the last step in a way that torch does not count "
+        "(.data, numpy, a fused optimizer); up to 16 steps may have missed active features of changed rows"
+    )
