@@ -29,11 +29,12 @@ _EVERY = {
     "outer": {"entries": 8, "columns": 512, "run": 512},
     "weight_step": {"entries": 4, "columns": 512},
 }
-_GEMM_80 = {"rows": 128, "features": 128, "depth": 64, "warps": 4, "stages": 3, "group": 8, "persistent": 0}
-_GEMM_90 = {"rows": 128, "features": 256, "depth": 64, "warps": 8, "stages": 3, "group": 8, "persistent": 0}
+# The product has a configuration for rows of up to 1024, whose tiles are short and end often, and one for wider rows.
+_TILE = {"rows": 128, "features": 128, "depth": 64, "warps": 8, "stages": 3, "group": 8, "persistent": 0}
 SHIPPED: dict[int, dict[str, dict[str, int]]] = {
-    80: {**_EVERY, "screen": _GEMM_80},
-    90: {**_EVERY, "screen": _GEMM_90},
+    80: {**_EVERY, "screen": {**_TILE, "warps": 4}, "screen_wide": {**_TILE, "warps": 4}},
+    # Narrow: 128 registers, so that a multiprocessor has two tiles, one of which multiplies while the other ends.
+    90: {**_EVERY, "screen": _TILE, "screen_wide": {**_TILE, "features": 256, "persistent": 1}},
 }
 
 

@@ -111,8 +111,8 @@ def screen(
 ) -> None:  # fmt: skip
     """mask [B, words(F)] int32 from x [B, K] and w [F, K] (float16 or bfloat16, of round.round_rows) and the terms [3, B]
     and [3, F].  ``margins=False`` leaves the bound out: the 16-bit product decides."""
-    c = config("screen")
     B, K = x.shape
+    c = config("screen" if K <= 1024 else "screen_wide")
     features = w.shape[0]
     tiles = cdiv(B, c["rows"]) * cdiv(features, c["features"])
     options = dict(

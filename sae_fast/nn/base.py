@@ -221,7 +221,7 @@ class SparseAutoencoder(nn.Module):
         grads |= {"W_dec": out.W_dec, "b_dec": out.residual - functional.weighted_rows(out.delta, self.W_enc)}
         return out.losses, code, grads
 
-    def _norm_cost(self, values: Tensor, weight: float) -> Tensor:
+    def _norm_cost(self, values: Tensor, weight: float | Tensor) -> Tensor:
         """[F], times W_dec: the gradient of Σ weight · values_i ‖d_i‖ (the ``saelens`` sparsity) with respect to W_dec."""
         norm = self.W_dec.norm(dim=1)
         return torch.where(norm > 0, values * weight / norm, 0)  # the norm's subgradient at 0, as autograd takes it

@@ -8,6 +8,7 @@ product   torch's product decides, row chunk by row chunk: precision "fp32" and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -26,13 +27,17 @@ def rejects(x: Tensor) -> str | None:
     return None
 
 
-def find(x, W, bias, scale, b_mag, threshold, cut, activation: str, precision: str, shadow: Shadow | None, by_product):
-    """indptr, indices, u and values.  ``by_product`` is encode's dense body, of the same arguments as its other bodies."""
+def find(
+    tensors: list[Tensor], activation: str, precision: str, shadow: Shadow | None, by_product: Callable
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """indptr, indices, u and values of (x, W, bias, scale, b_mag, threshold, cut).  ``by_product`` is encode's dense body,
+    which takes the same."""
     from sae_fast.kernels.compact import pack
     from sae_fast.kernels.encode import Layer, candidates, members
     from sae_fast.kernels.round import rounded
 
-    vectors = (bias, scale, b_mag, threshold, cut)
+    x, W, *vectors = tensors
+    bias, scale, b_mag, threshold, cut = vectors
 
     def product(rows: Tensor):
         parts = [

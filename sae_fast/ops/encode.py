@@ -151,8 +151,8 @@ def _triton(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k
     def contiguous(t):
         return None if t is None else t.contiguous()
 
-    x, W_enc, *vectors = map(contiguous, (x, W_enc, bias, scale, b_mag, threshold, cut))
-    return _device_support.find(x, W_enc, *vectors, activation, precision, shadow, by_product=_reference)
+    tensors = [contiguous(t) for t in (x, W_enc, bias, scale, b_mag, threshold, cut)]
+    return _device_support.find(tensors, activation, precision, shadow, by_product=_reference)
 
 
 def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support="threshold", k=0, *_):

@@ -108,6 +108,7 @@ class DeviceRunner:
         if not kept.serves(sae.W_enc):
             self.wait()
         shadow = kept.of(sae.W_enc)
+        assert shadow is not None  # or refuses() would have said so
         state = [t for p in sae.parameters() for t in (p, *(optimizer.state[p][k] for k in ("exp_avg_sq", "last_step")))]
         addresses = (x.shape, x.dtype, self.capacity, sae.precision, *(t.data_ptr() for t in (*state, *shadow)))
         if addresses == self._addresses:

@@ -1,0 +1,174 @@
+"""outer: a program sums one slice of columns of one feature's gradient row, over its entries in ascending order.
+
+A feature with more than ``run`` entries is summed by runs, each by a program of its own (:func:`partials`), and the
+feature's own program adds up what they found, in order: whoever sums, the sum is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_fast.kernels._config import config
+from sae_fast.kernels._launch import cdiv, launch
+
+
+class Runs(NamedTuple):
+    """Where the runs of long features are.  Feature i owns the runs first[i] .. first[i + 1], none if it has no more than
+    one; run p is of feature owner[p], which is F past the last run."""
+
+    first: Tensor  # [F + 1] int64
+    owner: Tensor  # [M] int64
+
+
+def runs(colptr: Tensor, capacity: int) -> Runs:
+    """Of a code with at most ``capacity`` entries."""
+    length = config("outer")["run"]
+    entries = colptr.diff()
+    first = torch.zeros_like(colptr)
+    torch.cumsum(torch.where(entries > length, (entries + (length - 1)) // length, 0), 0, out=first[1:])
+    # More than `length` entries make fewer than 2 · entries / length runs.
+    p = torch.arange(2 * capacity // length + 1, device=colptr.device)
+    return Runs(first, torch.searchsorted(first, p, right=True) - 1)
+
+
+@triton.jit
+def _add_run(
+    total, begin, end, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, d, columns, ENTRIES: tl.constexpr
+):
+    """total [COLUMNS] plus the entries begin .. end of one source, or of two."""
+    inside = (columns < d)[None, :]
+    for j in range(begin, end, ENTRIES):
+        at = j + tl.arange(0, ENTRIES)
+        live = at < end
+        row = tl.load(rows_ptr + at, mask=live, other=0).to(tl.int64)
+        entry = tl.load(perm_ptr + at, mask=live, other=0)
+        element, mask = row[:, None] * d + columns[None, :], live[:, None] & inside
+        value = tl.load(values_ptr + entry, mask=live, other=0.0).to(tl.float32)
+        product = value[:, None] * tl.load(A_ptr + element, mask=mask, other=0.0).to(tl.float32)
+        if A2_ptr is not None:
+            value = tl.load(values2_ptr + entry, mask=live, other=0.0).to(tl.float32)
+            product += value[:, None] * tl.load(A2_ptr + element, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(product, axis=0)
+    return total
+
+
+@triton.jit
+def gradient_row(
+    f, colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, first_ptr, partials_ptr, d, columns,
+    ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """[COLUMNS]: feature f's gradient row; with first_ptr, that of a long feature from its partial rows."""
+    begin, end = tl.load(colptr_ptr + f), tl.load(colptr_ptr + f + 1)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    if first_ptr is not None:
+        p, last = tl.load(first_ptr + f), tl.load(first_ptr + f + 1)
+        for q in range(p, last):
+            total += tl.load(partials_ptr + q * d + columns, mask=columns < d, other=0.0)
+        begin = tl.where(p < last, end, begin)
+    return _add_run(total, begin, end, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, d, columns, ENTRIES)
+
+
+@triton.jit
+def project(g, W, axis: tl.constexpr):
+    """g without its component along W."""
+    norm2 = tl.sum(W * W, axis=axis, keep_dims=True)
+    along = tl.sum(g * W, axis=axis, keep_dims=True)
+    return g - tl.where(norm2 > 0, tl.div_rn(along, norm2), 0.0) * W
+
+
+@triton.jit
+def _partials(
+    owner_ptr, first_ptr, colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, partials_ptr,
+    first_feature, last_feature, d, RUN: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0).to(tl.int64)
+    f = tl.load(owner_ptr + p)
+    if (f < first_feature) | (f >= last_feature):
+        return
+    begin = tl.load(colptr_ptr + f) + (p - tl.load(first_ptr + f)) * RUN
+    end = tl.minimum(begin + RUN, tl.load(colptr_ptr + f + 1))
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    total = _add_run(total, begin, end, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, d, columns, ENTRIES)
+    tl.store(partials_ptr + p * d + columns, total, mask=columns < d)
+
+
+@triton.jit
+def _outer(
+    colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, first_ptr, partials_ptr, features_ptr, out_ptr,
+    first_feature, d, ACCUMULATE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # Slices are the slow axis of the grid: while one is worked on, its part of A stays in the L2 cache.
+    i = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    f = first_feature + i
+    if features_ptr is not None:
+        f = tl.load(features_ptr + i)
+    if ACCUMULATE and tl.load(colptr_ptr + f) == tl.load(colptr_ptr + f + 1):
+        return
+    total = gradient_row(
+        f, colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, first_ptr, partials_ptr, d, columns,
+        ENTRIES, COLUMNS,
+    )  # fmt: skip
+    if ACCUMULATE:
+        total += tl.load(out_ptr + i * d + columns, mask=columns < d, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i * d + columns, total, mask=columns < d)
+
+
+def outer(
+    colptr: Tensor, rows: Tensor, perm: Tensor, values: list[Tensor], A: list[Tensor], features: Tensor | None,
+    first_feature: int, out: Tensor, runs: Runs | None = None, accumulate: bool = True,
+) -> None:  # fmt: skip
+    """out [n, d] = or += Σ_s Σ_j values[s][j] · A[s][row of j] over the entries j of the features ``first_feature`` .. + n,
+    or of the list ``features`` [n] int64.  Two sources are summed at a time; ``runs`` is made here if it is not given."""
+    n, d = out.shape
+    c = config("outer")
+    split = runs_for(A, colptr, rows, runs)
+    span = (0, colptr.shape[0] - 1) if features is not None else (first_feature, first_feature + n)
+    for s in range(0, len(values), 2):
+        arguments = sources(colptr, rows, perm, values[s : s + 2], A[s : s + 2])
+        tile = walk(d, min(c["columns"], triton.next_power_of_2(d)), c["entries"], A[0])
+        launch(
+            _outer, (n, cdiv(d, tile["COLUMNS"])), *arguments, *partials(arguments, d, split, *span), features, out,
+            first_feature, d, ACCUMULATE=accumulate, **tile,
+        )  # fmt: skip
+        accumulate = True
+
+
+def sources(colptr: Tensor, rows: Tensor, perm: Tensor, values: list[Tensor], A: list[Tensor]) -> tuple:
+    """The arguments by which a kernel walks one source or two."""
+    values2, A2 = (values[1], A[1]) if len(values) == 2 else (None, None)
+    return colptr, rows, perm, values[0], A[0], values2, A2
+
+
+def walk(d: int, columns: int, entries: int, A: Tensor) -> dict[str, Any]:
+    """How a program walks the rows of A: 16 bytes a thread at a time; of narrow rows, more of them."""
+    warps = min(16, max(1, columns * A.element_size() // 512))
+    return {"ENTRIES": max(entries, min(64, 256 // columns)), "COLUMNS": columns, "num_warps": warps}
+
+
+def runs_for(A: list[Tensor], colptr: Tensor, rows: Tensor, given: Runs | None) -> Runs | None:
+    """The runs to split features into; None where the batch is too small for a feature with more than one."""
+    if A[0].shape[0] <= config("outer")["run"]:
+        return None
+    return runs(colptr, rows.shape[0]) if given is None else given
+
+
+def partials(arguments: tuple, d: int, split: Runs | None, first: int, last: int) -> tuple[Tensor | None, Tensor | None]:
+    """(first [F + 1], partial rows [M, d]) of the long features among first .. last, of the sources in ``arguments``."""
+    if split is None:
+        return None, None
+    c = config("outer")
+    tile = walk(d, min(c["columns"], triton.next_power_of_2(d)), c["entries"], arguments[4])
+    M = split.owner.shape[0]
+    out = torch.empty(M, d, dtype=torch.float32, device=arguments[0].device)
+    launch(
+        _partials, (M, cdiv(d, tile["COLUMNS"])), split.owner, split.first, *arguments, out, first, last, d,
+        RUN=c["run"], **tile,
+    )  # fmt: skip
+    return split.first, out

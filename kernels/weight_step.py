@@ -1,0 +1,181 @@
+"""weight_step: a gradient row, its projection, Adam with β1 = 0 and renormalisation in one visit of a weight row.
+
+A program takes a slice of 512 columns of one row.  Unit rows need sums over the row, so there it takes the whole row.
+Before it :func:`_advance` has said how far the row's second moment has decayed, and noted the visit.
+"""
+
+from __future__ import annotations
+
+from math import log2
+from struct import pack, unpack
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_fast.code import Shadow
+from sae_fast.kernels._config import config
+from sae_fast.kernels._launch import cdiv, launch
+from sae_fast.kernels.outer import Runs, gradient_row, outer, partials, project, runs_for, sources, walk
+from sae_fast.kernels.round import SLICE
+
+
+class Adam(NamedTuple):
+    """What a step is taken with, on the device: a captured graph is replayed with whatever :func:`set_adam` last wrote."""
+
+    constants: Tensor  # float32 [8]: lr, eps, β2, 1 − β2, 1 / √(1 − β2^step), log2 β2 in two parts
+    step: Tensor  # int64, 0-d
+
+
+def new_adam(device: torch.device | str) -> Adam:
+    return Adam(torch.zeros(8, dtype=torch.float32, device=device), torch.zeros((), dtype=torch.int64, device=device))
+
+
+@triton.jit(do_not_specialize=["step"])
+def _set_adam(constants_ptr, step_ptr, lr, eps, beta2, fresh, correction, rate, rate_low, step):
+    tl.store(constants_ptr, lr)
+    tl.store(constants_ptr + 1, eps)
+    tl.store(constants_ptr + 2, beta2)
+    tl.store(constants_ptr + 3, fresh)
+    tl.store(constants_ptr + 4, correction)
+    tl.store(constants_ptr + 5, rate)
+    tl.store(constants_ptr + 6, rate_low)
+    tl.store(step_ptr, step)
+
+
+def set_adam(adam: Adam, step: int, lr: float, beta2: float, eps: float) -> None:
+    """Computed in double and passed by value: no copy that the host would have to wait for."""
+    rate = log2(beta2) if beta2 > 0 else float("-inf")
+    (high,) = unpack("f", pack("f", rate))
+    launch(
+        _set_adam, (1,), *adam, float(lr), float(eps), float(beta2), 1.0 - beta2, (1.0 - beta2**step) ** -0.5, high,
+        rate - high if beta2 > 0 else 0.0, step, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _advance(
+    last_step_ptr, decay_ptr, colptr_ptr, constants_ptr, step_ptr, skip_ptr, n, first_feature, BLOCK: tl.constexpr
+):
+    if skip_ptr is not None and tl.load(skip_ptr) != 0:
+        return
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    touched = i < n
+    if colptr_ptr is not None:
+        at = colptr_ptr + first_feature + i
+        touched = touched & (tl.load(at + 1, mask=touched, other=0) > tl.load(at, mask=touched, other=0))
+    step = tl.load(step_ptr)
+    idle = step - tl.load(last_step_ptr + i, mask=touched, other=0)
+    rate = tl.load(constants_ptr + 5).to(tl.float64) + tl.load(constants_ptr + 6).to(tl.float64)
+    decay = tl.where(idle == 1, tl.load(constants_ptr + 2), tl.exp2(rate * idle.to(tl.float64)).to(tl.float32))
+    tl.store(decay_ptr + i, decay, mask=touched)
+    tl.store(last_step_ptr + i, tl.zeros((BLOCK,), tl.int64) + step, mask=touched)
+
+
+@triton.jit
+def _step(
+    W_ptr, v_ptr, decay_ptr, grad_ptr, colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, first_ptr,
+    partials_ptr, own_ptr, constants_ptr, scale_ptr, skip_ptr, shadow_ptr, norms_ptr, n, d, first_feature, K, norm_columns,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    if skip_ptr is not None and tl.load(skip_ptr) != 0:
+        return
+    i = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = i < n
+    if grad_ptr is None:  # one row, from its entries
+        f = first_feature + tl.program_id(0).to(tl.int64)
+        if tl.load(colptr_ptr + f) == tl.load(colptr_ptr + f + 1):
+            return
+        g = gradient_row(
+            f, colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, first_ptr, partials_ptr, d, columns,
+            ENTRIES, COLUMNS,
+        )[None, :]  # fmt: skip
+    elif colptr_ptr is not None:
+        at = colptr_ptr + first_feature + i
+        live = live & (tl.load(at + 1, mask=live, other=0) > tl.load(at, mask=live, other=0))
+    element, inside = i * d + columns[None, :], live & (columns < d)[None, :]
+    if grad_ptr is not None:
+        g = tl.load(grad_ptr + element, mask=inside, other=0.0).to(tl.float32)
+    W = tl.load(W_ptr + element, mask=inside, other=0.0)
+    if own_ptr is not None:
+        g += tl.load(own_ptr + i, mask=live, other=0.0).to(tl.float32) * W
+    if scale_ptr is not None:
+        g *= tl.load(scale_ptr).to(tl.float32)
+    if UNIT:
+        g = project(g, W, 1)
+
+    lr, eps = tl.load(constants_ptr), tl.load(constants_ptr + 1)
+    fresh, correction = tl.load(constants_ptr + 3), tl.load(constants_ptr + 4)
+    decay = tl.load(decay_ptr + i, mask=live, other=0.0)
+    v = decay * tl.load(v_ptr + element, mask=inside, other=0.0) + fresh * g * g
+    tl.store(v_ptr + element, v, mask=inside)
+    W -= tl.div_rn(lr * g, tl.sqrt_rn(v) * correction + eps)
+    if UNIT:
+        norm2 = tl.sum(W * W, axis=1, keep_dims=True)
+        W *= tl.where(norm2 > 0, tl.div_rn(1.0, tl.sqrt_rn(norm2)), 1.0)
+    tl.store(W_ptr + element, W, mask=inside)
+
+    if shadow_ptr is not None:
+        scaled = W * tl.load(norms_ptr + i * norm_columns, mask=live, other=0.0)
+        rounded = scaled.to(tl.float16)
+        tl.store(shadow_ptr + i * K + columns[None, :], rounded, mask=inside)
+        lost = scaled - rounded.to(tl.float32)
+        slot = norms_ptr + i * norm_columns + 1 + 2 * tl.program_id(1)
+        tl.store(slot, tl.sum(scaled * scaled, axis=1, keep_dims=True), mask=live)
+        tl.store(slot + 1, tl.sum(lost * lost, axis=1, keep_dims=True), mask=live)
+
+
+def weight_step(
+    W: Tensor, v: Tensor, last_step: Tensor, colptr: Tensor, rows: Tensor, perm: Tensor, values: list[Tensor],
+    A: list[Tensor], self_coefficient: Tensor | None, first_feature: int, adam: Adam, unit_rows: bool,
+    grad_scale: Tensor | None = None, skip: Tensor | None = None, shadow: Shadow | None = None, runs: Runs | None = None,
+) -> None:  # fmt: skip
+    """A step of the rows of W and v [n, d] float32 whose features ``first_feature`` .. + n have entries.  ``skip`` (0-d,
+    bool or integer): nothing happens unless it is 0.  ``shadow``: brought up to date with the rows that change."""
+    n, d = W.shape
+    state = W, v, last_step, adam, unit_rows, grad_scale, skip, shadow
+    if len(values) > 2:
+        grad = torch.empty(n, d, dtype=torch.float32, device=W.device)
+        outer(colptr, rows, perm, values, A, None, first_feature, grad, runs, accumulate=False)
+        _launch_step(*state, grad, (colptr, *6 * [None]), (None, None), self_coefficient, first_feature)
+        return
+    arguments = sources(colptr, rows, perm, values, A)
+    split = partials(arguments, d, runs_for(A, colptr, rows, runs), first_feature, first_feature + n)
+    _launch_step(*state, None, arguments, split, self_coefficient, first_feature)
+
+
+def row_step(
+    W: Tensor, v: Tensor, last_step: Tensor, grad: Tensor, adam: Adam, unit_rows: bool, grad_scale: Tensor | None = None,
+    skip: Tensor | None = None, shadow: Shadow | None = None, colptr: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The same from a dense gradient [n, d]; of every row, or with colptr [n + 1] of those that have entries."""
+    state = W, v, last_step, adam, unit_rows, grad_scale, skip, shadow
+    _launch_step(*state, grad, (colptr, *6 * [None]), (None, None), None, 0)
+
+
+def _launch_step(
+    W, v, last_step, adam, unit_rows, grad_scale, skip, shadow, grad, arguments, split, self_coefficient, first_feature
+):
+    if unit_rows and shadow is not None:
+        raise NotImplementedError(
+            "shadow: got one with unit_rows, want unit_rows=False: a program refreshes one slice of a row"
+        )
+    n, d = W.shape
+    whole = triton.next_power_of_2(d)
+    columns = whole if unit_rows else min(whole, config("weight_step")["columns"] if shadow is None else SLICE)
+    if grad is None:
+        of_rows, tile = 1, walk(d, columns, config("weight_step")["entries"], W)
+    else:
+        of_rows = max(1, 512 // columns)
+        tile = {"ENTRIES": 1, "COLUMNS": columns, "num_warps": min(16, max(1, of_rows * columns // 128))}
+    decay = torch.empty(n, dtype=torch.float32, device=W.device)
+    launch(_advance, (cdiv(n, 256),), last_step, decay, arguments[0], *adam, skip, n, first_feature, BLOCK=256, num_warps=4)
+    rows, norms = (None, None) if shadow is None else shadow
+    widths = (0, 0) if shadow is None else (rows.shape[1], norms.shape[1])
+    launch(
+        _step, (cdiv(n, of_rows), cdiv(d, columns)), W, v, decay, grad, *arguments, *split, self_coefficient,
+        adam.constants, grad_scale, skip, rows, norms, n, d, first_feature, *widths, UNIT=unit_rows, ROWS=of_rows, **tile,
+    )  # fmt: skip
