@@ -30,7 +30,7 @@ _EVERY = {
     "weight_step": {"entries": 4, "columns": 512},
 }
 # The product has a configuration for rows of up to 1024, whose tiles are short and end often, and one for wider rows.
-_TILE = {"rows": 128, "features": 128, "depth": 64, "warps": 8, "stages": 3, "group": 8, "persistent": 0}
+_TILE = {"rows": 128, "features": 128, "depth": 64, "warps": 8, "stages": 3, "group": 8, "persistent": 0, "library": 0}
 SHIPPED: dict[int, dict[str, dict[str, int]]] = {
     80: {**_EVERY, "screen": {**_TILE, "warps": 4}, "screen_wide": {**_TILE, "warps": 4}},
     # Narrow: 128 registers, so that a multiprocessor has two tiles, one of which multiplies while the other ends.

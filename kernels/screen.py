@@ -5,7 +5,8 @@ at or below 0.  The [B, F] pre-activations never reach memory.  docs/screen.md d
 of a number a row and a number a feature (round.row_terms and round.feature_terms).
 
 Two kernels give the same mask: one of plain pointers for every GPU since Ampere, and a persistent one that lets Hopper's copy
-engine fetch the tiles.
+engine fetch the tiles.  The library's product in chunks, each scanned for its signs, gives it too: what they have to beat, and
+what the configuration can ship in their place.
 """
 
 from __future__ import annotations
@@ -113,6 +114,8 @@ def screen(
     and [3, F].  ``margins=False`` leaves the bound out: the 16-bit product decides."""
     B, K = x.shape
     c = config("screen" if K <= 1024 else "screen_wide")
+    if c["library"] and persistent is None:
+        return screen_by_library(x, w, row_terms, feature_terms, mask, margins)
     features = w.shape[0]
     tiles = cdiv(B, c["rows"]) * cdiv(features, c["features"])
     options = dict(

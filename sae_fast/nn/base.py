@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,10 @@ from sae_fast.ops import _checks
 from sae_fast.ops._dispatch import without_autocast
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _settle_first(sae: SparseAutoencoder, *_: Any) -> None:
+    sae.settle()
 
 
 class SparseAutoencoder(nn.Module):
@@ -49,6 +53,8 @@ class SparseAutoencoder(nn.Module):
         self.d_in, self.d_sae = d_in, d_sae
         self.precision = precision
         self._frozen: ops.KeptShadow | None = None
+        self._settle: Callable[[], None] | None = None  # a Trainer's, whose steps on a GPU may still be under way
+        self.register_state_dict_pre_hook(_settle_first)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         W_dec = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_enc = nn.Parameter(W_dec.to(device, dtype, copy=True))
@@ -71,8 +77,14 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"precision: got {value!r}, want one of {ops.PRECISIONS}")
         self._precision = value
 
+    def settle(self) -> None:
+        """Waits for a Trainer's steps that are under way on a GPU.  Called by whatever computes with or copies the layer."""
+        if self._settle is not None:
+            self._settle()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frozen": None}  # a copy or a saved layer is not in the block
+        self.settle()
+        return {**self.__dict__, "_frozen": None, "_settle": None}  # a copy is in no block and of no Trainer
 
     # ---- Inference --------------------------------------------------------------------------------------------------
 
@@ -87,6 +99,7 @@ class SparseAutoencoder(nn.Module):
 
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x̂ = f W_dec + b_dec, [..., d_in], from a dense f [..., F] or a SparseCode."""
+        self.settle()
         if isinstance(f, SparseCode):
             if f.d_sae != self.d_sae:
                 raise ValueError(f"f: got a code of {f.d_sae} features, want {self.d_sae}")
@@ -103,6 +116,7 @@ class SparseAutoencoder(nn.Module):
     def check_input(self, x: Tensor, name: str = "x") -> Tensor:
         """x as [B, d_in] in the module's dtype, or ``ValueError``."""
         self.check_shape(x, name)
+        self.settle()
         rows = x.to(self.W_enc.dtype)  # first: a value may overflow a narrower dtype
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             _checks.finite(name, rows)

@@ -43,7 +43,7 @@ def find(
         parts = [
             by_product(rows[a:b], W, *vectors, activation)
             for a, b in _dense.chunks(rows.shape[0], W.shape[0], W.device.type)
-        ]
+        ] or [by_product(rows, W, *vectors, activation)]  # no rows
         return join(parts) if len(parts) != 1 else parts[0]
 
     if precision in ("fp32", "tf32") or x.shape[0] == 0:

@@ -198,7 +198,8 @@ class Trainer:
 
     def wait(self) -> None:
         """Until every step has happened: on a GPU the host runs a few steps ahead, and a step whose buffers were too small
-        is repeated.  Before weights are read or changed other than through the Trainer."""
+        is repeated.  The SAE's own methods, copies and state_dict wait by themselves; whoever reads or changes its parameters
+        directly calls this first."""
         if self._runner is not None:
             self._runner.wait()
 
@@ -211,6 +212,7 @@ class Trainer:
             return None
         if self._runner is None:
             self._runner = DeviceRunner(self)
+            self.sae._settle = self._runner.wait
         return self._runner
 
     def _rates(self, index: int) -> tuple[float, float]:
