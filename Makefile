@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENGINE := $(VENV)/.built
-.PHONY: demo test lint bench bench-sweep bench-peers sanitize sanitize-address sanitize-thread clean
+.PHONY: demo test lint bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread clean
 
 # Threads that wait asleep: a little slower alone, many times faster beside other work on the same cores.
 demo test: export OMP_WAIT_POLICY ?= passive
@@ -24,6 +24,12 @@ bench: $(ENGINE)
 
 bench-sweep: $(ENGINE)
 	$(BIN)/python -m benchmarks --sweep
+
+# For a machine with an NVIDIA GPU and no network: an environment of what $(PYTHON) has, then tests and benchmark on the GPU,
+# all into OUT.  ONLY=tests|bench|tune does one of them.
+OUT ?= out/gpu
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # The CPU kernels under address and undefined-behaviour sanitizers, then under the thread sanitizer.
 sanitize sanitize-address sanitize-thread: $(ENGINE)
@@ -60,4 +66,4 @@ $(PEERS)/.built: pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp')
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build *.egg-info sae_fast/*.so
+	rm -rf $(VENV) $(PEERS) .venv-gpu build *.egg-info sae_fast/*.so

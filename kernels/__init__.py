@@ -1,5 +1,5 @@
-"""The GPU kernels in Triton, installed as ``sae_fast.kernels``: one file an op, and in each file first the kernels, then the
-function that launches them.  Nothing here is imported before the first tensor on a GPU.
+"""The GPU kernels in Triton, installed as ``sae_fast.kernels``: one file an op, and in each file first the kernels, then
+the function that launches them.  Nothing here is imported before the first tensor on a GPU.
 
 A launcher takes tensors that its caller has checked (contiguous, on one device, in float32, bfloat16 or float16) and the
 memory to write; it reads no value back from the device, so that all of them can stand in a CUDA graph.  Accumulation is in

@@ -1,8 +1,8 @@
 """compact and verify: from a mask to the entries of a code.
 
-count → (a scan of the counts) → compact lists each row's candidates in ascending order → verify computes u of each by a
-float32 dot in a fixed order, drops those that are not members and writes u and the activation's values.  What verify leaves
-is a code with gaps: row b's entries start where its candidates started.
+count → (a scan of the counts) → compact lists each row's candidates in ascending order → verify computes u of each by
+a float32 dot in a fixed order, drops those that are not members and writes u and the activation's values.  What verify
+leaves is a code with gaps: row b's entries start where its candidates started.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_fast.kernels._config import config
-from sae_fast.kernels._launch import cdiv, launch
+from sae_fast.kernels._launch import launch
 from sae_fast.kernels.sampled_dots import gathered_dots
 
 GATED, RELU, JUMPRELU = 0, 1, 2
@@ -76,8 +76,8 @@ def _compact(mask_ptr, begin_ptr, end_ptr, candidates_ptr, flag_ptr, F, stride, 
 
 
 def compact(mask: Tensor, features: int, begin: Tensor, end: Tensor, candidates: Tensor, flag: Tensor) -> None:
-    """candidates [C] int32: row b's at begin[b] .. end[b], ascending.  A row that would end past C is left out and sets bit 0
-    of ``flag`` (int32)."""
+    """candidates [C] int32: row b's at begin[b] .. end[b], ascending.  A row that would end past C is left out and sets
+    bit 0 of ``flag`` (int32)."""
     c = config("compact")
     launch(
         _compact, (mask.shape[0],), mask, begin, end, candidates, flag, features, mask.shape[1], candidates.shape[0],
@@ -138,8 +138,9 @@ def verify(
     threshold: Tensor | None, begin: Tensor, end: Tensor, candidates: Tensor, indices: Tensor, u: Tensor, values: Tensor,
     end_out: Tensor, norms: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """The members among the candidates, with not (x·w + bias <= cut): indices [C], u [C], values [V, C]; row b's at begin[b] ..
-    end_out[b].  ``scale`` is exp(r_mag).  With ``norms`` (of round_rows) x and W are 16-bit copies; every candidate stays."""
+    """The members among the candidates, with not (x·w + bias <= cut): indices [C], u [C], values [V, C]; row b's at
+    begin[b] .. end_out[b].  ``scale`` is exp(r_mag).  With ``norms`` (of round_rows) x and W are 16-bit copies, and every
+    candidate stays."""
     c = config("verify")
     nothing = (None, None, 0, 0) if norms is None else (*norms, norms[0].shape[1], norms[1].shape[1])
     launch(
@@ -152,8 +153,8 @@ def verify(
 
 @triton.jit
 def _pack(
-    begin_ptr, end_ptr, indptr_ptr, indices_ptr, u_ptr, values_ptr, out_indices_ptr, out_u_ptr, out_values_ptr, capacity, nnz,
-    V: tl.constexpr, BLOCK: tl.constexpr,
+    begin_ptr, end_ptr, indptr_ptr, indices_ptr, u_ptr, values_ptr, out_indices_ptr, out_u_ptr, out_values_ptr, capacity,
+    nnz, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin, end, to = tl.load(begin_ptr + b), tl.load(end_ptr + b), tl.load(indptr_ptr + b)

@@ -15,8 +15,8 @@ ACTIVATIONS = {"gated": compact.GATED, "relu": compact.RELU, "jumprelu": compact
 
 
 class Layer(NamedTuple):
-    """An encoder.  W [F, d]; the rest [F]; ``scale`` is exp(r_mag), ``cut`` what π has to exceed, None for 0; rows and norms
-    are W's Shadow."""
+    """An encoder.  W [F, d]; the rest [F]; ``scale`` is exp(r_mag), ``cut`` what π has to exceed, None for 0; rows and
+    norms are W's Shadow."""
 
     W: Tensor
     rows: Tensor
@@ -54,7 +54,7 @@ def candidates(
     x: Tensor, layer: Layer, exact: bool, shift: Tensor | None = None, centred: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> Screened:  # fmt: skip
-    """The screen of rows x [B, d], or of x − shift [d], which goes to ``centred``.  ``exact=False`` leaves the bound out."""
+    """The screen of rows x [B, d], or of x − shift [d], which goes to ``centred``; without the bound if not ``exact``."""
     (B, d), features, device = x.shape, layer.W.shape[0], x.device
     K = padded(d)
     x16 = torch.empty(B, K, dtype=torch.float16, device=device)

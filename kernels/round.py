@@ -1,8 +1,8 @@
 """16-bit copies of rows for the screening product, with what is needed to bound their error (docs/screen.md).
 
 float16 keeps 11 bits of a value where bfloat16 keeps 8, at the same rate of the tensor cores; a power of two for each row
-brings it into range.  A row's ``norms``, float32 [1 + 2·S]: that scale, then for each slice of 512 columns the squared norms
-of the scaled row and of what rounding took from it.
+brings it into range.  A row's ``norms``, float32 [1 + 2·S]: that scale, then for each slice of 512 columns the squared
+norms of the scaled row and of what rounding took from it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _round(
         if HAS_SHIFT:
             a -= tl.load(shift_ptr + at, mask=at < d, other=0.0).to(tl.float32)
         if HAS_CENTRED:
-            tl.store(centred_ptr + i * d + at, a, mask=at < d)
+            stored = a.to(centred_ptr.dtype.element_ty)
+            tl.store(centred_ptr + i * d + at, stored, mask=at < d)
+            a = stored.to(tl.float32)  # what verification will read
         a *= scale
         rounded = a.to(tl.float16)
         tl.store(out_ptr + i * K + at, rounded, mask=at < K)
@@ -71,8 +73,8 @@ def round_rows(
     A: Tensor, out: Tensor, norms: Tensor, shift: Tensor | None = None, centred: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out [n, K] float16 and norms [n, 1 + 2·S] of the rows A [n, d], or of A − shift [d], which goes to ``centred`` [n, d].
-    A row that is not finite (or too large to be squared) sets bit 1 of ``flag`` (int32)."""
+    """out [n, K] float16 and norms [n, 1 + 2·S] of the rows A [n, d], or of A − shift [d], which goes to ``centred``
+    [n, d].  A row that is not finite (or too large to be squared) sets bit 1 of ``flag`` (int32)."""
     launch(
         _round, (A.shape[0],), A, shift, centred, out, norms, flag, A.shape[1], out.shape[1], norms.shape[1],
         HAS_SHIFT=shift is not None, HAS_CENTRED=centred is not None, HAS_FLAG=flag is not None, SLICE=SLICE,
@@ -103,8 +105,8 @@ def _compare(A_ptr, rows_ptr, norms_ptr, flag_ptr, flag_stride, d, K, norm_colum
 
 
 def compare_rows(A: Tensor, rows: Tensor, norms: Tensor, flag: Tensor) -> None:
-    """Sets bit 2 of ``flag`` (int32, of all rows or of each) if a row of A [n, d] is not, at its scale, what ``rows`` [n, K]
-    holds."""
+    """Sets bit 2 of ``flag`` (int32, of all rows or of each) if a row of A [n, d] is not, at its scale, what ``rows``
+    [n, K] holds."""
     launch(
         _compare, (A.shape[0],), A, rows, norms, flag, flag.dim(), A.shape[1], rows.shape[1], norms.shape[1],
         SLICE=SLICE, num_warps=config("round")["warps"],
@@ -132,14 +134,18 @@ def _terms(
     rounded = norm + lost
     true_norm = norm / scale
     # Outside this range products may vanish; every entry of such a row or feature is a candidate.
-    usual = (norm == 0) | ((true_norm >= 2.0**-40) & (true_norm <= 2.0**40) & (lost < float("inf")))
+    usual = (true_norm >= 2.0**-40) & (true_norm <= 2.0**40) & (lost < float("inf"))
+    # At the scale of larger weights squares may have vanished: a norm of 0 is that of zeros at the scale of zeros only.
+    usual = (usual & (norm >= 2.0**-40)) | ((norm == 0) & (scale == 2.0**112))
     if FEATURES:
         bias = tl.load(bias_ptr + i, mask=inside, other=0.0).to(tl.float32)
         if HAS_CUT:
             bias -= tl.load(cut_ptr + i, mask=inside, other=0.0).to(tl.float32)
         zeroth = bias * scale
         if MARGINS:
-            zeroth = tl.where(usual, zeroth + tl.abs(zeroth) * 2.0**-22, float("inf"))
+            # Rounded up; what is above 0 stays so, and -inf, of a feature that is switched off, stays that.
+            above = tl.maximum(zeroth * (1 + 2.0**-22), 2.0**-126)
+            zeroth = tl.where(usual, tl.where(bias > 0, above, zeroth * (1 - 2.0**-22)), float("inf"))
         first, second = rounded, lost
     else:
         zeroth = scale

@@ -1,12 +1,12 @@
 """screen: the encoder's product in 16 bits, of which only a bit an entry is kept.
 
-Bit i of a row's mask says that feature i could be active: that the product, the bias and the bound of the error do not stay
-at or below 0.  The [B, F] pre-activations never reach memory.  docs/screen.md derives the bound; its three terms are products
-of a number a row and a number a feature (round.row_terms and round.feature_terms).
+Bit i of a row's mask says that feature i could be active: that the product, the bias and the bound of the error do not
+stay at or below 0.  The [B, F] pre-activations never reach memory.  docs/screen.md derives the bound; its three terms are
+products of a number a row and a number a feature (round.row_terms and round.feature_terms).
 
-Two kernels give the same mask: one of plain pointers for every GPU since Ampere, and a persistent one that lets Hopper's copy
-engine fetch the tiles.  The library's product in chunks, each scanned for its signs, gives it too: what they have to beat, and
-what the configuration can ship in their place.
+Two kernels give the same mask: one of plain pointers for every GPU since Ampere, and a persistent one that lets Hopper's
+copy engine fetch the tiles.  The library's product in chunks, each scanned for its signs, gives it too: what they have to
+beat, and what the configuration can ship in their place.
 """
 
 from __future__ import annotations
@@ -155,12 +155,14 @@ def _scan(
     tl.store(mask_ptr + rows[:, None] * stride + word[None, :], _bits(v, 1, FEATURES // 32), mask=(word < stride)[None, :])
 
 
-def scan(product: Tensor, first_row: int, row_terms: Tensor, feature_terms: Tensor, mask: Tensor, margins: bool = True) -> None:
+def scan(
+    product: Tensor, first_row: int, row_terms: Tensor, feature_terms: Tensor, mask: Tensor, margins: bool = True
+) -> None:
     """The same mask for the rows first_row .. of a product [rows, F] float32 that is in memory."""
     rows, features = product.shape
     launch(
-        _scan, (rows, cdiv(features, 1024)), product, row_terms, feature_terms, mask, first_row, row_terms.shape[1], features,
-        mask.shape[1], MARGINS=margins, FEATURES=1024, num_warps=4,
+        _scan, (rows, cdiv(features, 1024)), product, row_terms, feature_terms, mask, first_row, row_terms.shape[1],
+        features, mask.shape[1], MARGINS=margins, FEATURES=1024, num_warps=4,
     )  # fmt: skip
 
 

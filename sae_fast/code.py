@@ -139,11 +139,11 @@ class RowGradient:
 
 
 class Shadow(NamedTuple):
-    """What the screen needs of a weight [F, d]: ``rows``, its rows in 16 bits, and ``norms``, of the rows and of what rounding
-    took from them.
+    """What the screen needs of a weight [F, d]: ``rows``, its rows in 16 bits, and ``norms``, of the rows and of what
+    rounding took from them.
 
-    Of the C++ engine: rows [F, d] bfloat16 (subnormals to 0), norms [F, 2] float64.  Of a GPU: rows [F, K] float16, each row
-    times a power of two, K the next multiple of 64, and norms [F, 1 + 2·S] float32 (kernels/round.py).
+    Of the C++ engine: rows [F, d] bfloat16 (subnormals to 0), norms [F, 2] float64.  Of a GPU: rows [F, K] float16, each
+    row times a power of two, K the next multiple of 64, and norms [F, 1 + 2·S] float32 (kernels/round.py).
     """
 
     rows: Tensor

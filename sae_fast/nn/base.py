@@ -78,7 +78,7 @@ class SparseAutoencoder(nn.Module):
         self._precision = value
 
     def settle(self) -> None:
-        """Waits for a Trainer's steps that are under way on a GPU.  Called by whatever computes with or copies the layer."""
+        """Waits for a Trainer's steps under way on a GPU.  Called by whatever computes with the layer or copies it."""
         if self._settle is not None:
             self._settle()
 

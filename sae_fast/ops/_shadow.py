@@ -1,5 +1,5 @@
-"""The Shadow of an encoder's weight: its 16-bit copy and the norms that bound what rounding took; made, refreshed, compared,
-kept.  Which form it has follows from the device: the C++ engine's (bfloat16) or the GPU kernels' (float16)."""
+"""The Shadow of an encoder's weight, its 16-bit copy and the norms that bound what rounding took: made, refreshed,
+compared, kept.  Which form it has follows from the device: the C++ engine's (bfloat16) or the GPU kernels' (float16)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class KeptShadow:
         """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves."""
         if triton_rejects(W) and (cpu_rejects(W) or _screen.unavailable()):
             return None
-        if not self.serves(W):
+        if not self.serves(W) or self.shadow.of_gpu != (triton_rejects(W) is None):  # type: ignore[union-attr]
             self.shadow = make_shadow(W)
             self.follows(W)
         return self.shadow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.code import SparseCode
-from sae_fast.ops import _checks, _dense
+from sae_fast.ops import _checks, _dense, _device_support
 from sae_fast.ops._dispatch import may_run, triton_rejects
 
 if TYPE_CHECKING:
@@ -30,16 +31,18 @@ ROOM = 128  # candidates an example that the first buffers have room for
 
 @dataclass
 class Step:
-    """A step under way; ``report`` is filled when it is known to have happened."""
+    """A step under way; ``report`` is filled when it is known to have happened, ``error`` when it never will."""
 
     index: int
     lr: float
     l1: float
     x: Tensor
+    shape: torch.Size  # of the batch as it was given
     incoming: Tensor
     event: torch.cuda.Event | None
     report: list[float] | None = None
     dense: tuple[Tensor, float] | None = None  # losses and L0 of a step that went the dense way
+    error: Exception | None = None
 
 
 class DeviceRunner:
@@ -66,20 +69,22 @@ class DeviceRunner:
             return f"precision {trainer.sae.precision!r} takes torch's product"
         if not may_run("triton"):
             return "another backend is forced"
-        return triton_rejects(W)
+        return triton_rejects(W) or _device_support.rejects(W)
 
     def step(self, x: Tensor, lr: float, l1: float) -> Step:
-        """Enqueues a step on x [B, d]; the weights follow when the device gets there."""
-        index = self.trainer.step_count
+        """Enqueues a step on x [..., d]; the weights follow when the device gets there."""
+        index, shape = self.trainer.step_count, x.shape
         if len(self.under_way) == AHEAD:
             self._settle(self.under_way[0])
-        self._ready(x)
-        slot = self._slots[index % AHEAD]
-        slot.copy_(x)
-        host = torch.empty(6, dtype=torch.float64, pin_memory=x.is_cuda)
-        step = Step(index, lr, l1, slot, host, torch.cuda.Event() if x.is_cuda else None)
+        x = x.reshape(-1, shape[-1])
+        with self._on_device():
+            self._ready(x)
+            slot = self._slots[index % AHEAD]
+            slot.copy_(x)
+            host = torch.empty(6, dtype=torch.float64, pin_memory=x.is_cuda)
+            step = Step(index, lr, l1, slot, shape, host, torch.cuda.Event() if x.is_cuda else None)
+            self._enqueue(step)
         self.under_way.append(step)
-        self._enqueue(step)
         self.trainer.step_count += 1
         if self.dense or index == 0:
             self._settle(step)
@@ -99,6 +104,11 @@ class DeviceRunner:
         return step.dense[1] if step.dense else step.report[3] / step.x.shape[0]  # type: ignore[index]
 
     # ---- The device side ----------------------------------------------------------------------------------------------
+
+    def _on_device(self):
+        """Events, captures and what kernels are launched with are of the current device, which need not be the weights'."""
+        device = self.trainer.sae.W_enc.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _ready(self, x: Tensor) -> None:
         """Buffers and graphs for batches like x, and a shadow of W_enc as it is now."""
@@ -154,7 +164,9 @@ class DeviceRunner:
             graph = torch.cuda.CUDAGraph()
             # They never run at the same time, so they share memory.
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool):
+            # torch's own stream for captures is of the device that captured first.  Loaders may pin memory meanwhile.
+            stream = torch.cuda.Stream(step.x.device)
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._step.run(step.x)  # type: ignore[union-attr]
             self._graphs[at] = graph
         return self._graphs[at]
@@ -164,12 +176,15 @@ class DeviceRunner:
     def _settle(self, step: Step) -> None:
         """Waits until ``step``, and those before it, have happened."""
         while step.report is None and step.dense is None:
+            if step.error is not None:
+                raise step.error
             first = self.under_way[0]
             if first.event is not None:
                 first.event.synchronize()
             report = first.incoming.tolist()
             if int(report[-1]):
-                self._recover(first, int(report[-1]), int(report[-2]))
+                with self._on_device():
+                    self._recover(first, int(report[-1]), int(report[-2]))
             else:
                 self._happened(first)
                 first.report = report
@@ -206,8 +221,10 @@ class DeviceRunner:
                 raise FloatingPointError(
                     f"step {step.index}: a loss or a gradient is not finite; the weights are unchanged"
                 )
-        except Exception:
+        except Exception as error:
             device.flag.zero_()
+            for dropped in self.under_way:
+                dropped.error = error
             self.under_way.clear()
             self.trainer.step_count = step.index
             raise
@@ -220,13 +237,14 @@ class DeviceRunner:
         for again in rest:
             self._enqueue(again)
 
-    @staticmethod
-    def _not_finite(step: Step) -> None:
+    def _not_finite(self, step: Step) -> None:
         try:
-            _checks.finite("x", step.x)
+            _checks.finite("x", step.x.view(step.shape))
         except ValueError as error:
             raise ValueError(f"step {step.index}: {error}") from error
         largest = float(_checks.largest(step.x))
+        if largest**2 * step.x.shape[1] < torch.finfo(torch.float32).max:
+            raise FloatingPointError(f"step {step.index}: x − b_dec is not finite; the weights are unchanged")
         raise ValueError(f"step {step.index}: x: got values up to {largest:.3g}, want rows whose squares float32 can sum")
 
 

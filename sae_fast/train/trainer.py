@@ -166,6 +166,10 @@ class Trainer:
         self._kept = ops.KeptShadow()  # of W_enc: this Trainer is its sole writer between steps
         self._runner: DeviceRunner | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.wait()
+        return {**self.__dict__, "_runner": None}  # a copy has steps, graphs and events of its own
+
     def step(self, x: Tensor) -> StepLog:
         """One optimizer step on a batch x [..., d_in].
 
@@ -187,18 +191,20 @@ class Trainer:
         result: HostResult | DeviceResult
         try:
             if runner is not None:
-                result = DeviceResult(runner, runner.step(x.detach().reshape(-1, self.sae.d_in), lr, l1))
+                result = DeviceResult(runner, runner.step(x.detach(), lr, l1))
             else:
                 result = HostResult(*self._update(rows, index, lr, l1, self._shadow()))
                 self.step_count += 1
         except (FloatingPointError, ValueError):
             self.sae.load_state_dict(undo, strict=False)
+            if index == 0:
+                self.optimizer.state.clear()  # which the device's steps begin with
             raise
         return StepLog(index, lr, l1, result)
 
     def wait(self) -> None:
-        """Until every step has happened: on a GPU the host runs a few steps ahead, and a step whose buffers were too small
-        is repeated.  The SAE's own methods, copies and state_dict wait by themselves; whoever reads or changes its parameters
+        """Until every step has happened: on a GPU the host runs a few steps ahead, and repeats a step whose buffers were
+        too small.  The SAE's own methods, copies and state_dict wait by themselves; whoever reads or changes its parameters
         directly calls this first."""
         if self._runner is not None:
             self._runner.wait()
@@ -313,8 +319,9 @@ class Trainer:
             undo = {name: self.sae.get_parameter(name).clone() for name in self.sae.per_feature}
             self.sae.calibrate_(rows, self.settings.init_l0)
         norms = self.sae.W_dec.norm(dim=1)
+        if self.settings.dialect == "paper":
+            undo["W_dec"] = self.sae.W_dec.clone()  # the optimizer makes the rows unit to the last bit
         if self.settings.dialect == "paper" and bool(((norms - 1).abs() > 8 * torch.finfo(norms.dtype).eps).any()):
-            undo["W_dec"] = self.sae.W_dec.clone()
             self.sae.W_dec.copy_(torch.nn.functional.normalize(self.sae.W_dec, dim=1))
         return undo
 

@@ -1,0 +1,11 @@
+"""`make gpu`: tests and benchmark on a machine with an NVIDIA GPU and no network, into one folder.
+
+environment.py  a virtual environment without downloads, and what the machine is
+live.py         pytest, with results that outlive an interruption
+world.py        activations and SAE, made on the device
+rivals.py       dense training steps in plain PyTorch
+cases.py        what is measured, by whom, in which order, and what it should reach
+measure.py      the check, the clock and the CSV
+bench.py        runs the cases
+tune.py         other tile sizes for the kernels
+"""

@@ -1,0 +1,149 @@
+"""Other tile sizes, warps and stages for what ships: `python -m benchmarks.gpu.tune --out DIR --seconds N`.
+
+One key at a time, each value checked against the shipped configuration's results and timed in turns with the best so far.
+tuning.json is what SAE_FAST_TUNING reads, and holds only what was faster by 3 % or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.cases import CASES
+from benchmarks.data import World
+from benchmarks.gate import reason
+from benchmarks.gpu.measure import Clock, Running, times
+from benchmarks.registry import OURS
+
+GAIN = 0.97  # a time below this part of the other's is faster
+TOLERANCE = 1e-5  # of an output's norm: another order of sums, not another result
+ROUNDS = 7
+ALTERNATIVES = {
+    "rows": (64, 128, 256), "features": (64, 128, 256, 512), "depth": (32, 64, 128), "warps": (1, 2, 4, 8),
+    "stages": (2, 3, 4, 5), "group": (4, 8, 16), "persistent": (0, 1), "library": (0, 1), "words": (256, 512, 1024, 2048),
+    "entries": (4, 8, 16, 32), "columns": (128, 256, 512, 1024), "run": (256, 512, 1024), "chunks": (16, 32, 64),
+    "finish": (32, 64, 128),
+}  # fmt: skip
+CASE_OF = dict.fromkeys(("screen", "screen_wide", "compact", "verify", "round"), "encode")
+NARROW = ("screen",)  # of rows up to 1024: tuned at the small shape
+
+
+@contextmanager
+def configured(op: str, values: dict[str, int]) -> Iterator[None]:
+    """The op with these values instead of the shipped ones."""
+    from sae_fast.kernels import _config
+
+    shipped = _config.SHIPPED[_config.generation()]
+    before = shipped[op]
+    shipped[op] = {**before, **values}
+    try:
+        yield
+    finally:
+        shipped[op] = before
+
+
+def differs(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> str | None:
+    for name, truth in want.items():
+        if got[name].shape != truth.shape:
+            return f"{name}: got shape {tuple(got[name].shape)}, want {tuple(truth.shape)}"
+        error, scale = float((got[name].double() - truth.double()).norm()), float(truth.double().norm())
+        if not error <= TOLERANCE * scale:
+            return f"{name}: is {error:.3g} from the shipped configuration's, want at most {TOLERANCE * scale:.3g}"
+    return None
+
+
+def tune_op(
+    op: str, shipped: dict[str, int], outcome: Callable[[], dict[str, Any]], running: Callable[[], Running], clock: Clock,
+    deadline: float, log: Callable[[str], None] = print,
+) -> dict[str, int]:  # fmt: skip
+    """The values that are faster than the shipped ones, by key."""
+    want, best = outcome(), {}
+
+    def under(values: dict[str, int]) -> Running:
+        it = running()
+
+        def call(x: Any) -> Any:
+            with configured(op, values):
+                return it.run(x)
+
+        return Running(call, it.inputs)
+
+    for key, now in shipped.items():
+        for value in ALTERNATIVES.get(key, ()):
+            if value == best.get(key, now):
+                continue
+            if time.monotonic() > deadline:
+                return best
+            trial = {**best, key: value}
+            try:
+                with configured(op, trial):
+                    wrong = differs(outcome(), want)
+                if wrong:
+                    log(f"{op} {trial}: {wrong}")
+                    continue
+                found = times({"best": under(best), "trial": under(trial)}, clock, ROUNDS, deadline)
+            except Exception as error:  # too much shared memory, for one
+                log(f"{op} {trial}: {reason(error)}")
+                continue
+            a, b = median(found["best"]), median(found["trial"])
+            log(f"{op} {trial}: {b:.4g} ms, best so far {a:.4g} ms")
+            if b <= GAIN * a:
+                best = trial
+    return best
+
+
+def tune(
+    world: Callable[[str], World], ops: dict[str, dict[str, int]], out: Path, clock: Clock, seconds: float
+) -> dict[str, dict[str, int]]:
+    """tuning.json, rewritten after each op."""
+    deadline, found = time.monotonic() + seconds, {}
+    for op, shipped in ops.items():
+        case, here = CASES[CASE_OF.get(op, op)], world(op)
+
+        def running(case: Any = case, here: World = here) -> Running:
+            return Running(case.providers[OURS].start(here.new_sae()), case.inputs(here))
+
+        def outcome(case: Any = case, here: World = here) -> dict[str, torch.Tensor]:
+            sae = here.new_sae()
+            run = case.providers[OURS].start(sae)
+            return {k: v.detach() for k, v in case.outcome(sae, [run(case.inputs(here)[0])]).items()}
+
+        with torch.device(here.sae.W_enc.device):
+            best = tune_op(op, shipped, outcome, running, clock, deadline)
+        if best:
+            found[op] = best
+        part = out.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        part.replace(out)
+    return found
+
+
+def main() -> None:
+    from benchmarks.gpu.world import LARGE, SMALL, world
+    from sae_fast.kernels import _config
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    shipped = _config.SHIPPED[_config.generation()]
+    os.environ.pop("SAE_FAST_TUNING", None)  # over which nothing else could be tried
+    first = ("screen_wide", "weight_step", "decode_loss", "verify")  # where the time goes
+    order = (*first, *(op for op in shipped if op not in (*first, *NARROW)), *NARROW)  # the small world last
+    ops = {op: dict(shipped[op]) for op in order}
+    of = lambda op: world(SMALL if op in NARROW else LARGE, "uniform")  # noqa: E731
+    tune(of, ops, given.out / "tuning.json", Clock("cuda"), given.seconds)
+
+
+if __name__ == "__main__":
+    main()
