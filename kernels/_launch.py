@@ -35,6 +35,10 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = outer
 
 
+def is_recording() -> bool:
+    return _recorded is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """``options``: the kernel's constexprs, num_warps and num_stages.  An empty grid is no launch."""
     if _recorded is not None:

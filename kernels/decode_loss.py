@@ -10,10 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_fast.kernels import _cuda
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.decode import gather, weighted
 from sae_fast.kernels.sampled_dots import row_sums
+
+CUDA_COLUMNS = 128  # of a slice in csrc/include/sae_fast/cuda/decode_loss.cuh
 
 
 class StepOutputs(NamedTuple):
@@ -126,7 +129,7 @@ def _finish(
 
 def scratch(V: int, B: int, d: int, C: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """The partials and squares of :func:`decode_loss`."""
-    slices = cdiv(d, config("decode_loss")["columns"])
+    slices = cdiv(d, CUDA_COLUMNS if _cuda.takes("decode_loss") else config("decode_loss")["columns"])
     return torch.empty(V, slices, C, device=device), torch.empty(B, slices, 2, device=device)
 
 
@@ -139,6 +142,13 @@ def decode_loss(
     over rows is to be divided by the normaliser."""
     c = config("decode_loss")
     (V, rows, d), slices = residuals.shape, squares.shape[1]
+    if _cuda.takes("decode_loss"):
+        code, capacity = (begin, end, indices, values), indices.shape[0]
+        _cuda.call("residuals", W.dtype, target.dtype, V, *code, W, b_dec, target, residuals, partials, squares, rows, d,
+                   slices, capacity)  # fmt: skip
+        _cuda.call("finish", W.dtype, V, *code, sparsity_weight, partials, squares, losses_rows, grads,
+                   *(step or [None] * 5), rows, slices, capacity, float(normaliser))  # fmt: skip
+        return
     launch(
         _residuals, (rows, slices), begin, end, indices, values, W, b_dec, target, residuals, partials, squares, rows,
         slices, d, values.stride(0), *partials.stride()[:2], V=V, ENTRIES=c["entries"], COLUMNS=c["columns"],

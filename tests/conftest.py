@@ -71,3 +71,21 @@ def route(request, monkeypatch):
     for op in _dense.CROSSOVER:
         monkeypatch.setitem(_dense.CROSSOVER, op, crossover)
     return request.param
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_body(request, monkeypatch):
+    """Runs the test once for each body that the GPU ops have, forced; without a GPU in Triton's interpreter, and with the
+    CUDA kernels over the tests' shim."""
+    pytest.importorskip("triton")
+    if request.param == "cuda":
+        from sae_fast.kernels import _cuda
+
+        if not torch.cuda.is_available():
+            import cuda_shim
+
+            monkeypatch.setattr(_cuda, "module", cuda_shim.load())
+        elif _cuda.module is None:
+            pytest.skip("the extension sae_fast._C_cuda is not built")
+    with _dispatch.use_backend(request.param):
+        yield request.param

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +77,14 @@ def join(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Te
 @contextmanager
 def _tf32(allowed: bool):
     """Whether CUDA's products of float32 may round their operands."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    matmul: Any = torch.backends.cuda.matmul
+    # The older name raises once anything has used the newer one.
+    name, value = "allow_tf32", allowed
+    if hasattr(matmul, "fp32_precision"):
+        name, value = "fp32_precision", "tf32" if allowed else "ieee"
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, name, before)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast import _backend
+
 logger = logging.getLogger("sae_fast")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Process-wide on purpose: autograd runs backward passes in threads of its own, which see no context variable.
-_forced: list[str] = []
+_forced = _backend.forced
 _logged: set[tuple[str, str]] = set()
 
 _C: Any = None
@@ -85,7 +86,7 @@ def _no_triton() -> str | None:
 def triton_rejects(*tensors: Tensor | None) -> str | None:
     """Why the Triton kernels cannot take these tensors, or None.  Triton's interpreter (TRITON_INTERPRET=1, for tests)
     takes tensors on the CPU, where ``use_backend("triton")`` asks for it."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _forced[-1:] == ["triton"]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _forced[-1:] in (["triton"], ["cuda"])
     device = "cpu" if interpreted else "cuda"
     for tensor in tensors:
         if tensor is None:
@@ -95,6 +96,18 @@ def triton_rejects(*tensors: Tensor | None) -> str | None:
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"a tensor is {tensor.dtype}; the kernels take float32, bfloat16 and float16"
     return _no_triton()
+
+
+def cuda_rejects(op: str, *tensors: Tensor | None) -> str | None:
+    """Why the CUDA C++ kernels of an op cannot take these tensors, or should not, or None."""
+    reason = triton_rejects(*tensors)  # whose helpers they share
+    if reason is not None:
+        return reason
+    from sae_fast.kernels import _cuda
+
+    if _cuda.module is None:
+        return "the extension sae_fast._C_cuda is not built (SAE_FAST_CUDA=1 builds it)"
+    return None if _cuda.takes(op) else "its Triton kernels are no slower on this GPU"
 
 
 def log_once(op: str, message: str) -> None:

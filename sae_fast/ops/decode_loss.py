@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_fast.code import SparseCode, row_ids
 from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
 
@@ -88,12 +88,14 @@ def _decode_loss(indptr, indices, values, W_dec, b_dec, target, sparsity_weight,
     if not normaliser > 0:
         raise ValueError(f"normaliser: got {normaliser}, want a positive number such as the batch size")
     inputs = (W_dec, indptr, indices)
+    dense = _dense.gpu_rejects(indices.shape[0], target.shape[0], features)
     body = pick(
         "decode_loss",
-        {"cpu": _cpu, "triton": _triton, "reference": _reference},
+        {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
         {
             "cpu": cpu_rejects(*inputs),
-            "triton": triton_rejects(*inputs) or _dense.gpu_rejects(indices.shape[0], target.shape[0], features),
+            "cuda": cuda_rejects("decode_loss", *inputs) or dense,
+            "triton": triton_rejects(*inputs) or dense,
         },
     )
     return body(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser)
@@ -145,7 +147,7 @@ def _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, n
     return _finish(indices, values, residuals, grads, sparsity_weight, normaliser)
 
 
-def _triton(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
+def _gpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
     from sae_fast.kernels import decode_loss as kernel
 
     indptr, indices, values, W_dec, b_dec, target, sparsity_weight = contiguous(

@@ -1,0 +1,49 @@
+"""The CUDA C++ bodies (csrc/cuda): which op takes one in the place of its Triton kernels, and how they are called."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_fast import _backend
+from sae_fast.kernels import _config, _launch
+
+module: Any = None  # sae_fast._C_cuda; the tests put its double on a CPU here
+with suppress(ImportError):
+    from sae_fast import _C_cuda as module  # type: ignore[attr-defined, no-redef]
+
+# The ops whose CUDA kernels are the default, by GPU generation: those that were measured to be 1.15 × as fast as their
+# Triton twins.  None yet: no GPU was at hand.
+FASTER: dict[int, frozenset[str]] = {80: frozenset(), 90: frozenset()}
+STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def takes(op: str) -> bool:
+    """Whether the op's CUDA kernels run."""
+    if module is None or _launch.is_recording():
+        return False
+    return _backend.forced[-1] == "cuda" if _backend.forced else op in FASTER[_config.generation()]
+
+
+def call(name: str, *arguments: Any) -> None:
+    """A function of the module on tensors (contiguous, or None), dtypes and numbers, on their device's current stream."""
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+        getattr(module, name)(*map(_native, arguments), stream)
+
+
+def _native(a: Any) -> Any:
+    if a is None:
+        return 0
+    if isinstance(a, torch.dtype):
+        return module.Storage(STORAGE[a])
+    if isinstance(a, Tensor):
+        if not a.is_contiguous():
+            raise RuntimeError("the CUDA kernels take contiguous tensors only")
+        return a.data_ptr()
+    return a
