@@ -79,7 +79,7 @@ def _tf32(allowed: bool):
     """Whether CUDA's products of float32 may round their operands."""
     matmul: Any = torch.backends.cuda.matmul
     # The older name raises once anything has used the newer one.
-    name, value = "allow_tf32", allowed
+    name, value = "allow_tf32", allowed  # type: tuple[str, str | bool]
     if hasattr(matmul, "fp32_precision"):
         name, value = "fp32_precision", "tf32" if allowed else "ieee"
     before = getattr(matmul, name)
