@@ -17,14 +17,14 @@ from sae_fast.kernels import _launch
 _target: int | None = None
 
 # columns: of a row that a program holds at once; entries: gathered rows at once; run: entries of a feature that are
-# summed in one go.
+# summed in one go.  The columns of a dot are one warp's: no barrier on its way, and 16 bytes a lane.
 _EVERY = {
     "round": {"warps": 4},
     "compact": {"words": 1024, "warps": 4},
-    "verify": {"entries": 16, "columns": 128, "warps": 4},
+    "verify": {"entries": 8, "columns": 128, "warps": 1},
     "decode": {"entries": 8, "columns": 256},
     "decode_loss": {"entries": 8, "columns": 256, "finish": 64},
-    "sampled_dots": {"entries": 16, "columns": 128, "warps": 4},
+    "sampled_dots": {"entries": 8, "columns": 128, "warps": 1},
     "transpose": {"entries": 256, "features": 32, "chunks": 32, "warps": 4},
     "outer": {"entries": 8, "columns": 512, "run": 512},
     "weight_step": {"entries": 4, "columns": 512},
@@ -66,4 +66,11 @@ def _file(path: str | None) -> dict[str, dict[str, int]]:
         known = SHIPPED[80].get(op)
         if known is None or not isinstance(values, dict) or not set(values) <= set(known):
             raise ValueError(f"SAE_FAST_TUNING: got {op}: {values} in {path!r}, want {known or sorted(SHIPPED[80])}")
+        for key, value in values.items():
+            # Tiles past a mask's words or a 16-bit copy's columns would touch memory that is not theirs.
+            limit = {"depth": 64, "features": 256}.get(key, 65536)
+            power = isinstance(value, int) and (value & (value - 1) == 0 or key in ("stages", "group"))
+            if not power or not (0 if key in ("persistent", "library") else 1) <= value <= limit:
+                want = f"a power of two up to {limit}"
+                raise ValueError(f"SAE_FAST_TUNING: got {op}.{key} = {value!r} in {path!r}, want {want}")
     return found

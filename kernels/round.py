@@ -165,10 +165,14 @@ def feature_terms(norms: Tensor, bias: Tensor, cut: Tensor | None, K: int, out: 
     _launch_terms(norms, bias, cut, out, K, True, margins)
 
 
+def accumulation(K: int) -> float:
+    """What summing loses at most, by the product of K terms and by the dot that decides (Γ of docs/screen.md)."""
+    return (K + K // 32 + 80) * 2.0**-23
+
+
 def _launch_terms(norms, bias, cut, out, K, features, margins) -> None:
     n = norms.shape[0]
-    # γ twice over: the product's accumulation and the verifying dot's.
     launch(
-        _terms, (cdiv(n, 256),), norms, bias, cut, out, n, norms.shape[1], (K + 64) * 2.0**-22,
+        _terms, (cdiv(n, 256),), norms, bias, cut, out, n, norms.shape[1], accumulation(K),
         FEATURES=features, HAS_CUT=cut is not None, MARGINS=margins, BLOCK=256, num_warps=4,
     )  # fmt: skip

@@ -303,7 +303,10 @@ def bits(mask: Tensor, features: int) -> Tensor:
 def terms(x_norms, w_norms, bias, cut, d: int, margins: bool = True, accumulation: bool = True) -> tuple[Tensor, Tensor]:
     of_rows, of_features = (torch.full((3, n.shape[0]), NAN, device=DEVICE) for n in (x_norms, w_norms))
     K = rounding.padded(d)
-    rounding.row_terms(x_norms, K if accumulation else -64, of_rows)  # γ is a multiple of K + 64
+    with pytest.MonkeyPatch.context() as patch:
+        if not accumulation:
+            patch.setattr(rounding, "accumulation", lambda K: 0.0)
+        rounding.row_terms(x_norms, K, of_rows)
     rounding.feature_terms(w_norms, on(bias), on(cut), K, of_features, margins=margins)
     return of_rows, of_features
 

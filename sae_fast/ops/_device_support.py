@@ -78,11 +78,12 @@ def join(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Te
 def _tf32(allowed: bool):
     """Whether CUDA's products of float32 may round their operands."""
     matmul: Any = torch.backends.cuda.matmul
-    # The older name raises once anything has used the newer one.
     name, value = "allow_tf32", allowed  # type: tuple[str, str | bool]
-    if hasattr(matmul, "fp32_precision"):
+    try:
+        before = matmul.allow_tf32
+    except RuntimeError:  # the program has used the newer name, after which the older one raises
         name, value = "fp32_precision", "tf32" if allowed else "ieee"
-    before = getattr(matmul, name)
+        before = matmul.fp32_precision
     setattr(matmul, name, value)
     try:
         yield
