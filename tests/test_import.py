@@ -110,7 +110,8 @@ def test_the_trainer_has_the_arguments_defaults_and_log_that_are_promised():
         assert isinstance(getattr(log, field), float), field
 
 
-def test_a_backend_is_forced_inside_the_with_block_only():
+def test_a_backend_is_forced_inside_the_with_block_only(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # whose interpreter takes tensors on the CPU
     sae, x = sf.GatedSAE(4, 8, seed=0), torch.randn(3, 4)
     with sf.use_backend("reference"):
         inside = sae.encode(x)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sae_fast.train.trainer import Trainer
 
 AHEAD = 4  # steps, each of which keeps its batch
+GRAIN = 64  # of the room: kernels are compiled anew for sizes that are no multiples of 16
+RENEW = 1024  # steps after which rows of the shadow get new scales: a row far from its own has too many candidates
 ROOM = 128  # candidates an example that the first buffers have room for
 
 
@@ -41,7 +43,7 @@ class Step:
     incoming: Tensor
     event: torch.cuda.Event | None
     report: list[float] | None = None
-    dense: tuple[Tensor, float] | None = None  # losses and L0 of a step that went the dense way
+    by_ops: tuple[Tensor, float] | None = None  # losses and L0 of a step that was taken op by op
     error: Exception | None = None
 
 
@@ -57,6 +59,8 @@ class DeviceRunner:
         self._addresses: tuple = ()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._slots: list[Tensor] = []
+        self._reports: list[Tensor] = []
+        self._stream: torch.cuda.Stream | None = None  # for captures: one, as memory is shared within a stream only
 
     @staticmethod
     def refuses(trainer: Trainer) -> str | None:
@@ -67,13 +71,15 @@ class DeviceRunner:
             return f"betas[0] = {settings.betas[0]} and eps = {settings.eps} visit every row in every step"
         if trainer.sae.precision not in ("exact", "bf16"):
             return f"precision {trainer.sae.precision!r} takes torch's product"
-        if not may_run("triton"):
+        if not (may_run("triton") or may_run("cuda")):
             return "another backend is forced"
         return triton_rejects(W) or _device_support.rejects(W)
 
     def step(self, x: Tensor, lr: float, l1: float) -> Step:
         """Enqueues a step on x [..., d]; the weights follow when the device gets there."""
-        index, shape = self.trainer.step_count, x.shape
+        index, shape, device = self.trainer.step_count, x.shape, self.trainer.sae.W_enc.device
+        if x.device != device:
+            raise ValueError(f"step {index}: x: got a tensor on {x.device}, want {device}, the device of the weights")
         if len(self.under_way) == AHEAD:
             self._settle(self.under_way[0])
         x = x.reshape(-1, shape[-1])
@@ -81,7 +87,8 @@ class DeviceRunner:
             self._ready(x)
             slot = self._slots[index % AHEAD]
             slot.copy_(x)
-            host = torch.empty(6, dtype=torch.float64, pin_memory=x.is_cuda)
+            # Pinned once: whoever keeps the logs would have the driver pin more in each step.
+            host = self._reports[index % AHEAD]
             step = Step(index, lr, l1, slot, shape, host, torch.cuda.Event() if x.is_cuda else None)
             self._enqueue(step)
         self.under_way.append(step)
@@ -97,11 +104,11 @@ class DeviceRunner:
 
     def losses(self, step: Step) -> Tensor:
         self._settle(step)
-        return step.dense[0] if step.dense else torch.tensor(step.report[:3], dtype=torch.float32)  # type: ignore[index]
+        return step.by_ops[0] if step.by_ops else torch.tensor(step.report[:3], dtype=torch.float32)  # type: ignore[index]
 
     def l0(self, step: Step) -> float:
         self._settle(step)
-        return step.dense[1] if step.dense else step.report[3] / step.x.shape[0]  # type: ignore[index]
+        return step.by_ops[1] if step.by_ops else step.report[3] / step.x.shape[0]  # type: ignore[index]
 
     # ---- The device side ----------------------------------------------------------------------------------------------
 
@@ -120,21 +127,27 @@ class DeviceRunner:
         shadow = kept.of(sae.W_enc)
         assert shadow is not None  # or refuses() would have said so
         state = [t for p in sae.parameters() for t in (p, *(optimizer.state[p][k] for k in ("exp_avg_sq", "last_step")))]
-        addresses = (x.shape, x.dtype, self.capacity, sae.precision, *(t.data_ptr() for t in (*state, *shadow)))
+        self.capacity = self.capacity or x.shape[0] * min(sae.d_sae, ROOM)
+        capacity = self.capacity
+        if _dense.gpu_rejects(capacity, x.shape[0], sae.d_sae):  # which way a batch takes must not hang on those before it
+            capacity = max(1, int(_dense.GPU_DENSE * x.shape[0] * sae.d_sae))
+        addresses = (x.shape, x.dtype, capacity, sae.precision, *(t.data_ptr() for t in (*state, *shadow)))
         if addresses == self._addresses:
             return
-        self.wait()
+        if self.under_way:
+            self.wait()
+            return self._ready(x)  # a repeated step may have asked for more room
         from sae_fast.train.device_step import DeviceStep
 
         settings = self.trainer.settings
-        self.capacity = self.capacity or x.shape[0] * min(sae.d_sae, ROOM)
-        self._graphs, self._step = {}, None  # their memory first
+        self._graphs, self._step, self._addresses = {}, None, ()  # their memory first; it may not suffice
         self._step = DeviceStep(
-            sae, optimizer, shadow, settings.dialect, settings.betas[1], settings.eps, settings.grad_clip, self.capacity
+            sae, optimizer, shadow, settings.dialect, settings.betas[1], settings.eps, settings.grad_clip, capacity
         )
         if not self._slots or self._slots[0].shape != x.shape or self._slots[0].dtype != x.dtype:
             self._slots = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(AHEAD)]
-        self._addresses = (*addresses[:2], self.capacity, *addresses[3:])
+            self._reports = [torch.empty(6, dtype=torch.float64, pin_memory=x.is_cuda) for _ in range(AHEAD)]
+        self._addresses = addresses
         self._warm = False
 
     def _enqueue(self, step: Step) -> None:
@@ -146,6 +159,8 @@ class DeviceRunner:
         sixteenth = step.index % 16
         first, last = (W.shape[0] * i // 16 for i in (sixteenth, sixteenth + 1))
         compare_rows(W.detach()[first:last], *(t[first:last] for t in device.shadow), device.flag)
+        if step.index % RENEW == 0:
+            ops.refresh_shadow(W, device.shadow)
         device.set(step.index + 1, step.lr, step.l1)
         if step.event is None or not self._warm:  # compiling and loading kernels cannot be captured
             device.run(step.x)
@@ -164,9 +179,9 @@ class DeviceRunner:
             graph = torch.cuda.CUDAGraph()
             # They never run at the same time, so they share memory.
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            # torch's own stream for captures is of the device that captured first.  Loaders may pin memory meanwhile.
-            stream = torch.cuda.Stream(step.x.device)
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            # torch's own stream for captures is of the device that captured first.  A loader may pin memory meanwhile.
+            self._stream = self._stream or torch.cuda.Stream()
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._step.run(step.x)  # type: ignore[union-attr]
             self._graphs[at] = graph
         return self._graphs[at]
@@ -175,7 +190,7 @@ class DeviceRunner:
 
     def _settle(self, step: Step) -> None:
         """Waits until ``step``, and those before it, have happened."""
-        while step.report is None and step.dense is None:
+        while step.report is None and step.by_ops is None:
             if step.error is not None:
                 raise step.error
             first = self.under_way[0]
@@ -209,43 +224,49 @@ class DeviceRunner:
             ops.refresh_shadow(self.trainer.sae.W_enc, device.shadow)  # a scale may have become too large
             if flag & bits.OVERFLOW:
                 if _dense.gpu_rejects(candidates, step.x.shape[0], self.trainer.sae.d_sae):
-                    device.flag.zero_()
-                    rows = step.x.to(self.trainer.sae.W_enc.dtype)
-                    losses, code = self.trainer._update(rows, step.index, step.lr, step.l1, device.shadow)
-                    step.dense = losses.cpu(), mean_l0(code)
-                    self._happened(step)
+                    self._by_ops(step, device.shadow)
                     self.dense = True
                 else:
-                    self.capacity = candidates + candidates // 4
+                    self.capacity = -(-(candidates + candidates // 4) // GRAIN) * GRAIN
             elif flag & bits.NOT_FINITE_LOSS and not flag & bits.STALE:
-                raise FloatingPointError(
-                    f"step {step.index}: a loss or a gradient is not finite; the weights are unchanged"
-                )
+                self._by_ops(step, device.shadow)  # where what is not finite is found, if there is anything
         except Exception as error:
             device.flag.zero_()
-            for dropped in self.under_way:
-                dropped.error = error
+            for lost in self.under_way:
+                lost.error = error
             self.under_way.clear()
             self.trainer.step_count = step.index
             raise
         device.flag.zero_()
         rest = list(self.under_way)
         self.under_way.clear()
-        if rest:
-            self._ready(rest[0].x)
-        self.under_way.extend(rest)
-        for again in rest:
-            self._enqueue(again)
+        try:
+            if rest:
+                self._ready(rest[0].x)
+            for again in rest:
+                self._enqueue(again)
+                self.under_way.append(again)
+        except Exception as error:  # such as too little memory for more room
+            dropped = rest[len(self.under_way) :]
+            for step in dropped:
+                step.error = error
+            self.trainer.step_count = dropped[0].index
+            raise
 
-    def _not_finite(self, step: Step) -> None:
+    def _by_ops(self, step: Step, shadow: ops.Shadow) -> None:
+        """Takes the first step under way with the host in between, which goes the dense way or says what is not finite."""
+        rows = step.x.to(self.trainer.sae.W_enc.dtype)
+        losses, code = self.trainer._update(rows, step.index, step.lr, step.l1, shadow)
+        step.by_ops = losses.cpu(), mean_l0(code)
+        self._happened(step)
+
+    @staticmethod
+    def _not_finite(step: Step) -> None:
         try:
             _checks.finite("x", step.x.view(step.shape))
         except ValueError as error:
             raise ValueError(f"step {step.index}: {error}") from error
-        largest = float(_checks.largest(step.x))
-        if largest**2 * step.x.shape[1] < torch.finfo(torch.float32).max:
-            raise FloatingPointError(f"step {step.index}: x − b_dec is not finite; the weights are unchanged")
-        raise ValueError(f"step {step.index}: x: got values up to {largest:.3g}, want rows whose squares float32 can sum")
+        raise FloatingPointError(f"step {step.index}: x − b_dec is not finite; the weights are unchanged")
 
 
 def mean_l0(code: SparseCode) -> float:

@@ -20,6 +20,7 @@ from sae_fast.kernels.outer import outer, runs
 from sae_fast.kernels.transpose import scratch as transpose_scratch
 from sae_fast.kernels.transpose import transpose
 from sae_fast.kernels.weight_step import new_adam, row_step, set_adam, weight_step
+from sae_fast.ops._dispatch import without_autocast
 from sae_fast.optim import RowAdam
 
 STALE, NOT_FINITE_LOSS = 4, 8  # bits of the flag, beside the kernels' own
@@ -50,11 +51,12 @@ class DeviceStep:
         self.l1.fill_(l1)
 
     @torch.no_grad()
+    @without_autocast()
     def run(self, x: Tensor) -> None:
         """One step on x [B, d]; ``report`` says what it saw."""
         sae, flag = self.sae, self.flag
         x_c = torch.empty(x.shape, device=x.device)
-        code, total = self._encode(x, x_c)
+        code, total, longest = self._encode(x, x_c)
         weight = self.l1 * sae.W_dec.norm(dim=1) if self.dialect == "saelens" else self.l1.expand(sae.d_sae).contiguous()
         losses, residuals, entries = self._decode(x, code, weight)
         csc = self._transpose(code, x.shape[0])
@@ -75,10 +77,15 @@ class DeviceStep:
         delta, *vectors = sums(entries.entries).T.contiguous()
         gradients = dict(zip(self._gradient_names, vectors, strict=False))
         gradients["b_dec"] = sum(r.sum(0) for r in decoder[1]) * (2 / n) - functional.weighted_rows(delta, sae.W_enc)
-        finite = torch.stack([torch.isfinite(t).all() for t in (losses, delta, *gradients.values())]).all()
-        flag.bitwise_or_(torch.where(finite, 0, NOT_FINITE_LOSS).to(torch.int32))
-
         weights = {"W_enc": ([entries.delta], [x_c], None), "W_dec": (*decoder, coefficient)}
+        # No element of a weight's gradient is larger than B times the largest value times the longest row.
+        residual = (losses[::2] * n).amax().sqrt()
+        lengths = [(entries.delta, longest), *((values, residual) for values in decoder[0])]
+        reach = [values.abs().amax() * length * n for values, length in lengths]
+        finite = [torch.isfinite(t.float()).all() for t in (losses, delta, *gradients.values(), *reach)]
+        if coefficient is not None:
+            finite.append(torch.isfinite(coefficient).all())
+        flag.bitwise_or_(torch.where(torch.stack(finite).all(), 0, NOT_FINITE_LOSS).to(torch.int32))
         scale = self._clip(csc, split, weights, gradients)
         for name, (values, A, own) in weights.items():
             W, v, last = self._state(name)
@@ -98,7 +105,8 @@ class DeviceStep:
         layer = Layer(sae.W_enc, *self.shadow, bias, sae.activation, scale, named.get("b_mag"))
         exact = sae.precision == "exact"
         screened = candidates(x, layer, exact, sae.b_dec, x_c, self.flag)
-        return members(x_c, layer, screened, self.capacity, self.flag, exact), screened.end[-1]
+        longest = (screened.norms[:, 1::2].sum(1).sqrt() / screened.norms[:, 0]).amax().double()
+        return members(x_c, layer, screened, self.capacity, self.flag, exact), screened.end[-1], longest
 
     def _decode(self, x, code, weight):
         """losses [3], residuals [V, B, d] and the entries' gradients."""
@@ -106,9 +114,8 @@ class DeviceStep:
         residuals, grads = torch.empty(V, B, d, device=device), torch.empty(V, C, device=device)
         losses = torch.empty(B, 3, device=device)
         scale = self.sae.get_parameter("r_mag").exp() if V == 2 else None
-        entries = StepOutputs(
-            code.u, scale, torch.empty(C, device=device), torch.empty(C, 4, device=device), torch.empty(C, device=device)
-        )
+        delta, decoder = torch.zeros(2, C, device=device)  # zeros in the gaps
+        entries = StepOutputs(code.u, scale, delta, torch.empty(C, 4, device=device), decoder)
         decode_loss(
             code.begin, code.end, code.indices, code.values, self.sae.W_dec, self.sae.b_dec, x, weight, float(B), residuals,
             *loss_scratch(V, B, d, C, device), losses, grads, entries,

@@ -178,6 +178,7 @@ class Trainer:
         """
         index, runner = self.step_count, self._device_runner()
         undo: dict[str, Tensor] = {}
+        started = index > 0 or any(self.optimizer.state.values())
         try:
             self.sae.check_shape(x)
             if x.numel() == 0:
@@ -197,8 +198,8 @@ class Trainer:
                 self.step_count += 1
         except (FloatingPointError, ValueError):
             self.sae.load_state_dict(undo, strict=False)
-            if index == 0:
-                self.optimizer.state.clear()  # which the device's steps begin with
+            if not started:
+                self.optimizer.state.clear()  # which a step on a GPU makes first
             raise
         return StepLog(index, lr, l1, result)
 
