@@ -11,8 +11,9 @@ demo test: export OMP_WAIT_POLICY ?= passive
 demo: $(ENGINE)
 	$(BIN)/sae-fast demo
 
+# A process a core: the interpreter that runs the GPU kernels has one thread.
 test: $(ENGINE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(ENGINE)
 	$(BIN)/ruff check .
@@ -26,7 +27,7 @@ bench-sweep: $(ENGINE)
 	$(BIN)/python -m benchmarks --sweep
 
 # For a machine with an NVIDIA GPU and no network: an environment of what $(PYTHON) has, then tests and benchmark on the GPU,
-# all into OUT.  ONLY=tests|bench|tune does one of them.
+# all into OUT.  ONLY=tests|sanitizer|bench|tune does one of them.  The CUDA kernels are built where there is an nvcc.
 OUT ?= out/gpu
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES))
@@ -37,7 +38,9 @@ sanitize sanitize-address sanitize-thread: $(ENGINE)
 
 # torch first, in an exact version, so that no other requirement pulls in a bigger build of it.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-$(ENGINE): pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp')
+# With SAE_FAST_CUDA=1 (and, by itself, where there are nvcc and a GPU) setup.py builds the CUDA kernels too.
+CUDA := $(if $(filter 1,$(SAE_FAST_CUDA)),$(shell find csrc -name '*.cu' -o -name '*.cuh'))
+$(ENGINE): pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp') $(CUDA)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==2.13.0"
 	$(PIP) "setuptools>=70" "pybind11>=2.13"

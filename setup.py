@@ -1,13 +1,21 @@
-"""Builds ``sae_fast._C``: the CPU kernels, once per instruction set, behind one pybind11 module.
+"""Builds ``sae_fast._C``: the CPU kernels, once per instruction set, behind one pybind11 module; and, where it is asked for
+or a GPU is there, ``sae_fast._C_cuda``: the CUDA kernels.
 
 Metadata is in pyproject.toml.  No torch is needed to build: the kernels take raw pointers and sizes.
 """
 
+import os
 import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
@@ -22,9 +30,59 @@ if platform.machine() in ("x86_64", "AMD64"):
         *X86, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
     ]  # fmt: skip
 
+# ---- CUDA: releases 12 and 13.  SAE_FAST_CUDA=1 asks for it, SAE_FAST_CUDA=0 forbids it. -------------------------------
 
-class BuildPerIsa(build_ext):
+# Machine code for Ampere and Hopper; PTX for Ada, which is Ampere's kin, and for what comes after Hopper.
+GENCODE = [
+    "-gencode", "arch=compute_80,code=[sm_80,compute_80]",
+    "-gencode", "arch=compute_90a,code=sm_90a",
+    "-gencode", "arch=compute_90,code=compute_90",
+]  # fmt: skip
+NVCC_FLAGS = [
+    "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC / 'include'}",
+    f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
+]  # fmt: skip
+# The runtime goes into the module, out of sight of torch's own: any torch, or none, may be in the process.
+NVCC_LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
+
+
+def find_nvcc():
+    """CUDA_HOME's, if that is set; else the one on the PATH, or in the usual place."""
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for place in places if (found := shutil.which(place))), None)
+
+
+def has_gpu():
+    if Path("/dev/nvidia0").exists():
+        return True
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and bool(listed.stdout.strip())
+
+
+def cuda_extensions():
+    wish = os.environ.get("SAE_FAST_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"SAE_FAST_CUDA: got {wish!r}, want 0, 1 or nothing")
+    if wish == "0" or (not wish and not has_gpu()):
+        return []
+    if find_nvcc() is None:
+        if wish:
+            raise SystemExit("SAE_FAST_CUDA=1: no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda")
+        print("no nvcc: the GPU ops run on their Triton kernels", file=sys.stderr)
+        return []
+    sources = [CSRC / "bindings_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    headers = [*(CSRC / "include" / "sae_fast" / "cuda").glob("*"), Path("setup.py")]
+    return [Extension("sae_fast._C_cuda", list(map(str, sources)), depends=list(map(str, headers)))]
+
+
+class Build(build_ext):
     def build_extension(self, ext):
+        if ext.name == "sae_fast._C_cuda":
+            return self.build_cuda(ext)
         for isa, flags in ISAS.items():
             ext.extra_objects += self.compiler.compile(
                 [str(p) for p in sorted((CSRC / "cpu").glob("*.cpp"))],
@@ -36,23 +94,50 @@ class BuildPerIsa(build_ext):
             )
         super().build_extension(ext)
 
+    def build_cuda(self, ext):
+        """With nvcc alone, file beside file; what is newer than its sources stays."""
+        nvcc, folder = find_nvcc(), Path(self.build_temp) / "cuda"
+        target = Path(self.get_ext_fullpath(ext.name))
+        for parent in (folder, target.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        changed = max(os.path.getmtime(p) for p in ext.depends)
 
-setup(
-    packages=[
-        "sae_fast", "sae_fast.ops", "sae_fast.nn", "sae_fast.train", "sae_fast.interop", "sae_fast.analysis",
-        "sae_fast.kernels",
-    ],
-    package_dir={"sae_fast": "sae_fast", "sae_fast.kernels": "kernels"},
-    ext_modules=[
-        Pybind11Extension(
-            "sae_fast._C",
-            [str(CSRC / "bindings.cpp")],
-            include_dirs=[str(CSRC / "include")],
-            define_macros=[(f"SAE_FAST_HAS_{isa.upper()}", "1") for isa in ISAS],
-            extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp"],
-            depends=[str(p) for p in CSRC.rglob("*.[ch]pp")],
-        )
-    ],
-    cmdclass={"build_ext": BuildPerIsa},
-)  # fmt: skip
+        def run(*command):
+            print(" ".join(command), flush=True)  # one piece: others print too
+            if subprocess.run(command).returncode:
+                raise SystemExit(f"nvcc failed on {command[-1]}")
+
+        def compile(source):
+            to = folder / f"{Path(source).stem}.o"
+            if self.force or not to.exists() or to.stat().st_mtime < max(changed, os.path.getmtime(source)):
+                # A name of its own until it is whole: an interrupted build leaves nothing that looks done.
+                run(nvcc, *GENCODE, *NVCC_FLAGS, "-o", f"{to}.part", "-c", source)
+                os.replace(f"{to}.part", to)
+            return str(to)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile, ext.sources))
+        run(nvcc, *GENCODE, *NVCC_LINK, *objects, "-o", str(target))
+
+
+if __name__ == "__main__":
+    setup(
+        packages=[
+            "sae_fast", "sae_fast.ops", "sae_fast.nn", "sae_fast.train", "sae_fast.interop", "sae_fast.analysis",
+            "sae_fast.kernels",
+        ],
+        package_dir={"sae_fast": "sae_fast", "sae_fast.kernels": "kernels"},
+        ext_modules=[
+            Pybind11Extension(
+                "sae_fast._C",
+                [str(CSRC / "bindings.cpp")],
+                include_dirs=[str(CSRC / "include")],
+                define_macros=[(f"SAE_FAST_HAS_{isa.upper()}", "1") for isa in ISAS],
+                extra_compile_args=FLAGS,
+                extra_link_args=["-fopenmp"],
+                depends=[str(p) for p in CSRC.rglob("*.[ch]pp")],
+            ),
+            *cuda_extensions(),
+        ],
+        cmdclass={"build_ext": Build},
+    )  # fmt: skip

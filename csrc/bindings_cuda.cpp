@@ -18,6 +18,12 @@ PYBIND11_MODULE(SAE_FAST_CUDA_MODULE, m) {
   py::enum_<Storage>(m, "Storage").value("float32", Storage::float32).value("float16", Storage::float16).value("bfloat16", Storage::bfloat16);
   m.def("residuals", &residuals, release());
   m.def("finish", &finish, release());
+  m.def("verify", &verify, release());
+  m.def("transpose_count", &transpose_count, release());
+  m.def("transpose_place", &transpose_place, release());
+  m.def("partials", &partials, release());
+  m.def("outer", &outer, release());
+  m.def("weight_step", &weight_step, release());
 #ifdef SAE_FAST_SHIM
   m.def("set_schedule", [](int which) { sae_fast::shim::Block::schedule() = which; });
   m.attr("schedules") = static_cast<int>(sae_fast::shim::n_schedules);

@@ -5,7 +5,8 @@
 Every launcher is called on tensors without memory, at real sizes and for each storage dtype; what it would have launched
 is specialised by Triton's own binder, as it would be at run time, and compiled.  A variant is compiled once, whatever the
 sizes it comes from.  A kernel that uses the stack, spills, or asks for more shared memory than an SM has, does not ship;
-any other change of its needs is a line in manifest.json.
+any other change of its needs is a line in manifest.json.  The CUDA kernels are in it too, where there is an nvcc
+(aot_cuda.py).
 
 To add an op: one function beside those in CALLS.
 """
@@ -36,7 +37,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from sae_fast.kernels import _config, _launch
+from sae_fast.kernels import _config, _launch, aot_cuda
 
 HERE = Path(__file__).parent
 MANIFEST = HERE / "manifest.json"
@@ -223,7 +224,7 @@ def launched_nowhere(modules: list[ModuleType], launched: set[JITFunction]) -> l
 
 def all_modules() -> list[ModuleType]:
     """Every module beside this one."""
-    names = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("__init__", "aot"))
+    names = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("__init__", "aot", "aot_cuda"))
     return [importlib.import_module(f"{__package__}.{name}") for name in names]
 
 
@@ -368,6 +369,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("TRITON_INTERPRET: got 1, want it unset: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
     os.environ.pop("SAE_FAST_TUNING", None)  # what ships is checked
+    known = json.loads(given.manifest.read_text(encoding="utf-8")) if given.manifest.exists() else {}
+    want, cuda_want = aot_cuda.split(known)
+    if aot_cuda.nvcc() is None:
+        if given.write and cuda_want:
+            print(
+                f"no nvcc: writing would drop the {len(cuda_want)} CUDA kernels of {given.manifest.name}", file=sys.stderr
+            )
+            return 2
+        print("no nvcc: the CUDA kernels are left out")
 
     launches = {arch: list(calls(arch)) for arch in SHARED_LIMIT}
     bad = [
@@ -375,14 +385,15 @@ def main(arguments: list[str] | None = None) -> int:
         for name in launched_nowhere(all_modules(), {launch.kernel for of in launches.values() for launch in of})
     ]
     got = compile_all(variants(launches))
-    bad += faults(got)
+    cuda = aot_cuda.compile_all() if aot_cuda.nvcc() else {}
+    bad += faults(got | cuda)
     if given.write:
-        given.manifest.write_text(text(got), encoding="utf-8")
+        given.manifest.write_text(text(got | cuda), encoding="utf-8")
     else:
-        want = json.loads(given.manifest.read_text(encoding="utf-8"))
         bad += differences(got, want)
-    count = sum(map(len, got.values()))
-    print("\n".join([*bad, f"{count} variants of {len(got)} kernels, {len(bad)} lines of complaint"]))
+        bad += differences(*aot_cuda.comparable(cuda, cuda_want)) if aot_cuda.nvcc() else []
+    count = sum(map(len, (got | cuda).values()))
+    print("\n".join([*bad, f"{count} variants of {len(got | cuda)} kernels, {len(bad)} lines of complaint"]))
     return int(bool(bad))
 
 

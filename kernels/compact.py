@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_fast.kernels import _cuda
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import launch
 from sae_fast.kernels.sampled_dots import gathered_dots
@@ -141,11 +142,14 @@ def verify(
     """The members among the candidates, with not (x·w + bias <= cut): indices [C], u [C], values [V, C]; row b's at
     begin[b] .. end_out[b].  ``scale`` is exp(r_mag).  With ``norms`` (of round_rows) x and W are 16-bit copies, and every
     candidate stays."""
-    c = config("verify")
-    nothing = (None, None, 0, 0) if norms is None else (*norms, norms[0].shape[1], norms[1].shape[1])
+    c, (rows, d), capacity = config("verify"), x.shape, candidates.shape[0]
+    of_norms, columns = norms or (None, None), (0, 0) if norms is None else (norms[0].shape[1], norms[1].shape[1])
+    arguments = (x, W, *of_norms, bias, cut, scale, b_mag, threshold, begin, end, candidates, indices, u, values, end_out)
+    if _cuda.takes("verify"):
+        _cuda.call("verify", W.dtype, u.dtype, kind, *arguments, rows, d, *columns, capacity)
+        return
     launch(
-        _verify, (x.shape[0],), x, W, *nothing[:2], bias, cut, scale, b_mag, threshold, begin, end, candidates, indices, u,
-        values, end_out, W.shape[1], W.shape[1], *nothing[2:], candidates.shape[0],
+        _verify, (rows,), *arguments, d, d, *columns, capacity,
         KIND=kind, EXACT=norms is None, HAS_CUT=cut is not None, ENTRIES=c["entries"], COLUMNS=c["columns"],
         num_warps=c["warps"],
     )  # fmt: skip

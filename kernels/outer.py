@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_fast.kernels import _cuda
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 
@@ -129,14 +130,20 @@ def outer(
     n, d = out.shape
     c = config("outer")
     split = runs_for(A, colptr, rows, runs)
+    alike = {t.dtype for t in (*values, *A)} == {A[0].dtype} and out.dtype in (A[0].dtype, torch.float32)
+    cuda = alike and _cuda.takes("outer")
     span = (0, colptr.shape[0] - 1) if features is not None else (first_feature, first_feature + n)
     for s in range(0, len(values), 2):
         arguments = sources(colptr, rows, perm, values[s : s + 2], A[s : s + 2])
-        tile = walk(d, min(c["columns"], triton.next_power_of_2(d)), c["entries"], A[0])
-        launch(
-            _outer, (n, cdiv(d, tile["COLUMNS"])), *arguments, *partials(arguments, d, split, *span), features, out,
-            first_feature, d, ACCUMULATE=accumulate, **tile,
-        )  # fmt: skip
+        of_runs = partials(arguments, d, split, *span, cuda)
+        if cuda:
+            _cuda.call("outer", A[0].dtype, out.dtype, *arguments, *of_runs, features, out, n, d, first_feature, accumulate)
+        else:
+            tile = walk(d, min(c["columns"], triton.next_power_of_2(d)), c["entries"], A[0])
+            launch(
+                _outer, (n, cdiv(d, tile["COLUMNS"])), *arguments, *of_runs, features, out, first_feature, d,
+                ACCUMULATE=accumulate, **tile,
+            )  # fmt: skip
         accumulate = True
 
 
@@ -159,14 +166,21 @@ def runs_for(A: list[Tensor], colptr: Tensor, rows: Tensor, given: Runs | None) 
     return runs(colptr, rows.shape[0]) if given is None else given
 
 
-def partials(arguments: tuple, d: int, split: Runs | None, first: int, last: int) -> tuple[Tensor | None, Tensor | None]:
-    """(first [F + 1], partial rows [M, d]) of the long features among first .. last, of the sources in ``arguments``."""
+def partials(
+    arguments: tuple, d: int, split: Runs | None, first: int, last: int, cuda: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """(first [F + 1], partial rows [M, d]) of the long features among first .. last, of the sources in ``arguments``;
+    ``cuda``: by the CUDA kernel, as whoever adds them up."""
     if split is None:
         return None, None
     c = config("outer")
-    tile = walk(d, min(c["columns"], triton.next_power_of_2(d)), c["entries"], arguments[4])
     M = split.owner.shape[0]
     out = torch.empty(M, d, dtype=torch.float32, device=arguments[0].device)
+    if cuda:
+        storage = arguments[3].dtype, arguments[4].dtype
+        _cuda.call("partials", *storage, split.owner, split.first, *arguments, out, M, d, first, last, c["run"])
+        return split.first, out
+    tile = walk(d, min(c["columns"], triton.next_power_of_2(d)), c["entries"], arguments[4])
     launch(
         _partials, (M, cdiv(d, tile["COLUMNS"])), split.owner, split.first, *arguments, out, first, last, d,
         RUN=c["run"], **tile,

@@ -1,7 +1,8 @@
 """transpose: the entries of a code by feature, without a sort.
 
 A bit for each (row, feature) in words of 32 rows: the bits before a row's own say how many entries of the same feature come
-before it, so that every entry knows its place and the order is that of the rows.
+before it, so that every entry knows its place and the order is that of the rows.  In CUDA C++ the bits stay on the chip;
+counts of 256 rows go to memory.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_fast.kernels import _cuda
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.compact import popcount
+
+CUDA_ROWS = 256  # of a chunk in csrc/include/sae_fast/cuda/transpose.cuh
 
 
 @triton.jit
@@ -68,8 +72,11 @@ def _place(
 
 
 def scratch(B: int, features: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """marks and bases [ceil(B / 32), F] int32: memory for a transpose; it need not be initialised."""
-    return tuple(torch.empty(cdiv(B, 32), features, dtype=torch.int32, device=device) for _ in range(2))
+    """marks and bases [ceil(B / 32), F] int32, or counts [ceil(B / 256), F] and nothing: memory for a transpose by the same
+    body; it need not be initialised."""
+    chunks = (cdiv(B, CUDA_ROWS), 0) if _cuda.takes("transpose") else (cdiv(B, 32),) * 2
+    marks, bases = (torch.empty(n, features, dtype=torch.int32, device=device) for n in chunks)
+    return marks, bases
 
 
 def transpose(
@@ -79,6 +86,12 @@ def transpose(
     """colptr [F + 1] int64, and the first colptr[F] of rows [C] int32 and perm [C] int64, the positions in indices [C]."""
     c = config("transpose")
     B, chunks = begin.shape[0], marks.shape[0]
+    if _cuda.takes("transpose"):
+        code, sizes = (begin, end, indices, marks, colptr), (B, features, chunks)
+        _cuda.call("transpose_count", *code, *sizes)
+        colptr.cumsum_(0)
+        _cuda.call("transpose_place", *code, rows, perm, *sizes)
+        return
     by_row = {"ENTRIES": c["entries"], "num_warps": c["warps"]}
     marks.zero_()
     colptr.zero_()

@@ -16,10 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_fast.code import Shadow
+from sae_fast.kernels import _cuda
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.outer import Runs, gradient_row, outer, partials, project, runs_for, sources, walk
 from sae_fast.kernels.round import SLICE
+
+# Of a unit row in csrc/include/sae_fast/cuda/weight_step.cuh, at most; of one that is not aligned, half as many.
+CUDA_UNIT_COLUMNS = 8192
 
 
 class Adam(NamedTuple):
@@ -143,7 +147,11 @@ def weight_step(
         _launch_step(*state, grad, (colptr, *6 * [None]), (None, None), self_coefficient, first_feature)
         return
     arguments = sources(colptr, rows, perm, values, A)
-    split = partials(arguments, d, runs_for(A, colptr, rows, runs), first_feature, first_feature + n)
+    cuda = _cuda.takes("weight_step") and _cuda_steps(W, v, values, A, unit_rows)
+    split = partials(arguments, d, runs_for(A, colptr, rows, runs), first_feature, first_feature + n, cuda)
+    if cuda:
+        _cuda_step(*state, arguments, split, self_coefficient, first_feature)
+        return
     _launch_step(*state, None, arguments, split, self_coefficient, first_feature)
 
 
@@ -159,10 +167,7 @@ def row_step(
 def _launch_step(
     W, v, last_step, adam, unit_rows, grad_scale, skip, shadow, grad, arguments, split, self_coefficient, first_feature
 ):
-    if unit_rows and shadow is not None:
-        raise NotImplementedError(
-            "shadow: got one with unit_rows, want unit_rows=False: a program refreshes one slice of a row"
-        )
+    _check(unit_rows, shadow)
     n, d = W.shape
     whole = triton.next_power_of_2(d)
     columns = whole if unit_rows else min(whole, config("weight_step")["columns"] if shadow is None else SLICE)
@@ -171,11 +176,48 @@ def _launch_step(
     else:
         of_rows = max(1, 512 // columns)
         tile = {"ENTRIES": 1, "COLUMNS": columns, "num_warps": min(16, max(1, of_rows * columns // 128))}
-    decay = torch.empty(n, dtype=torch.float32, device=W.device)
-    launch(_advance, (cdiv(n, 256),), last_step, decay, arguments[0], *adam, skip, n, first_feature, BLOCK=256, num_warps=4)
-    rows, norms = (None, None) if shadow is None else shadow
-    widths = (0, 0) if shadow is None else (rows.shape[1], norms.shape[1])
+    decay = _decay(last_step, arguments[0], adam, skip, first_feature)
     launch(
         _step, (cdiv(n, of_rows), cdiv(d, columns)), W, v, decay, grad, *arguments, *split, self_coefficient,
-        adam.constants, grad_scale, skip, rows, norms, n, d, first_feature, *widths, UNIT=unit_rows, ROWS=of_rows, **tile,
+        adam.constants, grad_scale, skip, *(shadow or (None, None)), n, d, first_feature, *_widths(shadow), UNIT=unit_rows,
+        ROWS=of_rows, **tile,
     )  # fmt: skip
+
+
+def _cuda_steps(W: Tensor, v: Tensor, values: list[Tensor], A: list[Tensor], unit_rows: bool) -> bool:
+    """Whether the CUDA kernel takes these arguments."""
+    d = W.shape[1]
+    aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (W, v, *A))
+    fits = not unit_rows or d <= (CUDA_UNIT_COLUMNS if aligned else CUDA_UNIT_COLUMNS // 2)
+    return fits and {t.dtype for t in values} == {torch.float32} and len({t.dtype for t in A}) == 1
+
+
+def _cuda_step(W, v, last_step, adam, unit_rows, grad_scale, skip, shadow, arguments, split, own, first_feature):
+    _check(unit_rows, shadow)
+    scale = None if grad_scale is None else grad_scale.float()
+    decay = _decay(last_step, arguments[0], adam, skip, first_feature)
+    _cuda.call(
+        "weight_step", arguments[4].dtype, W, v, decay, *arguments, *split, own, adam.constants, scale, skip,
+        0 if skip is None else skip.element_size(), *(shadow or (None, None)), *W.shape, first_feature, *_widths(shadow),
+        unit_rows,
+    )  # fmt: skip
+
+
+def _check(unit_rows: bool, shadow: Shadow | None) -> None:
+    if unit_rows and shadow is not None:
+        raise NotImplementedError(
+            "shadow: got one with unit_rows, want unit_rows=False: a program refreshes one slice of a row"
+        )
+
+
+def _decay(last_step: Tensor, colptr: Tensor | None, adam: Adam, skip: Tensor | None, first_feature: int) -> Tensor:
+    """[n]: what v is to be multiplied with where a row has entries, whose visit is noted."""
+    n = last_step.shape[0]
+    decay = torch.empty(n, dtype=torch.float32, device=last_step.device)
+    launch(_advance, (cdiv(n, 256),), last_step, decay, colptr, *adam, skip, n, first_feature, BLOCK=256, num_warps=4)
+    return decay
+
+
+def _widths(shadow: Shadow | None) -> tuple[int, int]:
+    rows, norms = shadow or (None, None)
+    return (0, 0) if rows is None or norms is None else (rows.shape[1], norms.shape[1])

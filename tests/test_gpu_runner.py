@@ -70,6 +70,7 @@ def test_every_part_has_a_share_and_the_last_one_what_is_left():
     tests = budget.share("tests", last=False)
     assert tests == pytest.approx(0.45 * (480 - RESERVE))
     now[0] += tests
+    assert 0.1 < budget.share("sanitizer", last=False) / (480 - RESERVE) < 0.15
     assert budget.share("bench", last=True) == pytest.approx(480 - RESERVE - tests)
     assert budget.share("tune", last=True) == budget.left - RESERVE
     now[0] = 500.0
@@ -178,17 +179,32 @@ def test_an_environment_is_made_of_what_is_there(tmp_path):
     assert environment.make(venv=tmp_path / "venv") == python  # again, on what is there
 
 
-def test_the_engine_that_is_newer_than_its_sources_is_kept(monkeypatch, tmp_path):
-    suffix = next(Path(ROOT, "sae_fast").glob("_C*"), Path("_C.so")).name[2:]
+def test_an_engine_that_is_newer_than_its_sources_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "ROOT", tmp_path)
-    monkeypatch.setattr(environment, "BUILD", "raise SystemExit('error: no compiler here')")
-    monkeypatch.setattr(environment, "_output", lambda *_: suffix)
+    said = "import os; raise SystemExit('error: no compiler here, ' + os.environ['SAE_FAST_CUDA'])"
+    monkeypatch.setattr(environment, "BUILD", said)
+    monkeypatch.setattr(environment, "BUILD_CUDA", said)
+    monkeypatch.setattr(environment, "_output", lambda *_: ".so")
     (tmp_path / "sae_fast").mkdir()
     (tmp_path / "csrc").mkdir()
     (tmp_path / "setup.py").write_text("")
-    assert environment.build(Path(sys.executable), 60) == "error: no compiler here"
-    (tmp_path / "sae_fast" / f"_C{suffix}").write_text("")
-    assert environment.build(Path(sys.executable), 60) is None
+    failed = {"_C": "error: no compiler here, 0", "_C_cuda": "error: no compiler here, 1"}
+    assert environment.build(Path(sys.executable), 60) == failed
+    (tmp_path / "sae_fast" / "_C.so").write_text("")
+    assert environment.build(Path(sys.executable), 60) == failed | {"_C": None}
+    (tmp_path / "sae_fast" / "_C_cuda.so").write_text("")
+    assert environment.build(Path(sys.executable), 60) == {"_C": None, "_C_cuda": None}
+
+
+def test_without_nvcc_the_cuda_kernels_are_not_built_and_why_is_one_line(monkeypatch, tmp_path):
+    """The script itself, in a folder that holds no engine."""
+    for name in ("sae_fast", "csrc"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = environment._build(Path(sys.executable), "_C_cuda", environment.BUILD_CUDA, "1", 60)
+    assert found == "SAE_FAST_CUDA=1: no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda"
 
 
 def test_the_machine_is_described():
@@ -350,7 +366,8 @@ def test_the_jobs_run_and_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "LARGE", TINY)
     small = replace(TINY, F=100)
     jobs = [replace(one, needs=0.0) for one in cases.jobs(TINY, small) if one.case != "screen"]
-    jobs = [replace(one, contenders=tuple(c for c in one.contenders if not c.name.startswith("compiled"))) for one in jobs]
+    needs_more = ("compiled", "cuda")
+    jobs = [replace(one, contenders=tuple(c for c in one.contenders if not c.name.startswith(needs_more))) for one in jobs]
     sink = measure.Sink(tmp_path / "results.csv", device="gpu")
     after = cases.roofline
     measure.run(jobs, lambda shape, kind: tiny(kind, shape), sink, "cpu", 300.0, rounds=2, after=after)
@@ -363,7 +380,9 @@ def test_the_jobs_run_and_are_drawn(tmp_path, monkeypatch):
         ("step", "dictionary_learning"),
     } <= timed
     assert {(name, OURS) for name in cases.OPS} <= timed
+    assert {(name, "triton") for name in cases.TWINS} <= timed
     assert sink["decode_loss", "floor", "floor", TINY] > 0 and sink["decode_loss", OURS, "flops", TINY] > 0
+    assert sink["decode_loss", "gather_floor", "floor", TINY] > 0 and sink["weight_step", "gather_floor", "floor", TINY] > 0
     assert "step.png" in [path.name for path in plots.draw(tmp_path / "results.csv", tmp_path)]
 
 
@@ -380,6 +399,100 @@ def test_a_goal_takes_the_best_compiled_step(tmp_path):
     sink.add("step_zipf", OURS, "train", "time", cases.LARGE, [8.0])  # dense rivals take as long on any data
     found = {label: got for label, _, got, _ in cases.reach(sink)}
     assert found[f"compiled bf16 dense step ÷ exact step, zipf, {cases.LARGE}"] == pytest.approx(3.0)
+
+
+# ---- two bodies an op -------------------------------------------------------------------------------------------------
+
+
+def test_a_contender_s_ops_take_the_bodies_it_names_while_it_runs(monkeypatch):
+    from sae_fast.kernels import _cuda
+
+    seen = []
+    look = lambda *_: seen.append({ops for ops in _cuda.FASTER.values()}) or []  # noqa: E731
+
+    def start(here):
+        look()
+        return measure.Running(look, [None], look)
+
+    monkeypatch.setattr(_cuda, "module", object())
+    before, ops = dict(_cuda.FASTER), frozenset({"outer", "verify"})
+    it = cases.with_bodies(start, ops)(None)
+    it.check()
+    it.run(None)
+    assert seen == [{ops}] * 3 and before == _cuda.FASTER
+    monkeypatch.setattr(_cuda, "module", None)
+    cases.with_bodies(start, frozenset())(None)  # Triton's are always there
+    with pytest.raises(measure.Unavailable, match="_C_cuda is not built"):
+        cases.with_bodies(start, ops)(None)
+
+
+def test_what_is_faster_at_every_shape_earns_its_place_and_then_a_step(tmp_path):
+    sink = measure.Sink(tmp_path / "results.csv", device="gpu")
+    assert cases.twins(sink) == (frozenset(), ["CUDA bodies beside Triton's: not measured"])
+    assert not [j for j in cases.jobs(sink=sink) for c in j.contenders if c.name.endswith("faster_bodies")]
+    times = {"decode_loss": (1.2, 1.0), "encode": (1.1, 1.0), "outer": (2.0, 1.0)}
+    for case, bodies in times.items():
+        for body, ms in zip(("triton", "cuda"), bodies, strict=True):
+            sink.add(case, body, "forward", "time", cases.LARGE, [ms])
+    sink.add("outer", "triton", "forward", "time", cases.SMALL, [1.0])
+    sink.add("outer", "cuda", "forward", "time", cases.SMALL, [1.0])
+    earned, lines = cases.twins(sink)
+    assert earned == {"decode_loss"} and len(lines) == 5
+    assert lines[-1] == "earn a place in kernels/_cuda.FASTER (≥ 1.15 ×): decode_loss"
+    assert any(line.startswith("verify ") and "1.10 ×" in line for line in lines)
+    steps = [c for j in cases.jobs(sink=sink) for c in j.contenders if c.name.endswith("faster_bodies")]
+    assert [c.note for c in steps] == ["cuda: decode_loss"]
+
+
+def test_the_gathers_goal_is_of_the_faster_body(tmp_path):
+    sink = measure.Sink(tmp_path / "results.csv", device="gpu")
+    for provider, metric, ms in (("triton", "time", 3.0), ("cuda", "time", 2.0), ("gather_floor", "floor", 1.5)):
+        sink.add("decode_loss", provider, "forward", metric, cases.LARGE, [ms])
+    found = {label: (got, verdict) for label, _, got, verdict in cases.reach(sink)}
+    assert found[f"decode_loss ÷ gathered bytes, uniform, {cases.LARGE}"] == (pytest.approx(4 / 3), "met")
+
+
+def test_the_kernels_own_tests_run_on_the_gpu_and_the_host_s_do_not():
+    wanted = " ".join(command.command("tests", ROOT / "out", 100.0))
+    assert "tests/test_cuda_decode_loss.py" in wanted and "tests/test_triton_rows.py" in wanted
+    assert "test_cuda_build.py" not in wanted and "test_cuda_shim.py" not in wanted
+
+
+# ---- compute-sanitizer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("script", "code", "says"), [
+    (None, 0, ["no compute-sanitizer is installed here"]),
+    ("echo ERROR SUMMARY: 0 errors", 0, ["==== memcheck", "ERROR SUMMARY: 0 errors", "==== racecheck"]),
+    ("echo ERROR SUMMARY: 3 errors; exit 9", 1, ["ERROR SUMMARY: 3 errors"]),
+    ("sleep 30", 0, ["no result within 1 s"]),
+])  # fmt: skip
+def test_the_sanitizer_s_report_is_written_and_counts(monkeypatch, tmp_path, script, code, says):
+    from benchmarks.gpu import sanitizer
+
+    if script:
+        (tmp_path / "compute-sanitizer").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if script else str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["sanitizer", "--out", str(tmp_path), "--seconds", "2"])
+    assert sanitizer.main() == code
+    text = (tmp_path / "sanitizer.txt").read_text()
+    assert all(line in text for line in says), text
+    assert command.finish(tmp_path, {"sanitizer": command.STOPPED}) == 0
+    assert ("SUMMARY" in text) == ("SUMMARY" in (tmp_path / "summary.txt").read_text())
+
+
+def test_what_the_sanitizer_runs_runs(capsys):
+    from benchmarks.gpu import sanitizer
+    from sae_fast.kernels import _cuda
+
+    before = dict(_cuda.FASTER)
+    try:
+        sanitizer.small_ops("cpu")
+    finally:
+        _cuda.FASTER.update(before)
+    assert capsys.readouterr().out.startswith("ran ")
 
 
 # ---- tuning ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("triton.backends.nvidia.compiler", reason="Triton has no CUDA compiler here")
 
-from sae_fast.kernels import aot
+from sae_fast.kernels import aot, aot_cuda
 
 PLANTED = """
 import sys
@@ -105,3 +105,78 @@ def test_interpreted_kernels_are_refused():
     found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert found.returncode == 2
     assert "TRITON_INTERPRET" in found.stderr
+
+
+# ---- The CUDA kernels -----------------------------------------------------------------------------------------------
+
+needs_nvcc = pytest.mark.skipif(aot_cuda.nvcc() is None, reason="there is no nvcc")
+
+PLANTED_CUDA = """
+#include "sae_fast/cuda/device.cuh"
+namespace sae_fast { namespace gpu {
+struct Some { float* x; int n; static constexpr size_t kShared = 170000; };
+template <class T> struct Small { T* x; int n; };
+
+template <class T> __global__ void fine_kernel(Small<T> a) { a.x[threadIdx.x] = from_float<T>(a.n); }
+template __global__ void fine_kernel<Half>(Small<Half>);
+__global__ void greedy_kernel(const Some a) { a.x[threadIdx.x] = reinterpret_cast<float*>(shared())[a.n]; }
+template <bool B> __global__ void stack_kernel(const Small<float> a) {
+  float array[32] = {};  // of places that are known at run time only: in memory, not in registers
+  for (int k = 0; k < a.n; ++k) array[k * 7 & 31] += a.x[k];
+  for (int k = 0; k < 32; ++k) a.x[k] = array[k];
+}
+template __global__ void stack_kernel<true>(const Small<float>);
+} }
+"""
+
+
+@needs_nvcc
+def test_stack_and_shared_memory_of_cuda_kernels_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot_cuda, "CACHE", tmp_path / "cache")
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "planted.cu").write_text(PLANTED_CUDA)
+    (tmp_path / "include").symlink_to(aot_cuda.ROOT / "csrc" / "include")
+    found = aot_cuda.compile_all(tmp_path)
+    name = "csrc/cuda/planted.cu"
+    assert set(found) == {f"{name} fine_kernel<float16>", f"{name} greedy_kernel", f"{name} stack_kernel<true>"}
+    keys = {f"{target} nvcc={aot_cuda.version()}" for target in ("sm_80", "sm_90a")}
+    assert all(set(by_key) == keys for by_key in found.values())
+    assert {it["shared"] for it in found[f"{name} greedy_kernel"].values()} == {170000}
+    assert {it["shared"] for it in found[f"{name} fine_kernel<float16>"].values()} == {0}
+    lines = aot.faults(found)
+    assert len(lines) == 3, lines
+    assert sum("stack_kernel<true> sm_" in line and "uses the stack: 128 bytes, " in line for line in lines) == 2
+    assert sum("greedy_kernel sm_80" in line and "shared memory is 170000" in line for line in lines) == 1
+    monkeypatch.setattr(aot_cuda, "_read", None)  # a second time nothing is compiled
+    assert aot_cuda.compile_all(tmp_path) == found
+
+
+@needs_nvcc
+def test_a_cuda_source_that_does_not_compile_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot_cuda, "CACHE", tmp_path / "cache")
+    (tmp_path / "broken.cu").write_text("__global__ void f() { nothing(); }")
+    with pytest.raises(RuntimeError, match=r"nvcc: .*broken.cu.*nothing"):
+        aot_cuda.needs(tmp_path / "broken.cu", "sm_80", tmp_path)
+
+
+def test_another_release_of_cuda_is_held_to_the_limits_only(monkeypatch):
+    monkeypatch.setattr(aot_cuda, "version", lambda: "13.0.88")
+    it = {"registers": 40, "shared": 0, "spills": 0, "stack": 0}
+    got = {"csrc/cuda/a.cu k": {"sm_80 nvcc=13.0.88": it, "sm_90a nvcc=13.0.88": it}}
+    same = {"csrc/cuda/a.cu k": {key: {**it, "registers": 41} for key in got["csrc/cuda/a.cu k"]}}
+    other = {"csrc/cuda/a.cu k": {key.replace("13.0", "12.4"): {**it, "registers": 41} for key in same["csrc/cuda/a.cu k"]}}
+    assert len(aot.differences(*aot_cuda.comparable(got, same))) == 4
+    assert not aot.differences(*aot_cuda.comparable(got, other))
+    assert len(aot.differences(*aot_cuda.comparable({**got, "csrc/cuda/a.cu l": {"sm_80 nvcc=13.0.88": it}}, other))) == 1
+    assert aot_cuda.split({"round._round": {"sm_80": it}, **got}) == ({"round._round": {"sm_80": it}}, got)
+
+
+def test_without_nvcc_nothing_is_dropped_from_the_manifest(tmp_path):
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(aot.text({"csrc/cuda/a.cu k": {"sm_80 nvcc=1": {"registers": 1}}}))
+    before = manifest.read_text()
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "sae_fast.kernels.aot", "--write", "--manifest", manifest]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert found.returncode == 2 and "no nvcc: writing would drop the 1 CUDA kernels" in found.stderr
+    assert manifest.read_text() == before

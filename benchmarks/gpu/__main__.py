@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu` (or `make gpu`): tests, benchmark or tuning on this machine's GPU, into one folder.
 
-environment.json, then tests.xml, then results.csv and its pictures, summary.txt last; with --only tune, tuning.json.  Every
-file is valid at any time.  Exits with 0 if the tests passed and every check held, 2 without a GPU, else 1.
+environment.json, then tests.xml, then sanitizer.txt, then results.csv and its pictures, summary.txt last; with --only tune,
+tuning.json.  Every file is valid at any time.  Exits with 0 if the tests passed and every check held, 2 without a GPU,
+else 1.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from xml.etree import ElementTree
 
 from benchmarks.gpu import environment
 from benchmarks.gpu.budget import GRACE, PARTS, Budget
+from benchmarks.gpu.live import is_of_kernels
 
 STARTED = "SAE_FAST_GPU_STARTED"  # when the first of the processes of a run began, in seconds since the epoch
 STOPPED = "stopped at its limit"
+CUT = ("bench", "sanitizer")  # parts that the limit may cut
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="the folder")
-    parser.add_argument("--only", choices=("tests", "bench", "tune"), help="one part; by default tests, then bench")
+    parser.add_argument(
+        "--only", choices=("tests", "sanitizer", "bench", "tune"), help="one part; by default tests, sanitizer, bench"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it ends within so many")
     given = parser.parse_args(arguments)
     reason = environment.no_gpu()
@@ -46,9 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     os.chdir(environment.ROOT)  # where tests and benchmark are found
     signal.signal(signal.SIGTERM, _interrupt)
     missing = environment.build(Path(sys.executable), seconds=max(30.0, 0.25 * budget.left))
-    if missing:
-        print(f"no CPU engine: {missing}; nothing on the GPU needs it", flush=True)
-    about = environment.describe() | {"cpu_engine": missing or "built"}
+    if missing["_C"]:
+        print(f"no CPU engine: {missing['_C']}; nothing on the GPU needs it", flush=True)
+    if missing["_C_cuda"]:
+        print(f"no CUDA kernels: {missing['_C_cuda']}; Triton's run", flush=True)
+    about = environment.describe() | {"cpu_engine": missing["_C"] or "built", "cuda_engine": missing["_C_cuda"] or "built"}
     (out / "environment.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(f"{about.get('gpu')}   {about['versions']}   Triton {about['triton']}   into {out}", flush=True)
 
@@ -86,7 +93,7 @@ def command(part: str, out: Path, seconds: float) -> list[str]:
     files = [
         str(path.relative_to(environment.ROOT))
         for path in sorted((environment.ROOT / "tests").glob("test_*.py"))
-        if path.name.startswith("test_triton_") or "mark.gpu" in path.read_text(encoding="utf-8")
+        if is_of_kernels(path.name) or "mark.gpu" in path.read_text(encoding="utf-8")
     ]
     if importlib.util.find_spec("xdist"):  # most of a first run is compilation, on one core a process
         files += ["-n", str(max(1, min(4, (os.cpu_count() or 1) // 2)))]
@@ -122,7 +129,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 def finish(out: Path, states: dict[str, str]) -> int:
     """Pictures, and the summary of whatever there is."""
-    lines, good = [], not any(state for part, state in states.items() if part != "bench" or state != STOPPED)
+    lines, good = [], not any(state for part, state in states.items() if part not in CUT or state != STOPPED)
     for part, state in states.items():
         lines.append(f"{part}: {state or 'done'}")
     if (out / "tests.xml").exists() and "tests" in states:
@@ -132,6 +139,9 @@ def finish(out: Path, states: dict[str, str]) -> int:
         lines.append("tests.xml: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
         bad = [case for case in suite if case.find("failure") is not None or case.find("error") is not None]
         lines += [f"  failed: {case.get('classname')}::{case.get('name')}" for case in bad[:20]]
+    if (out / "sanitizer.txt").exists() and "sanitizer" in states:
+        said = (out / "sanitizer.txt").read_text(encoding="utf-8").splitlines()
+        lines += [f"sanitizer.txt: {line}" for line in said if "SUMMARY" in line or line.startswith("no ")]
     if (out / "results.csv").exists() and "bench" in states:
         faults, table = _results(out)
         good &= not faults
@@ -147,7 +157,7 @@ def finish(out: Path, states: dict[str, str]) -> int:
 def _results(out: Path) -> tuple[list[str], list[str]]:
     """(faults, table of goals) of results.csv, which gets the goals' rows; its pictures, if matplotlib is there."""
     from benchmarks import plots
-    from benchmarks.gpu.cases import reach
+    from benchmarks.gpu.cases import reach, twins
     from benchmarks.gpu.measure import Sink
     from sae_fast.extras import MissingExtra
 
@@ -168,6 +178,7 @@ def _results(out: Path) -> tuple[list[str], list[str]]:
             plots.draw(out / "results.csv", out)
     except MissingExtra as error:
         table.append(f"no pictures: {error}")
+    table += ["", *twins(sink)[1]]
     return faults, [f"{'goal':{width}s}  {'want':>7s}  {'got':>8s}", *table]
 
 

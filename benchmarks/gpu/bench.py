@@ -36,7 +36,7 @@ def main() -> None:
     given = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64  # past it torch.compile would quietly run eagerly
     sink = Sink(given.out / "results.csv")
-    run(cases.jobs(), Worlds(), sink, "cuda", given.seconds, after=cases.roofline)
+    run(cases.jobs(sink=sink), Worlds(), sink, "cuda", given.seconds, after=cases.roofline)
 
 
 if __name__ == "__main__":

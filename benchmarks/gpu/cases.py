@@ -6,6 +6,8 @@ The order is that of importance: the budget may cut the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,7 +20,7 @@ from benchmarks.cases.floors import step_bytes
 from benchmarks.cases.step import L1, SETTINGS
 from benchmarks.data import Shape, World
 from benchmarks.gate import sift
-from benchmarks.gpu.measure import Contender, Job, Running, Sink
+from benchmarks.gpu.measure import Contender, Job, Running, Sink, Unavailable
 from benchmarks.gpu.rivals import Dense, DictionaryLearning
 from benchmarks.gpu.world import LARGE, SMALL
 from benchmarks.registry import OURS, Goal
@@ -26,6 +28,16 @@ from sae_fast import GatedSAE, reference
 
 OURS_BF16, PRODUCT = f"{OURS}_bf16", "bf16_product"
 PRECISIONS = {OURS: "exact", OURS_BF16: "bf16"}
+FLOORS = ("floor", "gather_floor")  # of an op: computed from this run's ceilings
+# The ops that have a CUDA body beside Triton's, by the case that runs them, and how much faster it must be to ship.
+TWINS = {
+    "encode": "verify",
+    "decode_loss": "decode_loss",
+    "transpose": "transpose",
+    "outer": "outer",
+    "weight_step": "weight_step",
+}
+EARNS = 1.15
 TOLERANCE = {"exact": 1e-4, "fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2}  # of a loss, relative
 
 GOALS = {
@@ -45,6 +57,8 @@ GOALS = {
         Goal("exact encode ÷ bare bf16 product", "time", OURS, PRODUCT, at_most=1.6, at=LARGE),
         Goal("bf16 encode ÷ bare bf16 product", "time", OURS_BF16, PRODUCT, at_most=1.15, at=LARGE),
     ),
+    "decode_loss": (Goal("decode_loss ÷ gathered bytes", "time", "best", "gather_floor", at_most=1.5, at=LARGE),),
+    "weight_step": (Goal("weight_step ÷ gathered bytes", "time", "best", "gather_floor", at_most=1.5, at=LARGE),),
 }  # fmt: skip
 
 
@@ -71,10 +85,28 @@ def reach(sink: Sink) -> list[tuple[str, str, float, str]]:
 
 
 def _best(sink: Sink, case: str, place: str, provider: str, goal: Goal) -> float:
-    places = (place,) if provider in PRECISIONS else (place, case)
-    names = (provider, f"{provider}_autotuned")
-    found = [sink[at, name, goal.metric, goal.at] for at in places for name in names]
+    places = (place,) if provider in PRECISIONS or case in TWINS else (place, case)
+    names = (OURS, "triton", "cuda") if provider == "best" else (provider, f"{provider}_autotuned")
+    metric = "floor" if provider in FLOORS else goal.metric
+    found = [sink[at, name, metric, goal.at] for at in places for name in names]
     return min((value for value in found if value == value), default=float("nan"))
+
+
+def twins(sink: Sink) -> tuple[frozenset[str], list[str]]:
+    """(the ops whose CUDA bodies earn a place in kernels/_cuda.FASTER: at every shape measured; a table of all)."""
+    ratios: dict[str, list[float]] = {}
+    lines = []
+    for case, op in TWINS.items():
+        for shape in dict.fromkeys((str(LARGE), str(SMALL))):
+            triton, cuda = (sink[case, body, "time", shape] for body in ("triton", "cuda"))
+            if triton == triton and cuda == cuda:
+                ratios.setdefault(op, []).append(triton / cuda)
+                lines.append(f"{op:12s} triton {triton:8.4g} ms   cuda {cuda:8.4g} ms   {triton / cuda:5.2f} ×   {shape}")
+    earned = frozenset(op for op, all in ratios.items() if min(all) >= EARNS)
+    if not ratios:
+        return earned, ["CUDA bodies beside Triton's: not measured"]
+    names = ", ".join(sorted(earned)) or "none"
+    return earned, [*lines, f"earn a place in kernels/_cuda.FASTER (≥ {EARNS} ×): {names}"]
 
 
 # ---- Truth ----------------------------------------------------------------------------------------------------------
@@ -129,6 +161,42 @@ def ours(here: World, precision: str) -> GatedSAE:
     sae = here.new_sae()
     sae.precision = precision
     return sae
+
+
+@contextmanager
+def cuda_bodies(ops: frozenset[str]) -> Iterator[None]:
+    """In the block these ops run their CUDA bodies, and only these."""
+    from sae_fast.kernels import _cuda
+
+    before = dict(_cuda.FASTER)
+    _cuda.FASTER.update({generation: ops for generation in before})
+    try:
+        yield
+    finally:
+        _cuda.FASTER.update(before)
+
+
+def with_bodies(start: Callable[[World], Running], ops: frozenset[str]) -> Callable[[World], Running]:
+    """A contender whose ops take these CUDA bodies, from its start on: a captured graph keeps what it was captured with."""
+
+    def started(here: World) -> Running:
+        from sae_fast.kernels import _cuda
+
+        if ops and _cuda.module is None:
+            raise Unavailable("the extension sae_fast._C_cuda is not built")
+        with cuda_bodies(ops):
+            it = start(here)
+
+        def inside(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                with cuda_bodies(ops):
+                    return function(*arguments)
+
+            return call
+
+        return replace(it, run=inside(it.run), check=inside(it.check))
+
+    return started
 
 
 def step(precision: str) -> Callable[[World], Running]:
@@ -308,9 +376,12 @@ def roofline(job: Job, here: World, sink: Sink) -> None:
     sink.add(job.case, OURS, job.mode, "bytes", job.shape, [moved / 1e6])
     floor = max(dots / (rate * 1e9), moved / (bandwidth * 1e6))
     if floor == floor:
-        sink.add(
-            job.case, "floor", job.mode, "floor", job.shape, [floor], "bytes ÷ copy, tensor flops ÷ product, the larger"
-        )
+        note = "bytes ÷ copy (a row that several entries name counted once), tensor flops ÷ product, the larger"
+        sink.add(job.case, "floor", job.mode, "floor", job.shape, [floor], note)
+    gathered = code.nnz * job.shape.d * 4 / (sink["ceilings", "gather", "rate", LARGE] * 1e6)
+    if kind in ("decode_loss", "weight_step", "decode", "outer", "grad_sqnorm", "sampled_dots") and gathered == gathered:
+        note = "the rows that the entries name, each time they do, ÷ gather"
+        sink.add(job.case, "gather_floor", job.mode, "floor", job.shape, [gathered], note)
 
 
 # ---- The order ------------------------------------------------------------------------------------------------------
@@ -332,7 +403,9 @@ def mine(start: Callable[[str], Callable[[World], Running]]) -> tuple[Contender,
     return tuple(Contender(name, start(precision)) for name, precision in PRECISIONS.items())
 
 
-def jobs(large: Shape = LARGE, small: Shape = SMALL) -> Iterator[Job]:
+def jobs(large: Shape = LARGE, small: Shape = SMALL, sink: Sink | None = None) -> Iterator[Job]:
+    """One by one, as what comes late hangs on what the sink has by then: which bodies were faster."""
+
     def steps(shape: Shape, frequencies: str, *rivals: Contender, needs: float = 30.0) -> Job:
         who = (BARE, *mine(step), *rivals)
         return Job(named("step", frequencies), "train", shape, frequencies, who, memory=True, needs=needs)
@@ -349,7 +422,18 @@ def jobs(large: Shape = LARGE, small: Shape = SMALL) -> Iterator[Job]:
     yield encodes(small, "uniform")
     yield steps(large, "zipf", COMPILED)
     yield encodes(large, "zipf")
-    yield from (Job(name, CASES[name].mode, large, "uniform", (Contender(OURS, op(name)),)) for name in OPS)
+    for shape in (large, small):
+        for name in OPS if shape == large else TWINS:
+            bodies = {"triton": frozenset(), "cuda": frozenset({TWINS[name]})} if name in TWINS else {}
+            both = tuple(Contender(body, with_bodies(op(name), ops)) for body, ops in bodies.items())
+            mine_too = (Contender(OURS, op(name)),) if shape == large else ()
+            yield Job(name, CASES[name].mode, shape, "uniform", mine_too + both)
+    earned = twins(sink)[0] if sink else frozenset()
+    if earned:
+        faster = Contender(
+            f"{OURS}_faster_bodies", with_bodies(step("exact"), earned), f"cuda: {', '.join(sorted(earned))}"
+        )
+        yield Job("step", "train", large, "uniform", (BARE, Contender(OURS, step("exact")), faster))
     for shape in (large, small):
         ways = tuple(Contender(how, screen(how), optional=True) for how in ("fused", "persistent", "library"))
         yield Job("screen", "forward", shape, "uniform", (BARE, *ways))

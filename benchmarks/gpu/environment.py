@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -81,23 +82,40 @@ ParallelCompile(default=0).install()
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__name__": "__main__", "__file__": "setup.py"})
 """
+BUILD_CUDA = """
+import runpy
+from setuptools import setup
+its = runpy.run_path("setup.py", run_name="sae_fast_setup")
+setup(name="sae_fast", packages=[], ext_modules=its["cuda_extensions"](), cmdclass={"build_ext": its["Build"]},
+      script_args=["build_ext", "--inplace"])
+"""
 
 
-def build(python: Path, seconds: float) -> str | None:
-    """Builds the CPU engine into the checkout unless it is there and newer than its sources; why not, in a line, or None.
-    Nothing on the GPU needs it."""
+def build(python: Path, seconds: float) -> dict[str, str | None]:
+    """Builds the CPU engine ("_C") and the CUDA kernels ("_C_cuda") into the checkout, side by side, unless they are there
+    and newer than their sources; why not, in a line, or None.  Nothing on the GPU needs either: Triton serves."""
+    wanted = {"_C": (BUILD, "0"), "_C_cuda": (BUILD_CUDA, "1")}  # each without the other, so that neither takes it along
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda name: _build(python, name, *wanted[name], seconds), wanted)
+        return dict(zip(wanted, found, strict=True))
+
+
+def _build(python: Path, name: str, script: str, cuda: str, seconds: float) -> str | None:
     suffix = _output(str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
-    engine = ROOT / "sae_fast" / f"_C{suffix}"
+    engine = ROOT / "sae_fast" / f"{name}{suffix}"
     sources = [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
     if engine.exists() and engine.stat().st_mtime > max(p.stat().st_mtime for p in sources):
         return None
+    environment = {**os.environ, "SAE_FAST_CUDA": cuda}
     try:
-        done = subprocess.run([python, "-c", BUILD], cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(
+            [python, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         return f"its build took more than {seconds:.0f} s"
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return next((line for line in reversed(lines) if "rror" in line), "its build failed").strip()
+        return next((line for line in reversed(lines) if "rror" in line or "nvcc" in line), "its build failed").strip()
     return None
 
 

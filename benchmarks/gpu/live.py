@@ -10,6 +10,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 EVERY = 2.0  # seconds between two writings
+ON_THE_HOST = ("test_cuda_build.py", "test_cuda_shim.py")
+
+
+def is_of_kernels(name: str) -> bool:
+    """Whether a file holds the kernels' own tests: on a GPU they run there instead of in the interpreter or the shim."""
+    return name.startswith(("test_triton_", "test_cuda_")) and name not in ON_THE_HOST
 
 
 def pytest_addoption(parser):
@@ -24,10 +30,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The tests marked ``gpu``, and all of the kernels' own: on a GPU they run there instead of in the interpreter."""
+    """The tests marked ``gpu``, and all of the kernels' own."""
     if config.getoption("--all-tests"):
         return
-    kept = [item for item in items if item.get_closest_marker("gpu") or item.path.name.startswith("test_triton_")]
+    kept = [item for item in items if item.get_closest_marker("gpu") or is_of_kernels(item.path.name)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
 

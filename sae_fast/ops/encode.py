@@ -1,7 +1,8 @@
 """encode: which features are active, and how strongly.
 
 Body ``cpu``: screened or dotted tile by tile, see _support.py.
-Body ``triton``: screened by one kernel that keeps a bit an entry, see _device_support.py.
+Bodies ``cuda`` and ``triton``: screened by one kernel that keeps a bit an entry, see _device_support.py; they differ in the
+kernel that verifies.
 Body ``reference``: dense, any device and dtype; it also serves ``topk`` and ``batch_topk``.
 """
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sae_fast.code import Shadow, SparseCode
 from sae_fast.ops import _checks, _device_support
-from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, threads
 from sae_fast.ops._support import PRECISIONS, find
 
@@ -80,10 +81,15 @@ def _encode(
         raise ValueError(f"precision: got {precision!r}, want one of {PRECISIONS}")
     shadow = _checks.shadow(W_enc, shadow_rows, shadow_norms)
     other = None if support == "threshold" else f"support {support!r} takes the dense route"
+    gpu_other = _device_support.rejects(x) or other
     body = pick(
         "encode",
-        {"cpu": _cpu, "triton": _triton, "reference": _reference},
-        {"cpu": cpu_rejects(x, W_enc) or other, "triton": triton_rejects(x, W_enc) or _device_support.rejects(x) or other},
+        {"cpu": _cpu, "cuda": _triton, "triton": _triton, "reference": _reference},
+        {
+            "cpu": cpu_rejects(x, W_enc) or other,
+            "cuda": cuda_rejects("verify", x, W_enc) or gpu_other,
+            "triton": triton_rejects(x, W_enc) or gpu_other,
+        },
     )
     cut = _cut(threshold, activation, slack, bias)
     scale = None if r_mag is None else torch.exp(r_mag)

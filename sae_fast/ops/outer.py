@@ -1,7 +1,7 @@
 """outer: weight gradients, row by row of the weight.
 
 Body ``cpu``: a thread owns a feature and sums its entries in order; above the crossover density it multiplies dense
-feature chunks.  ``triton``: a program owns a slice of a feature's row.  ``reference``: dense.
+feature chunks.  ``cuda``, ``triton``: a warp or a program owns a slice of a feature's row.  ``reference``: dense.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_fast.code import Transposed
 from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
 
@@ -100,11 +100,16 @@ def _check(colptr, rows, perm, values, A, features, first_feature, n_features) -
 
 def _body(values, A, colptr, rows, perm, features):
     tensors = *values, *A, colptr, rows, perm, features
-    rejections = {
-        "cpu": cpu_rejects(*tensors),
-        "triton": triton_rejects(*tensors) or _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1),
-    }
-    return pick("outer", {"cpu": _cpu, "triton": _triton, "reference": _reference}, rejections)
+    dense = _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1)
+    return pick(
+        "outer",
+        {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
+        {
+            "cpu": cpu_rejects(*tensors),
+            "cuda": cuda_rejects("outer", *tensors) or dense,
+            "triton": triton_rejects(*tensors) or dense,
+        },
+    )
 
 
 def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
@@ -124,7 +129,7 @@ def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
              first_feature, out.shape[0], address(out), threads())  # fmt: skip
 
 
-def _triton(out, colptr, rows, perm, values, A, features, first_feature):
+def _gpu(out, colptr, rows, perm, values, A, features, first_feature):
     from sae_fast.kernels.outer import outer
 
     csc, values, A = contiguous(colptr, rows, perm), contiguous(*values), contiguous(*A)

@@ -1,6 +1,7 @@
 """transpose: the entries of a code ordered by feature.
 
-Body ``cpu``: counting by parts of rows, in parallel.  ``triton``: counting by bits.  ``reference``: a stable sort.
+Body ``cpu``: counting by parts of rows, in parallel.  ``cuda``, ``triton``: counting by bits.
+``reference``: a stable sort.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 
 from sae_fast.code import SparseCode, Transposed, row_ids
 from sae_fast.ops import _checks
-from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
 
@@ -31,8 +32,12 @@ def _transpose(indptr, indices, features):
     if rejects is None and indptr.device.type != "cpu":
         rejects = f"the code is on {indptr.device}"
     body = pick(
-        "transpose", {"cpu": _cpu, "triton": _triton, "reference": _reference},
-        {"cpu": rejects, "triton": triton_rejects(indptr, indices)},
+        "transpose", {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
+        {
+            "cpu": rejects,
+            "cuda": cuda_rejects("transpose", indptr, indices),
+            "triton": triton_rejects(indptr, indices),
+        },
     )  # fmt: skip
     return body(indptr, indices, features)
 
@@ -53,7 +58,7 @@ def _cpu(indptr, indices, features):
     return colptr, out_rows, perm
 
 
-def _triton(indptr, indices, features):
+def _gpu(indptr, indices, features):
     from sae_fast.kernels import transpose as kernels
 
     indptr, indices = contiguous(indptr, indices)

@@ -2,7 +2,8 @@
 the same from a gradient that is already dense.
 
 Body ``cpu``: a thread owns a feature; above the crossover density feature chunks are multiplied densely, then stepped.
-``triton``: a program owns a slice of a row, or all of a unit row.  ``reference``: dense, plain PyTorch.
+``cuda`` (not of row_step), ``triton``: a block or a program owns a slice of a row, or all of a unit row.  ``reference``:
+dense, plain PyTorch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sae_fast.code import RowGradient, Shadow
 from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 from sae_fast.ops._shadow import refresh_shadow
 
@@ -86,12 +87,17 @@ def _weight_step(
     _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
     _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
     shadow = _checks.shadow(W, shadow_rows, shadow_norms)
-    rejections = {
-        "cpu": cpu_rejects(W, last_step, colptr, rows, perm),
-        "triton": _triton_rejects(W, shadow, last_step, colptr, rows, perm)
-        or _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1),
-    }
-    body = pick("weight_step", {"cpu": _cpu, "triton": _triton, "reference": _reference}, rejections)
+    inputs = W, shadow, last_step, colptr, rows, perm
+    dense = _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1)
+    body = pick(
+        "weight_step",
+        {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
+        {
+            "cpu": cpu_rejects(W, last_step, colptr, rows, perm),
+            "cuda": _gpu_rejects(*inputs) or cuda_rejects("weight_step") or dense,
+            "triton": _gpu_rejects(*inputs) or dense,
+        },
+    )
     body(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps, unit_rows,
          grad_scale, skip, shadow)  # fmt: skip
 
@@ -130,7 +136,7 @@ def _row_step(
     shadow = _checks.shadow(W, shadow_rows, shadow_norms)
     rejections = {
         "cpu": cpu_rejects(W, last_step),
-        "triton": _triton_rejects(W, shadow, last_step),
+        "triton": _gpu_rejects(W, shadow, last_step),
     }
     body = pick("row_step", {"cpu": _cpu_rows, "triton": _triton_rows, "reference": _reference_rows}, rejections)
     body(W, v, last_step, grad.contiguous(), step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow)
@@ -145,7 +151,7 @@ def _skips(skip: Tensor | None) -> bool:
     return skip is not None and bool(skip)
 
 
-def _triton_rejects(W, shadow, *indices) -> str | None:
+def _gpu_rejects(W, shadow, *indices) -> str | None:
     if W.dtype != torch.float32:
         return f"W is {W.dtype}; the kernels step float32 weights"
     return triton_rejects(W, *indices, *(shadow or ()))
@@ -194,8 +200,8 @@ def _scale(grad_scale: Tensor | None) -> float:
     return 1.0 if grad_scale is None else float(grad_scale)
 
 
-def _triton(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-            unit_rows, grad_scale, skip, shadow):  # fmt: skip
+def _gpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
+         unit_rows, grad_scale, skip, shadow):  # fmt: skip
     from sae_fast.kernels.weight_step import weight_step
 
     csc, values, A = contiguous(colptr, rows, perm), contiguous(*values), contiguous(*A)

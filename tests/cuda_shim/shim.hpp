@@ -65,6 +65,10 @@ class Block {
     static thread_local Block* block = nullptr;
     return block;
   }
+  static std::unique_ptr<Block>& spare() {
+    static thread_local std::unique_ptr<Block> block;
+    return block;
+  }
   static int& schedule() {
     static int which = ascending;
     return which;
@@ -81,8 +85,8 @@ class Block {
 
   void run(dim3 index, dim3 block, dim3 grid, size_t shared_bytes, const std::function<void()>& kernel) {
     block_index = index, block_dim = block, grid_dim = grid, body = &kernel;
-    shared_memory.reset(new unsigned char[shared_bytes + 16]);  // fresh, so that its end is where the sanitizer looks
-    std::memset(shared_memory.get(), 0xff, shared_bytes + 16);
+    shared_memory.reset(new unsigned char[shared_bytes]);  // fresh, so that its end is where the sanitizer looks
+    std::memset(shared_memory.get(), 0xff, shared_bytes);
     const size_t n = size_t(block.x) * block.y * block.z;
     if (fibers.size() != n) fibers = std::vector<Fiber>(n);
     for (size_t t = 0; t < n; ++t) start(fibers[t], t);
@@ -273,13 +277,15 @@ class Block {
 
 template <class Kernel, class Args>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Args& args) {
-  Block state;
-  Block::current() = &state;
+  std::unique_ptr<Block> state = std::move(Block::spare());  // its stacks are many megabytes; a failure leaves it to ruin
+  if (!state) state.reset(new Block);
+  Block::current() = state.get();
   const std::function<void()> body = [&] { kernel(args); };
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) state.run(dim3(x, y, z), block, grid, shared_bytes, body);
+      for (unsigned x = 0; x < grid.x; ++x) state->run(dim3(x, y, z), block, grid, shared_bytes, body);
   Block::current() = nullptr;
+  Block::spare() = std::move(state);
 }
 
 inline Block& here() { return *Block::current(); }

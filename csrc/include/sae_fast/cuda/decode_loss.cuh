@@ -26,7 +26,7 @@ struct Residuals {
 };
 
 template <class T, class X, int V>
-__global__ void __launch_bounds__(128) residuals_kernel(const Residuals<T, X> a) {
+__global__ void __launch_bounds__(128, 4) residuals_kernel(const Residuals<T, X> a) {
   using R = Residuals<T, X>;
   constexpr int kColumns = R::kColumns, kEntries = R::kEntries, kWarps = R::kThreads / kWarp;
   T* staged = reinterpret_cast<T*>(shared());                             // [kEntries, kColumns]
