@@ -73,19 +73,21 @@ def route(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def gpu_body(request, monkeypatch):
-    """Runs the test once for each body that the GPU ops have, forced; without a GPU in Triton's interpreter, and with the
-    CUDA kernels over the tests' shim."""
+@pytest.fixture
+def cuda_calls(monkeypatch):
+    """Forces the CUDA kernels, over the tests' shim where there is no GPU; lists the functions that were called."""
     pytest.importorskip("triton")
-    if request.param == "cuda":
-        from sae_fast.kernels import _cuda
+    import cuda_shim
 
-        if not torch.cuda.is_available():
-            import cuda_shim
+    from sae_fast.kernels import _cuda
 
-            monkeypatch.setattr(_cuda, "module", cuda_shim.load())
-        elif _cuda.module is None:
-            pytest.skip("the extension sae_fast._C_cuda is not built")
-    with _dispatch.use_backend(request.param):
-        yield request.param
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(_cuda, "module", cuda_shim.load())
+    elif _cuda.module is None:
+        pytest.skip("the extension sae_fast._C_cuda is not built")
+    names, call = [], _cuda.call
+    monkeypatch.setattr(_cuda, "call", lambda name, *given: names.append(name) or call(name, *given))
+    with _dispatch.use_backend("cuda"):
+        yield names
+    if not torch.cuda.is_available():
+        cuda_shim.load().set_schedule(0)  # a test may have put another module there

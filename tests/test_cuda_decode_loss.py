@@ -10,10 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import cuda_shim
 from test_triton_rows import DEVICE, Gapped, code_to, run_gapped, run_losses
 
-from sae_fast import use_backend
 from sae_fast.functional import value_to_pre_gradients
 from sae_fast.kernels import _cuda
 
@@ -24,16 +22,7 @@ B, D, F = 5, 129, 200  # an empty row, and one with all features: three stagings
 STORAGE = [(t, t) for t in DTYPES] + [(torch.float32, x) for x in DTYPES[1:]]
 
 
-@pytest.fixture(autouse=True)
-def cuda(monkeypatch):
-    if SHIM:
-        monkeypatch.setattr(_cuda, "module", cuda_shim.load())
-    elif _cuda.module is None:
-        pytest.skip("the extension sae_fast._C_cuda is not built")
-    with use_backend("cuda"):
-        yield _cuda.module
-        if SHIM:
-            _cuda.module.set_schedule(0)
+pytestmark = pytest.mark.usefixtures("cuda_calls")
 
 
 def problem(V: int, seed: int = 0, storage=STORAGE[0], shape=(B, D, F)):
@@ -121,12 +110,12 @@ def test_what_a_training_step_needs(activation, V, dtype):
 
 @pytest.mark.skipif(not SHIM, reason="a GPU has its own schedule")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_schedule_gives_the_same_bits(dtype, cuda):
+def test_every_schedule_gives_the_same_bits(dtype):
     code, arguments = problem(2, 3, (dtype, dtype), shape=(4, D, 120))
     step = dict(u=code.u, scale=arguments[3], step=True)
     results = []
-    for schedule in range(cuda.schedules):
-        cuda.set_schedule(schedule)
+    for schedule in range(_cuda.module.schedules):
+        _cuda.module.set_schedule(schedule)
         results.append(run(code, arguments, **step))
     for other in results[1:]:
         assert_same_bits(other, results[0])

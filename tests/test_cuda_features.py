@@ -11,7 +11,6 @@ from test_weight_step import ADAM, State
 
 pytest.importorskip("triton")
 
-import cuda_shim
 from test_device_runner import assert_within_the_spread, batches, fields, make
 from test_triton_features import (
     DEVICE,
@@ -34,7 +33,6 @@ from sae_fast.kernels import _config, _cuda
 from sae_fast.kernels import outer as outer_kernels
 from sae_fast.kernels import round as round_kernels
 from sae_fast.kernels import weight_step as step_kernels
-from sae_fast.train import device_runner
 
 SHIM = DEVICE == "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -42,32 +40,7 @@ WIDTHS = [1, 3, 4, 63, 100, 128, 512, 769, 2304]
 # Feature 0 has 68 entries: two warps' worth of 32 and four more, or fourteen runs of 5.
 RUN = 5
 
-# The interpreter's own; a GPU has none.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def cuda(monkeypatch):
-    if SHIM:
-        monkeypatch.setattr(_cuda, "module", cuda_shim.load())
-    elif _cuda.module is None:
-        pytest.skip("the extension sae_fast._C_cuda is not built")
-    module = _cuda.module
-    with use_backend("cuda"):
-        yield
-    if SHIM:
-        module.set_schedule(0)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The names of the CUDA functions that were called."""
-    names, call = [], _cuda.call
-    monkeypatch.setattr(_cuda, "call", lambda name, *a: (names.append(name), call(name, *a)))
-    return names
+pytestmark = pytest.mark.usefixtures("cuda_calls")
 
 
 @pytest.fixture
@@ -101,14 +74,14 @@ def every_schedule(run):
 
 
 @pytest.mark.parametrize("d", WIDTHS)
-def test_outer_is_as_near_to_float64_as_torchs(d, calls, short_runs):
+def test_outer_is_as_near_to_float64_as_torchs(d, cuda_calls, short_runs):
     for S, dtype in [(1, t) for t in DTYPES] + [(2, t) for t in DTYPES] + [(3, torch.float32), (3, torch.bfloat16)]:
         step = a_step(S, d, **sizes(d))
         rows = ops.outer(*arguments(step, dtype))
         assert rows.dtype == dtype
         judge_rows(rows, step, dtype)
         assert not rows[[3, -1]].any()
-    assert calls[:2] == ["partials", "outer"]
+    assert cuda_calls[:2] == ["partials", "outer"]
 
 
 @pytest.mark.parametrize("d", [4, 60, 128])
@@ -171,7 +144,7 @@ def test_an_entry_that_is_not_finite_stays_where_it_is(short_runs):
 
 @pytest.mark.parametrize("unit_rows", [False, True])
 @pytest.mark.parametrize("d", WIDTHS)
-def test_weight_step_is_as_near_to_float64_as_torchs(d, unit_rows, calls, short_runs):
+def test_weight_step_is_as_near_to_float64_as_torchs(d, unit_rows, cuda_calls, short_runs):
     if unit_rows and d == 1:
         pytest.skip("a unit row of one column never moves")
     for S in (1, 2, 3):
@@ -181,7 +154,7 @@ def test_weight_step_is_as_near_to_float64_as_torchs(d, unit_rows, calls, short_
         idle = ~step.touched()
         assert idle.sum() >= 2
         assert_same_bits([t[idle] for t in after.tensors()], [t[idle] for t in step.state.tensors()])
-    assert calls == ["partials", "weight_step"] * 2 + ["partials", "outer"] * 2
+    assert cuda_calls == ["partials", "weight_step"] * 2 + ["partials", "outer"] * 2
 
 
 @pytest.mark.parametrize("unit_rows", [False, True])
@@ -195,10 +168,10 @@ def test_weight_step_without_runs_and_from_anywhere_in_memory(unit_rows):
 
 
 @pytest.mark.parametrize("d, body", [(2051, "cuda"), (4100, "cuda"), (8192, "cuda"), (4101, "triton"), (8196, "triton")])
-def test_long_unit_rows(d, body, calls):
+def test_long_unit_rows(d, body, cuda_calls):
     step = a_step(1, d, True, rows=4, features=5)
     judge_state(stepped(step, True), step, True)
-    assert calls == ["weight_step"] * (body == "cuda")
+    assert cuda_calls == ["weight_step"] * (body == "cuda")
 
 
 @pytest.mark.parametrize("beta2", [0.0, 0.5, 0.9999])
@@ -260,12 +233,12 @@ def test_weight_step_does_not_depend_on_gaps_capacity_or_schedule(unit_rows, sho
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("unit_rows", [False, True])
-def test_rows_in_16_bits_are_read_as_they_are(unit_rows, dtype, calls, short_runs):
+def test_rows_in_16_bits_are_read_as_they_are(unit_rows, dtype, cuda_calls, short_runs):
     step = a_step(2, 260, unit_rows)
     csc, values, A = csc_of(step.code), there(list(step.values)), there(list(step.A.to(dtype)))
     found = launched(step, csc, values, A, unit_rows)
     assert_same_bits(found.tensors(), launched(step, csc, values, [a.float() for a in A], unit_rows).tensors())
-    assert calls == ["partials", "weight_step"] * 2
+    assert cuda_calls == ["partials", "weight_step"] * 2
 
 
 @pytest.mark.parametrize("d", [20, 514, 1100])
@@ -336,10 +309,9 @@ def test_what_the_kernels_cannot_take_says_why(monkeypatch):
 
 
 @pytest.mark.parametrize("dialect", ["paper", "saelens"])
-def test_whole_steps_of_the_trainer(dialect, monkeypatch, calls):
+def test_whole_steps_of_the_trainer(dialect, cuda_calls):
     """As test_device_runner.py does for the Triton kernels; clipped, which takes grad_sqnorm's Triton kernel."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(device_runner, "may_run", lambda name: True)
     settings = dict(lr=3e-2, l1_coefficient=0.4, betas=(0.0, 0.999), eps=1e-2, dialect=dialect, grad_clip=0.5)
     data, start = batches(3), make(device="cpu")
     with use_backend("cpu"):
@@ -347,7 +319,7 @@ def test_whole_steps_of_the_trainer(dialect, monkeypatch, calls):
         wanted = [twin.step(x.cpu()) for x in data]
     trainer = sf.Trainer(make(), **settings)
     logs = [trainer.step(x) for x in data]
-    assert trainer._runner is not None and {"outer", "weight_step"} <= set(calls)
+    assert trainer._runner is not None and {"outer", "weight_step"} <= set(cuda_calls)
     for got, want in zip(fields(logs), fields(wanted), strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-7)
     assert max(assert_within_the_spread(trainer.sae, data, start, logs, **settings)) > 0.5

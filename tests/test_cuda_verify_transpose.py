@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import cuda_shim
 import pytest
 import torch
 from helpers import Judge, assert_same_bits, code_of, make_inputs, randn
@@ -30,17 +29,8 @@ NAN, INF, GUARD = float("nan"), float("inf"), -7
 
 
 @pytest.fixture(autouse=True)
-def calls(monkeypatch) -> list[str]:
-    """The CUDA functions that were called."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(_cuda, "module", cuda_shim.load())
-    elif _cuda.module is None:
-        pytest.skip("the extension sae_fast._C_cuda is not built")
-    names, call = [], _cuda.call
-    monkeypatch.setattr(_cuda, "call", lambda name, *given: names.append(name) or call(name, *given))
+def small_tiles(cuda_calls, monkeypatch):
     set_tiles(monkeypatch, SMALL)
-    with use_backend("cuda"):
-        yield names
 
 
 def under_every_schedule(run):
@@ -140,14 +130,14 @@ def judge_listed(found: Verified, kwargs: dict, listed: Tensor, trials: Judge) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_verify_is_as_near_to_float64_as_torchs(activation, dtype, calls):
+def test_verify_is_as_near_to_float64_as_torchs(activation, dtype, cuda_calls):
     for d in DEPTHS:
         trials, kwargs = Judge(), problem(d, activation, dtype)
         listed = rows_like(5, 150) & clear_of_ties(kwargs)
         assert not listed[1].any() and listed[2].sum() > 128, "more than a chunk"
         judge_listed(verified(kwargs, listed), kwargs, listed, trials)
         trials.verdict()
-    assert set(calls) == {"verify"}
+    assert set(cuda_calls) == {"verify"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -288,10 +278,10 @@ STORAGE = DTYPES if DEVICE == "cuda" else DTYPES[:2]  # the interpreter's bfloat
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_encode_verifies_in_cuda(activation, dtype, calls):
+def test_encode_verifies_in_cuda(activation, dtype, cuda_calls):
     kwargs = moved(arguments(make_inputs(17, 70, 70), activation), lambda v: v.to(dtype) if isinstance(v, Tensor) else v)
     judge(encode(**kwargs), kwargs)
-    assert calls == ["verify"]
+    assert cuda_calls == ["verify"]
 
 
 @pytest.mark.parametrize("activation, slack", [("gated", 0.75), ("relu", 0.0), ("jumprelu", 0.75)])
@@ -311,12 +301,12 @@ def test_encode_of_empty_and_full_rows_and_of_no_rows():
     assert encode(**exact_problem(0, 20, 33, "gated")).shape == (0, 33)
 
 
-def test_encode_in_bf16_takes_the_scaled_copies(calls):
+def test_encode_in_bf16_takes_the_scaled_copies(cuda_calls):
     kwargs = arguments(make_inputs(9, 63, 70, density=0.3), "relu")
     code = encode(**kwargs, precision="bf16")
     with use_backend("triton"):
         twin = encode(**kwargs, precision="bf16")
-    assert calls == ["verify"]
+    assert cuda_calls == ["verify"]
     assert_same_bits([twin.indptr, twin.indices], [code.indptr, code.indices])
     torch.testing.assert_close(code.u, twin.u, rtol=1e-5, atol=1e-6)
 
@@ -347,9 +337,9 @@ def some_code(rows: int, features: int, density: float) -> SparseCode:
     "rows, features, density",
     [(1, 6, 0.5), (3, 1, 1.0), (33, 9, 0.3), (257, 33, 0.2), (40, 2049, 0.05), (300, 4200, 0.01), (2400, 3, 0.4)],
 )
-def test_transpose_is_the_stable_sort_bit_for_bit(rows, features, density, calls):
+def test_transpose_is_the_stable_sort_bit_for_bit(rows, features, density, cuda_calls):
     assert_is_stable_sort(some_code(rows, features, density))
-    assert calls == ["transpose_count", "transpose_place"]
+    assert cuda_calls == ["transpose_count", "transpose_place"]
 
 
 def test_transpose_of_full_rows():

@@ -45,10 +45,7 @@ from sae_fast.kernels import _config
 from sae_fast.train import device_runner
 from sae_fast.train.eager import EagerTrainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -45,10 +45,6 @@ SMALL = {
 }
 
 
-# The interpreter's own; a GPU has none.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-
-
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     for ops_of_generation in _config.SHIPPED.values():
