@@ -202,7 +202,7 @@ def test_ranges_of_features_step_as_the_whole(first, unit_rows, short_runs):
     assert_same_bits(whole.tensors(), [t.cpu() for t in parts.tensors()])
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.int32, torch.int64], ids=str)
 def test_skip_is_read_on_the_device(dtype):
     step = a_step(1, 20)
     set_ = torch.tensor(1 if dtype == torch.bool else 256).to(dtype)
@@ -323,3 +323,23 @@ def test_whole_steps_of_the_trainer(dialect, cuda_calls):
     for got, want in zip(fields(logs), fields(wanted), strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-7)
     assert max(assert_within_the_spread(trainer.sae, data, start, logs, **settings)) > 0.5
+
+
+def test_a_trainer_follows_the_forced_backend(cuda_calls, monkeypatch):
+    """A captured graph holds the kernels of one backend; and what is forced but not built does not run as another."""
+    torch.set_num_threads(1)
+    data, trainer = batches(3), sf.Trainer(make(), lr=3e-2, l1_coefficient=0.4)
+    trainer.step(data[0])
+    first = trainer._runner._step
+    assert cuda_calls
+    cuda_calls.clear()
+    with use_backend("triton"):
+        trainer.step(data[1])
+        trainer.wait()
+    assert trainer._runner._step is not first and not cuda_calls
+    trainer.step(data[2])
+    trainer.wait()
+    assert cuda_calls
+    monkeypatch.setattr(_cuda, "module", None)
+    with pytest.raises(ValueError, match="_C_cuda is not built"):
+        trainer.step(data[0])

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_fast import ops
+from sae_fast import _backend, ops
 from sae_fast.code import SparseCode
 from sae_fast.ops import _checks, _dense, _device_support
-from sae_fast.ops._dispatch import may_run, triton_rejects
+from sae_fast.ops._dispatch import cuda_rejects, may_run, triton_rejects
 
 if TYPE_CHECKING:
     from sae_fast.train.device_step import DeviceStep
@@ -73,7 +73,8 @@ class DeviceRunner:
             return f"precision {trainer.sae.precision!r} takes torch's product"
         if not (may_run("triton") or may_run("cuda")):
             return "another backend is forced"
-        return triton_rejects(W) or _device_support.rejects(W)
+        rejects = triton_rejects(W) if may_run("triton") else cuda_rejects("weight_step", W)  # forced, it has to be there
+        return rejects or _device_support.rejects(W)
 
     def step(self, x: Tensor, lr: float, l1: float) -> Step:
         """Enqueues a step on x [..., d]; the weights follow when the device gets there."""
@@ -131,7 +132,9 @@ class DeviceRunner:
         capacity = self.capacity
         if _dense.gpu_rejects(capacity, x.shape[0], sae.d_sae):  # which way a batch takes must not hang on those before it
             capacity = max(1, int(_dense.GPU_DENSE * x.shape[0] * sae.d_sae))
-        addresses = (x.shape, x.dtype, capacity, sae.precision, *(t.data_ptr() for t in (*state, *shadow)))
+        # A graph replays the kernels of the backend under which it was captured; another's are compiled before a capture.
+        kind = (x.shape, x.dtype, capacity, sae.precision, *_backend.forced[-1:])
+        addresses = (*kind, *(t.data_ptr() for t in (*state, *shadow)))
         if addresses == self._addresses:
             return
         if self.under_way:

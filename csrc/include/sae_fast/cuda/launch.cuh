@@ -15,7 +15,9 @@ void launch(const char*, const std::string&, Kernel kernel, dim3 grid, unsigned 
 }
 #else
 inline void check(cudaError_t error, const char* op, const std::string& sizes) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + " (" + sizes + "): " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: the next launch would take it for its own
+  throw std::runtime_error(std::string(op) + " (" + sizes + "): " + cudaGetErrorString(error));
 }
 
 template <class Kernel, class Args>

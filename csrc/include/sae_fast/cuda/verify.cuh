@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(128) verify_kernel(const Verify<T, O> a) {
         Packet<T> w[kTogether];
 #pragma unroll
         for (int q = 0; q < kTogether; ++q) w[q] = load_packet<ALIGNED>(W[q] + k, d - k);
-        float columns[n];
+        alignas(16) float columns[n];
         if constexpr (STAGED) {
 #pragma unroll
           for (int h = 0; h < n / 4; ++h)

@@ -29,6 +29,7 @@ struct WeightStep {
 __device__ __forceinline__ bool is_set(const void* skip, int bytes) {
   if (!skip) return false;
   if (bytes == 1) return *static_cast<const int8_t*>(skip) != 0;
+  if (bytes == 2) return *static_cast<const int16_t*>(skip) != 0;
   if (bytes == 4) return *static_cast<const int32_t*>(skip) != 0;
   return *static_cast<const int64_t*>(skip) != 0;
 }
