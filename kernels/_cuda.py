@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,9 +31,8 @@ def takes(op: str) -> bool:
 def call(name: str, *arguments: Any) -> None:
     """A function of the module on tensors (contiguous, or None), dtypes and numbers, on their device's current stream."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    on_gpu = device.type == "cuda"
-    with torch.cuda.device(device) if on_gpu else nullcontext():
-        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    with _launch.on_device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         getattr(module, name)(*map(_native, arguments), stream)
 
 

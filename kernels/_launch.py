@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         return
     if 0 in grid:
         return
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(next(a.device for a in arguments if isinstance(a, Tensor))):
         kernel[grid](*arguments, **options)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Launches, events and captures are of the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def cdiv(a: int, b: int) -> int:

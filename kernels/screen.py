@@ -20,7 +20,6 @@ from torch import Tensor
 
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
-from sae_fast.kernels.round import DEPTH
 
 BITS = 32
 
@@ -66,10 +65,10 @@ def _write(
     at_rows, at_features = tl.minimum(rows, B - 1), tl.minimum(features, F - 1)
     v = _upper(acc, row_terms_ptr, feature_terms_ptr, at_rows, at_features, B, F, MARGINS)
     word = n * (FEATURES // 32) + tl.arange(0, FEATURES // 32)
-    inside = (rows < B)[:, None]
-    if FEATURES > 256:  # what words() rounds up to
-        inside = inside & (word < stride)[None, :]
-    tl.store(mask_ptr + rows.to(tl.int64)[:, None] * stride + word[None, :], _bits(v, ROWS, FEATURES // 32), mask=inside)
+    tl.store(
+        mask_ptr + rows.to(tl.int64)[:, None] * stride + word[None, :], _bits(v, ROWS, FEATURES // 32),
+        mask=(rows < B)[:, None],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -119,9 +118,8 @@ def screen(
         return screen_by_library(x, w, row_terms, feature_terms, mask, margins)
     features = w.shape[0]
     tiles = cdiv(B, c["rows"]) * cdiv(features, c["features"])
-    depth = c["depth"] if K % c["depth"] == 0 else DEPTH  # no product masks its inner dimension
     options = dict(
-        MARGINS=margins, ROWS=c["rows"], FEATURES=c["features"], DEPTH=depth, GROUP=c["group"],
+        MARGINS=margins, ROWS=c["rows"], FEATURES=c["features"], DEPTH=c["depth"], GROUP=c["group"],
         num_warps=c["warps"], num_stages=c["stages"],
     )  # fmt: skip
     arguments = (x, w, row_terms, feature_terms, mask, B, features, K, mask.shape[1])

@@ -22,6 +22,7 @@ from test_triton_features import (
     gradient_of,
     judge_rows,
     judge_state,
+    outer_with_gaps,
     stepped,
     there,
 )
@@ -30,7 +31,6 @@ import sae_fast as sf
 from sae_fast import ops, use_backend
 from sae_fast.code import Shadow
 from sae_fast.kernels import _config, _cuda
-from sae_fast.kernels import outer as outer_kernels
 from sae_fast.kernels import round as round_kernels
 from sae_fast.kernels import weight_step as step_kernels
 
@@ -118,14 +118,7 @@ def test_outer_does_not_depend_on_gaps_capacity_or_schedule(d, short_runs):
     step = a_step(2, d)
     csc, values, A = arguments(step, torch.float32)
     expected = every_schedule(lambda: ops.outer(csc, values, A))
-    gapped = Gapped(step.code, step.values)
-    roomy = gapped.transposed(F)
-    out = torch.full_like(expected, float("nan"))
-    outer_kernels.outer(
-        roomy.colptr, roomy.rows, roomy.perm, there(list(gapped.values)), A, None, 0, out,
-        outer_kernels.runs(roomy.colptr, gapped.capacity), accumulate=False,
-    )  # fmt: skip
-    assert_same_bits(expected, out)
+    assert_same_bits(expected, outer_with_gaps(step, A))
 
 
 def test_an_entry_that_is_not_finite_stays_where_it_is(short_runs):

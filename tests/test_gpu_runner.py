@@ -498,6 +498,17 @@ def test_what_the_sanitizer_runs_runs(capsys):
 # ---- tuning ---------------------------------------------------------------------------------------------------------
 
 
+def test_whatever_tuning_may_find_can_be_read(tmp_path, monkeypatch):
+    for generation in _config.SHIPPED.values():
+        for op, shipped in generation.items():
+            for key in shipped:
+                for value in tune.ALTERNATIVES.get(key, ()):
+                    path = tmp_path / f"{op}-{key}-{value}.json"
+                    path.write_text(json.dumps({op: {key: value}}))
+                    monkeypatch.setenv("SAE_FAST_TUNING", str(path))
+                    assert _config.config(op)[key] == value
+
+
 def test_what_tuning_writes_is_read_back(tmp_path, monkeypatch):
     """The op takes as long as its configuration says: only a right result that is faster by 3 % is kept."""
     out = tmp_path / "tuning.json"

@@ -223,19 +223,24 @@ def test_outer_of_a_range_or_a_list_has_the_same_bits_and_accumulates(dtype):
     assert_same_bits(out[3].cpu(), start[3])  # no entries
 
 
+def outer_with_gaps(step, A) -> torch.Tensor:
+    """outer of the same entries in buffers with gaps and room."""
+    gapped = Gapped(step.code, step.values)
+    roomy = gapped.transposed(F)
+    out = torch.full((F, A[0].shape[1]), float("nan"), dtype=A[0].dtype, device=A[0].device)
+    outer_kernels.outer(
+        roomy.colptr, roomy.rows, roomy.perm, there(list(gapped.values)), A, None, 0, out,
+        outer_kernels.runs(roomy.colptr, gapped.capacity), accumulate=False,
+    )  # fmt: skip
+    return out
+
+
 def test_outer_repeats_and_does_not_depend_on_gaps_or_capacity():
     step = a_step(2)
     csc, values, A = arguments(step, torch.float32)
     expected = ops.outer(csc, values, A)
     assert_same_bits(expected, ops.outer(csc, values, A))
-    gapped = Gapped(step.code, step.values)
-    roomy = gapped.transposed(F)
-    out = torch.full_like(expected, float("nan"))
-    outer_kernels.outer(
-        roomy.colptr, roomy.rows, roomy.perm, there(list(gapped.values)), A, None, 0, out,
-        outer_kernels.runs(roomy.colptr, gapped.capacity), accumulate=False,
-    )  # fmt: skip
-    assert_same_bits(expected, out)
+    assert_same_bits(expected, outer_with_gaps(step, A))
 
 
 def test_runs_are_those_of_the_long_features():

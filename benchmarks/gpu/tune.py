@@ -28,7 +28,7 @@ GAIN = 0.97  # a time below this part of the other's is faster
 TOLERANCE = 1e-5  # of an output's norm: another order of sums, not another result
 ROUNDS = 7
 ALTERNATIVES = {
-    "rows": (64, 128, 256), "features": (64, 128, 256, 512), "depth": (32, 64, 128), "warps": (1, 2, 4, 8),
+    "rows": (64, 128, 256), "features": (64, 128, 256), "depth": (32, 64), "warps": (1, 2, 4, 8),
     "stages": (2, 3, 4, 5), "group": (4, 8, 16), "persistent": (0, 1), "library": (0, 1), "words": (256, 512, 1024, 2048),
     "entries": (4, 8, 16, 32), "columns": (128, 256, 512, 1024), "run": (256, 512, 1024), "chunks": (16, 32, 64),
     "finish": (32, 64, 128),

@@ -45,7 +45,7 @@ def find(
             by_product(rows[a:b], W, *vectors, activation)
             for a, b in _dense.chunks(rows.shape[0], W.shape[0], W.device.type)
         ] or [by_product(rows, W, *vectors, activation)]  # no rows
-        return join(parts) if len(parts) != 1 else parts[0]
+        return join(parts)
 
     if precision in ("fp32", "tf32") or x.shape[0] == 0:
         with _tf32(precision == "tf32"):
@@ -63,10 +63,13 @@ def find(
             continue
         flag = torch.zeros((), dtype=torch.int32, device=x.device)
         parts.append(pack(*members(rows, layer, screened, total, flag, exact)))
-    return join(parts) if len(parts) != 1 else parts[0]
+    return join(parts)
 
 
 def join(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One code of those of consecutive rows."""
+    if len(parts) == 1:
+        return parts[0]
     indptrs, indices, u, values = zip(*parts, strict=True)
     counts = torch.cat([p.diff() for p in indptrs])
     indptr = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=counts.device)

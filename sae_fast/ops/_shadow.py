@@ -62,17 +62,18 @@ class KeptShadow:
         """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves."""
         if triton_rejects(W) and (cpu_rejects(W) or _screen.unavailable()):
             return None
-        if not self.serves(W) or self.shadow.of_gpu != (triton_rejects(W) is None):  # type: ignore[union-attr]
+        if not self.serves(W):
             self.shadow = make_shadow(W)
             self.follows(W)
         return self.shadow
 
     def serves(self, W: Tensor) -> bool:
-        """Whether what is kept is W's, as far as torch counts changes."""
+        """Whether what is kept is W's, as far as torch counts changes, and of the form that its kernels take."""
         if self.shadow is None or self._made_from is None or W.is_inference():  # of which torch counts no changes
             return False
         memory, version = self._made_from
-        return W.data_ptr() == memory.data_ptr() and W._version == version and W.shape == memory.shape
+        same = W.data_ptr() == memory.data_ptr() and W._version == version and W.shape == memory.shape
+        return same and self.shadow.of_gpu == (triton_rejects(W) is None)
 
     def follows(self, W: Tensor) -> None:
         """W has changed, and the Shadow with it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,10 +113,10 @@ class DeviceRunner:
 
     # ---- The device side ----------------------------------------------------------------------------------------------
 
-    def _on_device(self):
-        """Events, captures and what kernels are launched with are of the current device, which need not be the weights'."""
-        device = self.trainer.sae.W_enc.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    def _on_device(self) -> AbstractContextManager:
+        from sae_fast.kernels._launch import on_device
+
+        return on_device(self.trainer.sae.W_enc.device)
 
     def _ready(self, x: Tensor) -> None:
         """Buffers and graphs for batches like x, and a shadow of W_enc as it is now."""
@@ -140,7 +140,7 @@ class DeviceRunner:
         if self.under_way:
             self.wait()
             return self._ready(x)  # a repeated step may have asked for more room
-        from sae_fast.train.device_step import DeviceStep
+        from sae_fast.train.device_step import REPORT, DeviceStep
 
         settings = self.trainer.settings
         self._graphs, self._step, self._addresses = {}, None, ()  # their memory first; it may not suffice
@@ -149,7 +149,7 @@ class DeviceRunner:
         )
         if not self._slots or self._slots[0].shape != x.shape or self._slots[0].dtype != x.dtype:
             self._slots = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(AHEAD)]
-            self._reports = [torch.empty(6, dtype=torch.float64, pin_memory=x.is_cuda) for _ in range(AHEAD)]
+            self._reports = [torch.empty(len(REPORT), dtype=torch.float64, pin_memory=x.is_cuda) for _ in range(AHEAD)]
         self._addresses = addresses
         self._warm = False
 
