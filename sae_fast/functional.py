@@ -32,10 +32,19 @@ def gated_loss(
     dialect: str = "paper",
     target: Tensor | None = None,
     precision: str = "exact",
+    apply_b_dec_to_input: bool = True,
 ) -> Loss:
     """Equation (8), as :func:`sae_fast.reference.gated_loss`, on the engine.  x [B, d]; ``target`` [B, d] replaces x in
     the errors.  ``precision`` as in ops.encode.  Differentiable with respect to x, target and every parameter."""
-    code = encode(x - b_dec, W_enc, b_gate, activation="gated", r_mag=r_mag, b_mag=b_mag, precision=precision)
+    code = encode(
+        x - b_dec if apply_b_dec_to_input else x,
+        W_enc,
+        b_gate,
+        activation="gated",
+        r_mag=r_mag,
+        b_mag=b_mag,
+        precision=precision,
+    )
     weight = sparsity_weight(W_dec, l1_coefficient, dialect)
     target = x if target is None else target
     losses = decode_loss(code, W_dec, b_dec, target, weight, x.shape[0], stop_auxiliary=dialect == "paper").losses
@@ -52,9 +61,10 @@ def relu_loss(
     dialect: str = "paper",
     target: Tensor | None = None,
     precision: str = "exact",
+    apply_b_dec_to_input: bool = True,
 ) -> Loss:
     """‖x − x̂‖² + λ‖f‖₁, as :func:`sae_fast.reference.relu_loss`, on the engine."""
-    code = encode(x - b_dec, W_enc, b_enc, activation="relu", precision=precision)
+    code = encode(x - b_dec if apply_b_dec_to_input else x, W_enc, b_enc, activation="relu", precision=precision)
     weight = sparsity_weight(W_dec, l1_coefficient, dialect)
     losses = decode_loss(code, W_dec, b_dec, x if target is None else target, weight, x.shape[0]).losses
     return Loss(losses.sum(), *losses.unbind())

@@ -36,9 +36,9 @@ class GatedCode(NamedTuple):
     u: Tensor  # x_c W_encᵀ
 
 
-def pre_activation(x: Tensor, W_enc: Tensor, b_dec: Tensor) -> Tensor:
-    """u = (x − b_dec) W_encᵀ, [..., F]."""
-    return (x - b_dec) @ W_enc.T
+def pre_activation(x: Tensor, W_enc: Tensor, b_dec: Tensor, apply_b_dec_to_input: bool = True) -> Tensor:
+    """u = (x − b_dec) W_encᵀ, [..., F]; of x itself without ``apply_b_dec_to_input``, as some packages' SAEs take it."""
+    return (x - b_dec if apply_b_dec_to_input else x) @ W_enc.T
 
 
 def decode(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -49,9 +49,11 @@ def decode(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
 # ---- Gated SAE ------------------------------------------------------------------------------------------------------
 
 
-def gated_encode(x: Tensor, W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor, b_dec: Tensor) -> GatedCode:
+def gated_encode(
+    x: Tensor, W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor, b_dec: Tensor, apply_b_dec_to_input: bool = True
+) -> GatedCode:
     """The Gated encoder with tied weights (2404.16014, equations 3–5).  The Heaviside step is strict."""
-    u = pre_activation(x, W_enc, b_dec)
+    u = pre_activation(x, W_enc, b_dec, apply_b_dec_to_input)
     pi_gate = u + b_gate
     pi_mag = torch.exp(r_mag) * u + b_mag
     gate = (pi_gate > 0).to(u.dtype)
@@ -69,6 +71,7 @@ def gated_loss(
     l1_coefficient: float,
     dialect: str = "paper",
     target: Tensor | None = None,
+    apply_b_dec_to_input: bool = True,
 ) -> Loss:
     """Equation (8): ‖x − x̂‖² + λ‖ReLU(π_gate)‖₁ + ‖x − x̂_aux‖².
 
@@ -79,7 +82,7 @@ def gated_loss(
     if dialect not in DIALECTS:
         raise ValueError(f"dialect: got {dialect!r}, want one of {DIALECTS}")
     target = x if target is None else target
-    code = gated_encode(x, W_enc, b_gate, b_mag, r_mag, b_dec)
+    code = gated_encode(x, W_enc, b_gate, b_mag, r_mag, b_dec, apply_b_dec_to_input)
     gates = torch.relu(code.pi_gate)
     x_hat = decode(code.f, W_dec, b_dec)
     if dialect == "paper":
@@ -97,9 +100,9 @@ def gated_loss(
 # ---- Baseline ReLU SAE ----------------------------------------------------------------------------------------------
 
 
-def relu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+def relu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, apply_b_dec_to_input: bool = True) -> Tensor:
     """f = ReLU((x − b_dec) W_encᵀ + b_enc)."""
-    return torch.relu(pre_activation(x, W_enc, b_dec) + b_enc)
+    return torch.relu(pre_activation(x, W_enc, b_dec, apply_b_dec_to_input) + b_enc)
 
 
 def relu_loss(
@@ -111,12 +114,13 @@ def relu_loss(
     l1_coefficient: float,
     dialect: str = "paper",
     target: Tensor | None = None,
+    apply_b_dec_to_input: bool = True,
 ) -> Loss:
     """‖x − x̂‖² + λ‖f‖₁; in the ``saelens`` dialect f_i is weighted by ‖d_i‖.  The auxiliary term is 0."""
     if dialect not in DIALECTS:
         raise ValueError(f"dialect: got {dialect!r}, want one of {DIALECTS}")
     target = x if target is None else target
-    f = relu_encode(x, W_enc, b_enc, b_dec)
+    f = relu_encode(x, W_enc, b_enc, b_dec, apply_b_dec_to_input)
     weight = torch.ones_like(b_enc) if dialect == "paper" else W_dec.norm(dim=1)
     reconstruction = (target - decode(f, W_dec, b_dec)).pow(2).sum(-1).mean()
     sparsity = l1_coefficient * (f * weight).sum(-1).mean()
@@ -126,9 +130,11 @@ def relu_loss(
 # ---- JumpReLU form --------------------------------------------------------------------------------------------------
 
 
-def jumprelu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor) -> Tensor:
+def jumprelu_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor, apply_b_dec_to_input: bool = True
+) -> Tensor:
     """f = 1[π > θ] ⊙ ReLU(π), π = (x − b_dec) W_encᵀ + b_enc (2407.14435, equation 3)."""
-    pi = pre_activation(x, W_enc, b_dec) + b_enc
+    pi = pre_activation(x, W_enc, b_dec, apply_b_dec_to_input) + b_enc
     return (pi > threshold).to(pi.dtype) * torch.relu(pi)
 
 

@@ -28,10 +28,12 @@ class SparseAutoencoder(nn.Module):
     wrong with any other, and the index of the first NaN or infinity.
 
     ``precision`` is how the encoder's product is taken, "exact", "fp32" or "bf16": see :func:`sae_fast.ops.encode`.
+    ``apply_b_dec_to_input=False`` encodes x itself instead of x − b_dec, as some packages' SAEs do.
     """
 
     activation: str  # of ops.encode
     per_feature: tuple[str, ...]  # parameters [F], the encoder bias first
+    metadata: dict[str, Any]  # where it came from, as its checkpoints keep it: anything that JSON can hold
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class SparseAutoencoder(nn.Module):
         device: torch.device | str | None = None,
         seed: int | None = None,
         precision: str = "exact",
+        apply_b_dec_to_input: bool = True,
     ):
         """W_dec has random unit rows, W_enc is its copy, every bias is zero: the peers' initialisation.  ``seed`` makes it
         repeatable without touching torch's global generator."""
@@ -52,6 +55,8 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"dtype: got {dtype}, want a floating-point dtype")
         self.d_in, self.d_sae = d_in, d_sae
         self.precision = precision
+        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.metadata = {}
         self._frozen: ops.KeptShadow | None = None
         self._settle: Callable[[], None] | None = None  # a Trainer's, whose steps on a GPU may still be under way
         self.register_state_dict_pre_hook(_settle_first)
@@ -64,8 +69,13 @@ class SparseAutoencoder(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device)))
 
     def extra_repr(self) -> str:
-        exact = "" if self.precision == "exact" else f", precision={self.precision!r}"
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={self.W_enc.dtype}{exact}"
+        exact = {} if self.precision == "exact" else {"precision": self.precision}
+        rest = "".join(f", {name}={value!r}" for name, value in {**self.options(), **exact}.items())
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={self.W_enc.dtype}{rest}"
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's other arguments that say which function this is, where they are not the defaults."""
+        return {} if self.apply_b_dec_to_input else {"apply_b_dec_to_input": False}
 
     @property
     def precision(self) -> str:
@@ -90,7 +100,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode_sparse(self, x: Tensor) -> SparseCode:
         """The sparse code of x [..., d_in].  Its values are differentiable."""
-        code = self._code(self.check_input(x) - self.b_dec)
+        code = self._code(self.centred(self.check_input(x)))
         return SparseCode(torch.Size((*x.shape[:-1], self.d_sae)), code.indptr, code.indices, code.u, code.values)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -112,6 +122,10 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x̂ = decode(encode(x)), [..., d_in], in the dtype of x."""
         return self.decode(self.encode_sparse(x)).to(x.dtype)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """What the encoder's product takes of x."""
+        return x - self.b_dec if self.apply_b_dec_to_input else x
 
     def check_input(self, x: Tensor, name: str = "x") -> Tensor:
         """x as [B, d_in] in the module's dtype, or ``ValueError``."""
@@ -166,7 +180,7 @@ class SparseAutoencoder(nn.Module):
         """
         if not 0 < l0 <= self.d_sae:
             raise ValueError(f"l0: got {l0}, want 0 < l0 ≤ d_sae = {self.d_sae}")
-        x_c = self.check_input(x) - self.b_dec
+        x_c = self.centred(self.check_input(x))
         batch = x_c.shape[0]
         if batch < 2:
             raise ValueError(f"x: got {batch} examples, want at least 2 to take quantiles of")
@@ -197,7 +211,7 @@ class SparseAutoencoder(nn.Module):
         Trainer's fused path; the losses and gradients are those of :meth:`loss`.  ``shadow`` is W_enc's, if the caller
         keeps one.
         """
-        n, x_c = x.shape[0], x - self.b_dec
+        n, x_c = x.shape[0], self.centred(x)
         code = self._code(x_c, shadow)
         weight = functional.sparsity_weight(self.W_dec, l1_coefficient, dialect)
         if ops.dense_step_pays(code, self.W_dec):
@@ -218,8 +232,7 @@ class SparseAutoencoder(nn.Module):
                 values, residuals = [*values, code.gates * (2 / n)], [*residuals, out.residual_aux]
             self_coefficient = self._norm_cost(functional.feature_sums(csc, code.gates, n), l1_coefficient / n)
         grads["W_dec"] = RowGradient(csc, values, residuals, self_coefficient)
-        decoder = sum(r.sum(0) for r in residuals) * (2 / n)
-        grads["b_dec"] = decoder - functional.weighted_rows(delta_sums, self.W_enc)
+        grads["b_dec"] = self._b_dec_gradient(sum(r.sum(0) for r in residuals) * (2 / n), delta_sums)
         return out.losses, code, grads
 
     def _dense_gradients(self, x, x_c, code, weight, l1_coefficient, dialect):
@@ -232,8 +245,12 @@ class SparseAutoencoder(nn.Module):
         if dialect == "saelens":
             coefficient = self._norm_cost(out.values, l1_coefficient / x.shape[0])
             out.W_dec.addcmul_(coefficient[:, None], self.W_dec)
-        grads |= {"W_dec": out.W_dec, "b_dec": out.residual - functional.weighted_rows(out.delta, self.W_enc)}
+        grads |= {"W_dec": out.W_dec, "b_dec": self._b_dec_gradient(out.residual, out.delta)}
         return out.losses, code, grads
+
+    def _b_dec_gradient(self, decoder: Tensor, delta: Tensor) -> Tensor:
+        """[d_in], from what comes through the decoder and δ's sums [F]: x − b_dec is where the rest comes through."""
+        return decoder - functional.weighted_rows(delta, self.W_enc) if self.apply_b_dec_to_input else decoder
 
     def _norm_cost(self, values: Tensor, weight: float | Tensor) -> Tensor:
         """[F], times W_dec: the gradient of Σ weight · values_i ‖d_i‖ (the ``saelens`` sparsity) with respect to W_dec."""

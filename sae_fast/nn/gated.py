@@ -29,7 +29,7 @@ class GatedSAE(SparseAutoencoder):
         target = None if target is None else self.check_input(target, "target")
         return functional.gated_loss(
             self.check_input(x), self.W_enc, self.b_gate, self.b_mag, self.r_mag, self.W_dec, self.b_dec,
-            l1_coefficient, dialect, target, self.precision,
+            l1_coefficient, dialect, target, self.precision, self.apply_b_dec_to_input,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -38,7 +38,11 @@ class GatedSAE(SparseAutoencoder):
 
         Exact in the reals; exp(r_mag) · W_enc rounds, so an entry within rounding of its threshold may flip.
         """
-        sae = JumpReluSAE(self.d_in, self.d_sae, dtype=self.W_enc.dtype, device=self.W_enc.device)
+        sae = JumpReluSAE(
+            self.d_in, self.d_sae, dtype=self.W_enc.dtype, device=self.W_enc.device, precision=self.precision,
+            apply_b_dec_to_input=self.apply_b_dec_to_input,
+        )  # fmt: skip
+        sae.metadata = dict(self.metadata)
         W_enc, b_enc, threshold = reference.gated_to_jumprelu(self.W_enc, self.b_gate, self.b_mag, self.r_mag)
         for parameter, value in (
             (sae.W_enc, W_enc), (sae.b_enc, b_enc), (sae.threshold, threshold.clamp(min=0)),

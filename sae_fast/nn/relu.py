@@ -21,5 +21,5 @@ class ReluSAE(SparseAutoencoder):
         target = None if target is None else self.check_input(target, "target")
         return functional.relu_loss(
             self.check_input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec, l1_coefficient, dialect, target,
-            self.precision,
+            self.precision, self.apply_b_dec_to_input,
         )  # fmt: skip

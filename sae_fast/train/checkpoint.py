@@ -44,7 +44,8 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Spar
 
 def describe(sae: nn.SparseAutoencoder) -> dict[str, Any]:
     dtype = str(sae.W_enc.dtype).removeprefix("torch.")
-    return {"class": type(sae).__name__, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype}
+    about = {"class": type(sae).__name__, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype}
+    return about | {"options": sae.options(), "metadata": sae.metadata}
 
 
 def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAutoencoder:
@@ -56,7 +57,14 @@ def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAu
     dtype = getattr(torch, dtype_name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{MANIFEST}: sae.dtype: got {dtype_name!r}, want a dtype of torch")
-    sae = CLASSES[name](d_in, d_sae, dtype=dtype, seed=0)
+    options, metadata = (
+        entry(manifest, dict, "sae", key) if key in manifest["sae"] else {} for key in ("options", "metadata")
+    )
+    try:
+        sae = CLASSES[name](d_in, d_sae, dtype=dtype, seed=0, **options)
+    except TypeError as error:
+        raise ValueError(f"{MANIFEST}: sae.options: got {sorted(options)}: {error}") from error
+    sae.metadata = metadata
     for name, parameter in sae.state_dict().items():
         if name not in weights:
             raise ValueError(f"weights: tensor {name!r} is missing")

@@ -170,8 +170,9 @@ class Trainer:
         self.wait()
         return {**self.__dict__, "_runner": None}  # a copy has steps, graphs and events of its own
 
-    def step(self, x: Tensor) -> StepLog:
-        """One optimizer step on a batch x [..., d_in].
+    def step(self, x: Tensor, lr: float | None = None, l1_coefficient: float | None = None) -> StepLog:
+        """One optimizer step on a batch x [..., d_in].  ``lr`` and ``l1_coefficient`` replace the settings' and their
+        schedules in this step, for callers with schedules of their own.
 
         A NaN or infinity in x is a ``ValueError``, a non-finite loss or gradient a ``FloatingPointError``; both name the
         step, and leave weights and optimizer as they were.
@@ -188,7 +189,8 @@ class Trainer:
             undo = self._prepare(rows) if index == 0 else {}
         except ValueError as error:
             raise ValueError(f"step {index}: {error}") from error
-        lr, l1 = self._rates(index)
+        scheduled = self._rates(index)
+        lr, l1 = (s if given is None else given for s, given in zip(scheduled, (lr, l1_coefficient), strict=True))
         result: HostResult | DeviceResult
         try:
             if runner is not None:
