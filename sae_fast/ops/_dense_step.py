@@ -30,7 +30,8 @@ def dense_step_pays(code: SparseCode, W: Tensor) -> bool:
 
 class DenseGradients(NamedTuple):
     """losses [3] as in DecodeLoss.  Gradients: W_enc, W_dec [F, d]; bias, r_mag, b_mag [F]; delta [F], the sum of u's;
-    residual [d], the decoder's part of b_dec's.  values [F]: sums of the values that are penalised."""
+    residual [d], the decoder's part of b_dec's.  values [F]: sums of the values that are penalised.  errors [B, d]: x̂ −
+    target."""
 
     losses: Tensor
     W_enc: Tensor
@@ -41,6 +42,7 @@ class DenseGradients(NamedTuple):
     delta: Tensor
     values: Tensor
     residual: Tensor
+    errors: Tensor
 
 
 def dense_gradients(
@@ -58,7 +60,7 @@ def _by_engine(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_aux
     dW_enc, dW_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
     sums = torch.zeros(PARTS, 5, features)
     squares = torch.zeros(2, dtype=torch.float64)
-    residual_sum = torch.zeros(d)
+    residual_sum, errors = torch.zeros(d), torch.empty(n, d)
     for first, last in _dense.chunks(n, 2 * features):
         rows = slice(first, last)
         offset = b_dec - target[rows]
@@ -68,6 +70,8 @@ def _by_engine(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_aux
                 code.indptr, code.indices, None, first, last, values, torch.empty(last - first, features)
             )
             r = torch.addmm(offset, block, W_dec)
+            if v == 0:
+                errors[rows] = r
             squares[v] += r.double().pow(2).sum()
             if v == 0 or not stop_auxiliary:
                 dW_dec.addmm_(block.T, r, alpha=2 / n)
@@ -80,7 +84,7 @@ def _by_engine(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_aux
             address(blocks[1]) if gated else 0, address(sums), threads(),
         )  # fmt: skip
         dW_enc.addmm_(u_gradients.T, x_c[rows])
-    return _finish(n, squares, sparsity_weight, sums.sum(0), dW_enc, dW_dec, residual_sum)
+    return _finish(n, squares, sparsity_weight, sums.sum(0), dW_enc, dW_dec, residual_sum, errors)
 
 
 def _by_torch(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxiliary):
@@ -88,7 +92,7 @@ def _by_torch(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxi
     dW_enc, dW_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
     sums = W_dec.new_zeros(5, features)
     squares = W_dec.new_zeros(2, dtype=torch.float64)
-    residual_sum = W_dec.new_zeros(d)
+    residual_sum, errors = W_dec.new_zeros(d), W_dec.new_empty(n, d)
     for first, last in _dense.chunks(n, 2 * features, W_dec.device.type):
         rows = slice(first, last)
         begin, end = code.indptr[[first, last]].tolist()
@@ -104,6 +108,8 @@ def _by_torch(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxi
         values, grads = code.values[:, begin:end], []
         for v, value in enumerate(values):
             r = torch.addmm(b_dec - target[rows], spread(value), W_dec)
+            if v == 0:
+                errors[rows] = r
             squares[v] += r.double().pow(2).sum()
             if v == 0 or not stop_auxiliary:
                 dW_dec.addmm_(block.T, r, alpha=2 / n)
@@ -121,11 +127,11 @@ def _by_torch(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxi
             if entry is not None:
                 total += spread(entry).sum(0)
         dW_enc.addmm_(spread(entries[3]).T, x_c[rows])
-    return _finish(n, squares, sparsity_weight, sums, dW_enc, dW_dec, residual_sum)
+    return _finish(n, squares, sparsity_weight, sums, dW_enc, dW_dec, residual_sum, errors)
 
 
-def _finish(n, squares, sparsity_weight, sums, dW_enc, dW_dec, residual_sum):
+def _finish(n, squares, sparsity_weight, sums, dW_enc, dW_dec, residual_sum, errors):
     bias, r_mag, b_mag, delta, values = sums
     sparsity = (values.double() * sparsity_weight).sum()
     losses = torch.stack([squares[0], sparsity, squares[1]]) / n
-    return DenseGradients(losses.to(dW_dec.dtype), dW_enc, dW_dec, bias, r_mag, b_mag, delta, values, residual_sum)
+    return DenseGradients(losses.to(dW_dec.dtype), dW_enc, dW_dec, bias, r_mag, b_mag, delta, values, residual_sum, errors)
