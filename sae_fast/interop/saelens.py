@@ -1,0 +1,373 @@
+"""SAELens' training classes on the engine: same names, same arguments, same answers, in SAELens' own trainer and runner.
+
+    from sae_fast.interop.saelens import GatedTrainingSAE, GatedTrainingSAEConfig
+
+in the place of `from sae_lens import ...`; the rest of a training script stays.  The architectures are "sae_fast_gated" and
+"sae_fast_standard" in a training checkpoint; `save_inference_model` writes plain "gated" and "standard" folders, which
+SAELens loads without this package.
+
+One training step is one sparse pass, forward and gradients together, in fp32 also under autocast.  SAELens' own dense pass
+is taken where the engine cannot stand in for it (``why_dense()`` says why): while a hook sits on one of the SAE's hook
+points, with a warning; for other dtypes, layer norm, lp_norm ≠ 1, subclasses with formulas of their own, with a log line.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae_fast import functional, ops
+from sae_fast.code import SparseCode
+from sae_fast.extras import require
+from sae_fast.ops import _dense
+from sae_fast.ops._dispatch import cpu_rejects, without_autocast
+
+require("sae_lens", extra="saelens")
+
+from sae_lens import registry  # noqa: E402
+from sae_lens.saes import gated_sae, standard_sae  # noqa: E402
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss  # noqa: E402
+from transformer_lens.hook_points import HookPoint  # noqa: E402
+
+logger = logging.getLogger("sae_fast")
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IDENTITY_NORMS = ("none", "expected_average_only_in", "covariance_whitening")  # the last two are the trainer's work
+FORMULAS = ("process_sae_in", "encode_with_hidden_pre", "encode", "decode", "calculate_aux_loss")
+
+
+# ---- One step -------------------------------------------------------------------------------------------------------
+
+
+class _Step(NamedTuple):
+    """What a step is, besides its tensors: vectors are (b_gate, b_mag, r_mag) of "gated", (b_enc,) of "relu"."""
+
+    activation: str
+    centred: bool  # apply_b_dec_to_input
+    l1: float
+    gradients: bool  # whether to take them along
+
+    def code(self, x: Tensor, W_enc: Tensor, b_dec: Tensor, bias: Tensor, *magnitude: Tensor) -> tuple[Tensor, SparseCode]:
+        """(what the encoder's product takes, its code)."""
+        x_c = x - b_dec if self.centred else x
+        b_mag, r_mag = magnitude or (None, None)
+        return x_c, ops.encode(x_c, W_enc.T, bias, activation=self.activation, r_mag=r_mag, b_mag=b_mag)
+
+    def outputs(self, x: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """The differentiable outputs of _Forward, made of differentiable ops: what it is the short cut of."""
+        _, code = self.code(x, W_enc, b_dec, *vectors)
+        weight = functional.sparsity_weight(W_dec, self.l1, "saelens")
+        losses = ops.decode_loss(code, W_dec, b_dec, x, weight, x.shape[0], stop_auxiliary=False).losses.unbind()
+        acts = code.magnitudes if _listed(code) else code.to_dense()
+        return _sum(losses), *losses, ops.decode(code, W_dec) + b_dec, acts
+
+
+class _Forward(torch.autograd.Function):
+    """(loss, mse, l1, auxiliary, x̂, feature_acts, indptr, indices) of a step; feature_acts are [nnz], or [B, F] unless
+    the code is _listed.
+
+    The gradients of ``loss`` are taken with it, as the support is at hand; of anything else, by doing it again with
+    autograd.
+    """
+
+    @staticmethod
+    def forward(ctx, step: _Step, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.step = step
+        ctx.save_for_backward(*tensors)
+        with without_autocast():
+            x, W_enc, W_dec, b_dec, *vectors = tensors
+            x_c, code = step.code(x, W_enc, b_dec, *vectors)
+            pass_ = _dense_pass if step.gradients and ops.dense_step_pays(code, W_dec) else _sparse_pass
+            losses, x_hat, ctx.gradients = pass_(step, code, x_c, *tensors)
+            acts = code.magnitudes.clone() if _listed(code) else _to_dense(code)
+        ctx.mark_non_differentiable(code.indptr, code.indices)
+        parts = [part.clone() for part in losses]
+        return _sum(parts), *parts, x_hat, acts, code.indptr, code.indices
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, step, taken = ctx.saved_tensors, ctx.step, ctx.gradients
+        ctx.gradients = None  # else autograd would copy them into .grad
+        needed = ctx.needs_input_grad[1:]
+        with without_autocast():
+            if taken is not None and not needed[0] and grads[0] is not None and all(g is None for g in grads[1:]):
+                if grads[0].device.type != "cpu" or grads[0] != 1:
+                    taken = [g.mul_(grads[0]) for g in taken]
+                return (None, None, *(g if wanted else None for g, wanted in zip(taken, needed[1:], strict=True)))
+            del taken
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, needed, strict=True)]
+                outputs = step.outputs(*leaves)
+            given = [(o, g) for o, g in zip(outputs, grads[: len(outputs)], strict=True) if g is not None]
+            wanted_leaves = [leaf for leaf in leaves if leaf.requires_grad]
+            found = iter(torch.autograd.grad(*zip(*given, strict=True), wanted_leaves, allow_unused=True))  # type: ignore
+            return (None, *(next(found) if wanted else None for wanted in needed))
+
+
+def _sum(losses) -> Tensor:
+    mse, l1, auxiliary = losses
+    return mse + l1 + auxiliary
+
+
+def _sparse_pass(step, code, x_c, x, W_enc, W_dec, b_dec, *vectors):
+    """losses [3], x̂, and the gradients of their sum for (W_enc, W_dec, b_dec, *vectors) or None.  MATH.md §2."""
+    n, gated = x.shape[0], step.activation == "gated"
+    norm = W_dec.norm(dim=1)
+    out = ops.decode_loss(code, W_dec, b_dec, x, step.l1 * norm, n, stop_auxiliary=False)
+    if not step.gradients:
+        return out.losses, out.residual + x, None
+    csc = ops.transpose(code)
+    scale = torch.exp(vectors[2])[code.indices.long()] if gated else None
+    delta, *entries = functional.value_to_pre_gradients(step.activation, code.u, code.values, out.grads, scale)
+    bias, r_mag, b_mag = entries
+    lists = (bias, b_mag, r_mag) if gated else (bias,)
+    delta_sums, penalised, *d_vectors = functional.entry_sums(csc, [delta, code.gates, *lists])
+    residuals = (out.residual, out.residual_aux) if gated else (out.residual,)
+    dW_enc = ops.outer(csc, [delta], [x_c])
+    dW_dec = ops.outer(csc, [values * (2 / n) for values in code.values], residuals)
+    _add_norm_cost(dW_dec, W_dec, norm, penalised * (step.l1 / n))
+    db_dec = sum(r.sum(0) for r in residuals) * (2 / n)
+    if step.centred:
+        db_dec = db_dec - functional.weighted_rows(delta_sums, W_enc.T)
+    return out.losses, out.residual + x, [dW_enc.T, dW_dec, db_dec, *d_vectors]
+
+
+def _dense_pass(step, code, x_c, x, W_enc, W_dec, b_dec, *vectors):
+    """The same for a code so dense that its gradients are, as zero biases make it."""
+    gated, norm = step.activation == "gated", W_dec.norm(dim=1)
+    scale = torch.exp(vectors[2]) if gated else None
+    out = ops.dense_gradients(code, x_c, x, W_dec, b_dec, scale, step.l1 * norm, stop_auxiliary=False)
+    _add_norm_cost(out.W_dec, W_dec, norm, out.values * (step.l1 / x.shape[0]))
+    db_dec = out.residual - functional.weighted_rows(out.delta, W_enc.T) if step.centred else out.residual
+    d_vectors = (out.bias, out.b_mag, out.r_mag) if gated else (out.bias,)
+    return out.losses, out.errors + x, [out.W_enc.T, out.W_dec, db_dec, *(v.contiguous() for v in d_vectors)]
+
+
+def _add_norm_cost(dW_dec: Tensor, W_dec: Tensor, norm: Tensor, cost: Tensor) -> None:
+    """The gradient of Σ cost_i ‖d_i‖, added in place; 0 at d_i = 0, as autograd takes the norm's."""
+    dW_dec.addcmul_(torch.where(norm > 0, cost / norm, 0)[:, None], W_dec)
+
+
+def _listed(code: SparseCode) -> bool:
+    """Whether the trainer gets a code's entries rather than a dense matrix: it sorts them twice a step for its statistics,
+    which costs as much as its passes over 64 zeros each."""
+    return 64 * code.nnz <= code.batch * code.d_sae
+
+
+def _to_dense(code: SparseCode) -> Tensor:
+    """[B, F], outside of autograd."""
+    if cpu_rejects(code.values) is not None:
+        return code.to_dense()
+    out, values = torch.empty(code.batch, code.d_sae), code.magnitudes.contiguous()
+    return _dense.scatter(code.indptr, code.indices, None, 0, code.batch, values, out)
+
+
+def _coo(indptr: Tensor, indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """Sparse COO [B, F].  In order and without duplicates, so nothing need sort it."""
+    rows = torch.repeat_interleave(
+        torch.arange(shape[0], device=indptr.device), indptr.diff(), output_size=indices.shape[0]
+    )
+    at = torch.stack([rows, indices.long()])
+    return torch.sparse_coo_tensor(at, values, shape, is_coalesced=True, check_invariants=False)
+
+
+# ---- The SAEs -------------------------------------------------------------------------------------------------------
+
+
+class OnTheEngine:
+    """What both classes put in front of SAELens' own.
+
+    W_enc keeps its shape [d_in, d_sae] and has the memory of its transpose: the engine reads a feature's row in one run,
+    its gradient comes so laid out, and torch's optimizers follow.
+    """
+
+    _activation: str
+    _vectors: tuple[str, ...]  # the encoder's bias first, then b_mag and r_mag
+    _formulas: dict[str, Callable]  # SAELens' own, whose results the engine gives
+    W_enc: nn.Parameter
+
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)  # type: ignore[call-arg]
+        self._said: set[str] = set()
+        self._own = {
+            name: getattr(self, name) for name in ("run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
+        }
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()  # type: ignore[misc]
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        if not self.W_enc.T.is_contiguous():  # new, or assigned by load_state_dict
+            self.W_enc.data = self.W_enc.data.T.contiguous().T
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """safetensors takes contiguous tensors only."""
+        super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
+        state_dict.update({name: t.contiguous() for name, t in state_dict.items() if isinstance(t, Tensor)})
+
+    def why_dense(self) -> str | None:
+        """Why a training step would take SAELens' own dense pass now; None when the engine takes it."""
+        sae: Any = self
+        for name in sae.hook_dict:
+            point = getattr(sae, name)  # an Identity while SAELens keeps its hooks out
+            if _has_hooks(point):
+                return f"a hook is registered on {name}"
+            if type(point) not in (HookPoint, nn.Identity):
+                return f"{name} is a {type(point).__name__}"
+        dtypes = {p.dtype for p in sae.parameters()} | {sae.dtype}
+        if dtypes != {torch.float32}:
+            return f"the dtype is {', '.join(sorted(str(d) for d in dtypes))}; the engine computes in float32"
+        if sae.W_enc.device.type not in ("cpu", "cuda"):
+            return f"the device is {sae.W_enc.device}"
+        if sae.cfg.normalize_activations not in IDENTITY_NORMS:
+            return f"normalize_activations is {sae.cfg.normalize_activations!r}"
+        if getattr(sae.cfg, "lp_norm", 1.0) != 1:
+            return f"lp_norm is {sae.cfg.lp_norm}"
+        if sae.hook_z_reshaping_mode:
+            return "hook_z reshaping is on"
+        for name, own in self._formulas.items():
+            if getattr(type(self), name) is not own or name in vars(self):
+                return f"{name} is not SAELens' own"
+        replaced = [name for name, own in self._own.items() if getattr(self, name) is not own]
+        replaced += ["mse_loss_fn"] if sae.mse_loss_fn is not mse_loss else []
+        replaced += ["activation_fn"] if type(sae.activation_fn) is not nn.ReLU or _has_hooks(sae.activation_fn) else []
+        return f"{replaced[0]} is not SAELens' own" if replaced else None
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the engine takes a training step on x; if not, says why, once for each reason."""
+        why = self.why_dense()
+        if why is None and not (x.dim() == 2 and x.shape[0] > 0 and x.dtype in INPUT_DTYPES):
+            why = f"sae_in is {x.dtype} {tuple(x.shape)}, not a batch [B, d_in] of float32, bfloat16 or float16"
+        if why is None:
+            return True
+        hook = why.startswith("a hook")
+        key = "hook" if hook else why
+        if key not in self._said:
+            self._said.add(key)
+            if hook:
+                warnings.warn(
+                    f"{why}: dense activations are materialised and training is slow while it is there", stacklevel=3
+                )
+            else:
+                logger.warning("%s: SAELens' own dense pass trains, as %s", type(self).__name__, why)
+        return False
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """SAELens' training_forward_pass on the engine.
+
+        ``feature_acts`` is a sparse COO tensor [B, d_sae], or a dense one while more than 1/64 of it is active, as zero
+        biases make it.  ``hidden_pre`` is the same tensor: where a feature fires the two are equal, and where none does
+        nothing here computes what the activation function would have cut to 0.  All outputs are differentiable.
+        """
+        if not self._takes(step_input.sae_in):
+            return super().training_forward_pass(step_input)  # type: ignore[misc]
+        return self._fast_forward_pass(step_input)
+
+    @torch.compiler.disable
+    def _fast_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        self._lay_out()
+        sae: Any = self
+        x = step_input.sae_in.to(torch.float32)
+        step = _Step(
+            self._activation, sae.cfg.apply_b_dec_to_input, float(step_input.coefficients["l1"]), torch.is_grad_enabled()
+        )
+        vectors = [getattr(self, name) for name in self._vectors]
+        loss, mse, l1, auxiliary, sae_out, acts, indptr, indices = _Forward.apply(
+            step, x, sae.W_enc, sae.W_dec, sae.b_dec, *vectors
+        )
+        if acts.dim() == 1:
+            acts = _coo(indptr, indices, acts, torch.Size((x.shape[0], sae.W_dec.shape[0])))
+        losses = {"mse_loss": mse, "l1_loss": l1}
+        if self._activation == "gated":
+            losses["auxiliary_reconstruction_loss"] = auxiliary
+        return TrainStepOutput(
+            sae_in=step_input.sae_in, sae_out=sae_out, feature_acts=acts, hidden_pre=acts, loss=loss, losses=losses
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense features [..., d_sae], as SAELens' encode gives them."""
+        if self.why_dense() is not None or x.dtype not in INPUT_DTYPES or x.dim() < 2:
+            return super().encode(x)  # type: ignore[misc]
+        return self._fast_encode(x)
+
+    @torch.compiler.disable
+    def _fast_encode(self, x: Tensor) -> Tensor:
+        self._lay_out()
+        sae: Any = self
+        bias, *magnitude = (getattr(self, name) for name in self._vectors)
+        if magnitude:
+            bias = bias.detach()  # a gate's step has no gradient, in SAELens not even one of 0
+        step = _Step(self._activation, sae.cfg.apply_b_dec_to_input, 0.0, False)
+        rows = x.to(torch.float32).reshape(-1, x.shape[-1])
+        with without_autocast():
+            _, code = step.code(rows, sae.W_enc, sae.b_dec, bias, *magnitude)
+            dense = code.to_dense() if code.values.requires_grad else _to_dense(code)
+        return dense.reshape(*x.shape[:-1], -1)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+@dataclass
+class GatedTrainingSAEConfig(gated_sae.GatedTrainingSAEConfig):
+    """SAELens' GatedTrainingSAEConfig, for the class below."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "sae_fast_gated"
+
+    def get_inference_config_class(self) -> Any:
+        """SAELens' own: what save_inference_model writes needs nothing of ours."""
+        return gated_sae.GatedSAEConfig
+
+
+@dataclass
+class StandardTrainingSAEConfig(standard_sae.StandardTrainingSAEConfig):
+    """SAELens' StandardTrainingSAEConfig, for the class below."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "sae_fast_standard"
+
+    def get_inference_config_class(self) -> Any:
+        """SAELens' own: what save_inference_model writes needs nothing of ours."""
+        return standard_sae.StandardSAEConfig
+
+
+class GatedTrainingSAE(OnTheEngine, gated_sae.GatedTrainingSAE):
+    """SAELens' GatedTrainingSAE, trained by the engine."""
+
+    _activation = "gated"
+    _vectors = ("b_gate", "b_mag", "r_mag")
+
+
+class StandardTrainingSAE(OnTheEngine, standard_sae.StandardTrainingSAE):
+    """SAELens' StandardTrainingSAE, trained by the engine."""
+
+    _activation = "relu"
+    _vectors = ("b_enc",)
+
+
+def _register(sae: Any, config: Any, inference: Any, inference_config: Any) -> None:
+    sae._formulas = {name: getattr(sae, name) for name in FORMULAS}
+    name = config.architecture()
+    registry.SAE_TRAINING_CLASS_REGISTRY.pop(name, None)  # it may be ours from before a reload
+    registry.SAE_CLASS_REGISTRY.pop(name, None)
+    registry.register_sae_training_class(name, sae, config)
+    registry.register_sae_class(name, inference, inference_config)
+
+
+_register(GatedTrainingSAE, GatedTrainingSAEConfig, gated_sae.GatedSAE, gated_sae.GatedSAEConfig)
+_register(StandardTrainingSAE, StandardTrainingSAEConfig, standard_sae.StandardSAE, standard_sae.StandardSAEConfig)
+
+__all__ = ["GatedTrainingSAE", "GatedTrainingSAEConfig", "StandardTrainingSAE", "StandardTrainingSAEConfig"]
