@@ -106,9 +106,13 @@ class _Forward(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, needed, strict=True)]
                 outputs = step.outputs(*leaves)
-            given = [(o, g) for o, g in zip(outputs, grads[: len(outputs)], strict=True) if g is not None]
-            wanted_leaves = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(torch.autograd.grad(*zip(*given, strict=True), wanted_leaves, allow_unused=True))  # type: ignore
+            chosen = [i for i in range(len(outputs)) if grads[i] is not None]
+            found = iter(
+                torch.autograd.grad(
+                    [outputs[i] for i in chosen], [leaf for leaf in leaves if leaf.requires_grad],
+                    [grads[i] for i in chosen], allow_unused=True,
+                )
+            )  # fmt: skip
             return (None, *(next(found) if wanted else None for wanted in needed))
 
 
@@ -367,7 +371,11 @@ def _register(sae: Any, config: Any, inference: Any, inference_config: Any) -> N
     registry.register_sae_class(name, inference, inference_config)
 
 
-_register(GatedTrainingSAE, GatedTrainingSAEConfig, gated_sae.GatedSAE, gated_sae.GatedSAEConfig)
-_register(StandardTrainingSAE, StandardTrainingSAEConfig, standard_sae.StandardSAE, standard_sae.StandardSAEConfig)
+def _register_all() -> None:
+    _register(GatedTrainingSAE, GatedTrainingSAEConfig, gated_sae.GatedSAE, gated_sae.GatedSAEConfig)
+    _register(StandardTrainingSAE, StandardTrainingSAEConfig, standard_sae.StandardSAE, standard_sae.StandardSAEConfig)
+
+
+_register_all()
 
 __all__ = ["GatedTrainingSAE", "GatedTrainingSAEConfig", "StandardTrainingSAE", "StandardTrainingSAEConfig"]
