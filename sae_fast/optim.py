@@ -23,8 +23,10 @@ class RowAdam(torch.optim.Optimizer):
     A parameter's gradient is a RowGradient given to :meth:`step`, or else its dense ``.grad``.  The lazy route is taken
     for RowGradients at β1 = 0 and eps > 0; otherwise the gradient is made dense and torch's fused Adam runs.
     ``params`` may be groups; ``unit_rows=True`` in a group holds the rows of its [F, d] weights at unit norm: the component
-    of the gradient along each row is removed, Adam steps, the row is renormalised.  State: ``step``, ``exp_avg_sq`` (raw,
-    as of ``last_step`` [F]), and ``exp_avg`` when β1 > 0; state_dict() keeps it raw, so that resuming is bitwise.
+    of the gradient along each row is removed, Adam steps, the row is renormalised.  Rows are made unit before the first
+    step; with ``unit_start=False`` it takes them as they are and makes them so, as other packages' optimizers do.  State:
+    ``step``, ``exp_avg_sq`` (raw, as of ``last_step`` [F]), and ``exp_avg`` when β1 > 0; state_dict() keeps it raw, so that
+    resuming is bitwise.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class RowAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.0, 0.999),
         eps: float = 1e-8,
         unit_rows: bool = False,
+        unit_start: bool = True,
     ):
         if not lr >= 0:
             raise ValueError(f"lr: got {lr}, want ≥ 0")
@@ -41,7 +44,7 @@ class RowAdam(torch.optim.Optimizer):
             raise ValueError(f"betas: got {betas}, want two numbers in [0, 1)")
         if not eps >= 0:
             raise ValueError(f"eps: got {eps}, want ≥ 0")
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, unit_rows=unit_rows))
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, unit_rows=unit_rows, unit_start=unit_start))
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dtype not in (torch.float32, torch.float64):
@@ -89,6 +92,8 @@ class RowAdam(torch.optim.Optimizer):
         shadow: ops.Shadow | None,
     ) -> None:
         state = self.state[p]
+        if not state and group["unit_rows"] and not group.get("unit_start", True):
+            gradient = to_dense(gradient, p).contiguous()  # of every row, as each is to be made unit
         if not state:
             self._initialise(p, state, group)
             if shadow is not None and group["unit_rows"]:
@@ -146,7 +151,7 @@ class RowAdam(torch.optim.Optimizer):
         state["beta2"] = group["betas"][1]
         state["exp_avg_sq"] = torch.zeros_like(p)
         state["last_step"] = torch.zeros(_as_rows(p).shape[0], dtype=torch.int64, device=p.device)
-        if group["unit_rows"]:  # once: the lazy route never visits an idle row
+        if group["unit_rows"] and group.get("unit_start", True):  # once: the lazy route never visits an idle row
             p.copy_(torch.nn.functional.normalize(p, dim=1))
 
     @staticmethod

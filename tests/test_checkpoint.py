@@ -227,10 +227,15 @@ def test_saving_a_layer_over_a_trainers_folder_leaves_no_optimizer_file(tmp_path
 def test_a_folder_without_a_checkpoint_is_a_file_not_found_error_that_names_it(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    for load in (sf.load, sf.Trainer.load):
-        for name in ("missing", "empty", "file"):
-            with pytest.raises(FileNotFoundError, match=rf"{name} holds no config\.json"):
-                load(tmp_path / name)
+    for name in ("missing", "empty", "file"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} holds no config\.json"):
+            sf.Trainer.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"missing', and it is no place on the Hub"):
+        sf.load(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=r"empty holds no config\.json or other sign of an SAE, but nothing"):
+        sf.load(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"got the file .*file, want a folder"):
+        sf.load(tmp_path / "file")
 
 
 @pytest.mark.parametrize("group", ["weights", "optimizer"])

@@ -1,0 +1,7 @@
+"""Other packages' checkpoints: load, save, convert, push.  Their trainers, to be used in place of theirs, are modules of
+their own that import the package: ``sae_fast.interop.dictionary_learning``, ``sae_fast.interop.saelens``."""
+
+from sae_fast.interop.checkpoints import convert, load, save
+from sae_fast.interop.hub import push_to_hub
+
+__all__ = ["convert", "load", "push_to_hub", "save"]

@@ -71,6 +71,8 @@ class DeviceRunner:
             return f"betas[0] = {settings.betas[0]} and eps = {settings.eps} visit every row in every step"
         if not trainer.sae.apply_b_dec_to_input:
             return "its screen subtracts b_dec from the input, and this SAE does not"
+        if not settings.unit_start and trainer.step_count == 0:
+            return "its first step makes every decoder row unit"
         if trainer.sae.precision not in ("exact", "bf16"):
             return f"precision {trainer.sae.precision!r} takes torch's product"
         if not (may_run("triton") or may_run("cuda")):

@@ -108,6 +108,7 @@ class Settings:
     l1_warmup_steps: int
     init_l0: float | None
     grad_clip: float | None
+    unit_start: bool = True
 
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:
@@ -134,7 +135,8 @@ class Trainer:
     sparsity by the decoder norms instead.  lr and l1_coefficient are constant unless warm-up or decay steps are given:
     both warm up linearly from 0; the learning rate falls linearly to 0 from ``lr_decay_start`` to ``total_steps``.
     ``init_l0``: calibrate the encoder biases on the first batch (see ``calibrate_``).  ``grad_clip``: the largest global
-    gradient norm.  ``betas[0] = 0`` takes the lazy optimizer (see RowAdam).
+    gradient norm.  ``betas[0] = 0`` takes the lazy optimizer; ``unit_start`` is for decoder rows that are not unit at first
+    (see RowAdam for both).
     """
 
     def __init__(
@@ -151,17 +153,18 @@ class Trainer:
         l1_warmup_steps: int = 0,
         init_l0: float | None = None,
         grad_clip: float | None = None,
+        unit_start: bool = True,
     ):
         if not hasattr(sae, "loss"):
             raise ValueError(f"sae: got {type(sae).__name__}, want a GatedSAE or ReluSAE; others are for inference")
         self.sae = sae
         self.settings = Settings(
             lr, l1_coefficient, tuple(betas), eps, dialect, lr_warmup_steps, lr_decay_start, total_steps,  # type: ignore[arg-type]
-            l1_warmup_steps, init_l0, grad_clip,
+            l1_warmup_steps, init_l0, grad_clip, unit_start,
         )  # fmt: skip
         rest = [p for name, p in sae.named_parameters() if name != "W_dec"]
         groups = [{"params": [sae.W_dec], "unit_rows": dialect == "paper"}, {"params": rest}]
-        self.optimizer = RowAdam(groups, lr=lr, betas=betas, eps=eps)
+        self.optimizer = RowAdam(groups, lr=lr, betas=betas, eps=eps, unit_start=unit_start)
         self.step_count = 0
         self._kept = ops.KeptShadow()  # of W_enc: this Trainer is its sole writer between steps
         self._runner: DeviceRunner | None = None
@@ -295,9 +298,10 @@ class Trainer:
         manifest, tensors = checkpoint.read(path, ("weights", "optimizer"))
         sae = checkpoint.rebuild(manifest, tensors["weights"]).to(device)
         settings = checkpoint.entry(manifest, dict, "trainer", "settings")
-        names = {field.name for field in dataclasses.fields(Settings)}
-        if set(settings) != names:
-            missing, unknown = sorted(names - set(settings)), sorted(set(settings) - names)
+        fields = dataclasses.fields(Settings)
+        needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+        missing, unknown = sorted(needed - set(settings)), sorted(set(settings) - {field.name for field in fields})
+        if missing or unknown:
             raise ValueError(f"{checkpoint.MANIFEST}: trainer.settings: {missing} missing, {unknown} unknown")
         betas = tuple(checkpoint.entry(manifest, list, "trainer", "settings", "betas"))
         trainer = cls(sae, **{**settings, "betas": betas})
@@ -321,10 +325,11 @@ class Trainer:
         if self.settings.init_l0 is not None:
             undo = {name: self.sae.get_parameter(name).clone() for name in self.sae.per_feature}
             self.sae.calibrate_(rows, self.settings.init_l0)
+        if self.settings.dialect != "paper" or not self.settings.unit_start:
+            return undo
         norms = self.sae.W_dec.norm(dim=1)
-        if self.settings.dialect == "paper":
-            undo["W_dec"] = self.sae.W_dec.clone()  # the optimizer makes the rows unit to the last bit
-        if self.settings.dialect == "paper" and bool(((norms - 1).abs() > 8 * torch.finfo(norms.dtype).eps).any()):
+        undo["W_dec"] = self.sae.W_dec.clone()  # the optimizer makes the rows unit to the last bit
+        if bool(((norms - 1).abs() > 8 * torch.finfo(norms.dtype).eps).any()):
             self.sae.W_dec.copy_(torch.nn.functional.normalize(self.sae.W_dec, dim=1))
         return undo
 

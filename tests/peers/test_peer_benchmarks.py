@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make bench-peers")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import gate, machine
 from benchmarks.cases import CASES

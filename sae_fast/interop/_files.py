@@ -1,0 +1,140 @@
+"""Reading and writing other packages' files: no pickle is executed, nothing is half-written, every error names the file and
+the tensor or key."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Tensors:
+    """The tensors of a file: each is taken once, with the shape that it has to have; what is left over is an error."""
+
+    def __init__(self, file: Path, tensors: Mapping[str, Any]):
+        self.file, self._left = file, dict(tensors)
+        for name, tensor in self._left.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{file}: {name}: got {type(tensor).__name__}, want a tensor")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def names(self) -> set[str]:
+        return set(self._left)
+
+    def take(self, name: str, *shape: int | None) -> Tensor:
+        """The tensor of that name, of a shape in which None stands for any size."""
+        if name not in self._left:
+            raise ValueError(f"{self.file}: tensor {name!r} is missing; it holds {sorted(self._left)}")
+        tensor = self._left.pop(name)
+        fits = tensor.dim() == len(shape) and all(w is None or s == w for s, w in zip(tensor.shape, shape, strict=True))
+        if not fits:
+            wanted = ", ".join("any" if w is None else str(w) for w in shape)
+            raise ValueError(f"{self.file}: {name}: got shape {tuple(tensor.shape)}, want ({wanted})")
+        return tensor
+
+    def finish(self) -> None:
+        if self._left:
+            raise ValueError(f"{self.file}: unknown tensors {sorted(self._left)}: nothing is known to hold them")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: there is no such file") from error
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: got {type(value).__name__}, want an object")
+    return value
+
+
+def key(config: Mapping[str, Any], file: Path, kind: type | tuple[type, ...], *path: str) -> Any:
+    """The value at these nested keys, or ``ValueError`` that names them."""
+    value: Any = config
+    for part in path:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"{file}: {'.'.join(path)}: got {value!r}, want {' or '.join(k.__name__ for k in kinds)}")
+    return value
+
+
+def read_safetensors(file: Path) -> Tensors:
+    try:
+        return Tensors(file, {name: t.clone() for name, t in load_file(file).items()})  # what is loaded outlives the file
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: there is no such file") from error
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated or damaged: {error}") from error
+
+
+def read_pt(file: Path) -> Any:
+    """What torch.save wrote, as far as it is tensors and plain values."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: there is no such file") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).replace("\n", " ")
+        if "Unsupported global" in reason or "Unsupported class" in reason or "Unsupported operand" in reason:
+            wanted = "want tensors and plain values: it names code, and a pickle is never executed"
+            raise ValueError(f"{file}: {wanted} ({_global(reason)})") from error
+        raise ValueError(f"{file}: truncated or damaged: {reason[:200]}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{file}: truncated or damaged: {str(error)[:200]}") from error
+
+
+def _global(reason: str) -> str:
+    """What torch says of the code that a pickle asks for, without its advice to run it."""
+    start = reason.find("Unsupported")
+    return reason[start:].split(" was not", 1)[0].split(". ", 1)[0][:200]
+
+
+def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], overwrite: bool) -> None:
+    """Writes the files into the folder, all or none; each value writes its file to the path that it is given.
+
+    ``FileExistsError`` when the folder has one of them and ``overwrite`` is not given.
+    """
+    there = [name for name in files if (folder / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{folder}: holds {', '.join(there)} already; overwrite=True (--overwrite) replaces them")
+    folder.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    made = {name: folder / f".{name}.{token}.tmp" for name in files}
+    try:
+        for name, write in files.items():
+            write(made[name])
+            with open(made[name], "rb+") as handle:
+                os.fsync(handle.fileno())
+        for name, path in made.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in made.values():
+            path.unlink(missing_ok=True)
+
+
+def json_writer(value: Mapping[str, Any]) -> Callable[[Path], None]:
+    text = json.dumps(value, indent=2) + "\n"  # here: what JSON cannot hold is found before anything is written
+    return lambda path: path.write_text(text, encoding="utf-8") and None
+
+
+def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return lambda path: save_file(plain, path, metadata={"format": "pt"})
+
+
+def pt_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return lambda path: torch.save(plain, path)

@@ -1,0 +1,111 @@
+"""Decoder norms: from rows of any norm to unit rows, and back to the same bits.
+
+The function of an SAE does not change when W_dec's row i is divided by n_i and W_enc's row and the biases of feature i are
+multiplied by it; f_i becomes n_i times as large.  Exact in the reals, rounded in floats.  ``Unfold`` keeps what it takes to
+undo the roundings too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_fast.nn import SparseAutoencoder
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of an element's size
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far from 1 the norms of rows held at unit norm may be: what SAEBench allows."""
+    return 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5
+
+
+def norms(sae: SparseAutoencoder) -> Tensor:
+    """[F] in the dtype of W_dec, summed in float64."""
+    return sae.W_dec.detach().double().norm(dim=1).to(sae.W_dec.dtype)
+
+
+def is_unit(sae: SparseAutoencoder) -> bool:
+    return bool(((norms(sae).double() - 1).abs() <= tolerance(sae.W_dec.dtype)).all())
+
+
+def scaled(sae: SparseAutoencoder) -> list[str]:
+    """The parameters whose row or element i is multiplied by n_i.  r_mag is not: it multiplies u, which already is."""
+    return ["W_enc", *(name for name in sae.per_feature if name != "r_mag")]
+
+
+@dataclass(frozen=True)
+class Unfold:
+    """How to undo :func:`fold`.  ``norms`` [F]; ``ulps``: for each parameter by how many representable numbers, counted in
+    the integers of its bits, the plain way back misses what it was; ``digest``: of the folded weights."""
+
+    norms: Tensor
+    ulps: dict[str, Tensor]
+    digest: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"norms": self.norms, **{f"ulps.{name}": t for name, t in self.ulps.items()}}
+
+    @staticmethod
+    def of_tensors(tensors: dict[str, Tensor], digest: str) -> Unfold:
+        ulps = {name.removeprefix("ulps."): t for name, t in tensors.items() if name.startswith("ulps.")}
+        return Unfold(tensors["norms"], ulps, digest)
+
+
+@torch.no_grad()
+def fold(sae: SparseAutoencoder) -> Unfold:
+    """Makes W_dec's rows unit, in place.  A row of norm 0 stays as it is."""
+    if sae.W_enc.dtype == torch.float64:
+        raise ValueError("sae: got torch.float64, want a narrower dtype to fold decoder norms in")
+    n = norms(sae)
+    n = torch.where(n > 0, n, 1)
+    before = {name: sae.get_parameter(name).detach().clone() for name in ("W_dec", *scaled(sae))}
+    for name in before:
+        _scale(sae.get_parameter(name), n, inverse=name == "W_dec")
+    ulps = {}
+    for name, was in before.items():
+        back = sae.get_parameter(name).detach().clone()
+        _scale(back, n, inverse=name != "W_dec")
+        ulps[name] = _narrow(_bits(was).long() - _bits(back).long())
+    return Unfold(n, ulps, digest(sae))
+
+
+@torch.no_grad()
+def unfold(sae: SparseAutoencoder, how: Unfold) -> None:
+    """Undoes :func:`fold`, in place, bit for bit; ``ValueError`` if the weights have changed since."""
+    if digest(sae) != how.digest:
+        raise ValueError("unfold: the weights are no longer those whose decoder norms were folded")
+    for name, ulps in how.ulps.items():
+        parameter = sae.get_parameter(name)
+        back = parameter.detach().clone()
+        _scale(back, how.norms, inverse=name != "W_dec")
+        integers = _bits(back)
+        integers += ulps.to(integers.dtype)
+        parameter.copy_(back)
+
+
+def digest(sae: SparseAutoencoder) -> str:
+    """Of the bits of the folded parameters."""
+    found = hashlib.sha256()
+    for name in ("W_dec", *scaled(sae)):
+        found.update(_bits(sae.get_parameter(name).detach().cpu().contiguous()).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _scale(t: Tensor, n: Tensor, inverse: bool) -> None:
+    """By float64, so that there is one rounding."""
+    factor = n.double() if t.dim() == 1 else n.double()[:, None]
+    t.copy_(t.double() / factor if inverse else t.double() * factor)
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.view(INTEGERS[t.element_size()])
+
+
+def _narrow(ulps: Tensor) -> Tensor:
+    """In the narrowest integers that hold them."""
+    largest = int(ulps.abs().max()) if ulps.numel() else 0
+    return ulps.to(next(d for d in (torch.int8, torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(d).max))

@@ -1,0 +1,143 @@
+"""load, save and convert: an SAE from any format to any other that can hold it, exactly, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_fast.interop import _norms, hub
+from sae_fast.interop.formats import FORMATS, Loaded, find
+from sae_fast.nn import GatedSAE, SparseAutoencoder
+
+UNIT = ("dictionary_learning", "saebench")  # whose SAEs have unit decoder rows
+
+
+def load(
+    path: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    *,
+    activation_scale: float | None = None,
+    fold_decoder_norm: bool = False,
+) -> SparseAutoencoder:
+    """The SAE in a folder or file of sae_fast, dictionary_learning, SAELens or sparsify, found by its files' names.
+
+    ``path`` that is not there is taken as a place on the Hugging Face Hub: "user/repo", "user/repo/folder",
+    "user/repo/folder@revision".
+    ``activation_scale`` s: the SAE was trained on s · x, and is made one of x: W_enc·s, W_dec/s, b_dec/s (SAELens'
+    normalize_activations "expected_average_only_in" keeps s outside its files).
+    ``fold_decoder_norm``: decoder rows are made unit and features count their norms: exact in the reals, f_i times n_i.
+
+    ``sae.metadata`` has where it came from: format, model_name, layer, hook_name, and the config as it was.  A warning says
+    what the numbers alone do not.  ``FileNotFoundError`` when there is nothing; ``ValueError`` that names the file, and the
+    tensor or key, when it is damaged or of a kind that no layer here holds.  No pickle is executed.
+    """
+    return _read(path, activation_scale, fold_decoder_norm, stacklevel=3).sae.to(device)
+
+
+def save(
+    sae: SparseAutoencoder,
+    path: str | os.PathLike,
+    format: str = "sae_fast",
+    *,
+    overwrite: bool = False,
+    fold_decoder_norm: bool | None = None,
+    model_name: str | None = None,
+    layer: int | None = None,
+    hook_name: str | None = None,
+) -> None:
+    """Writes ``sae`` into the folder ``path`` in a format: "sae_fast", "dictionary_learning", "saelens", "sparsify" or
+    "saebench".
+
+    ``ValueError`` names the key or tensor that a format cannot hold; ``FileExistsError`` when the folder has such files
+    already and ``overwrite`` is not given.  ``fold_decoder_norm``: whether decoder rows are made unit (see :func:`load`).
+    By default that is done for formats whose own SAEs are so, dictionary_learning's and SAEBench's, where this SAE's rows
+    are not; what came from dictionary_learning goes back as it was.  Such a folder also gets what it takes to undo the
+    folding bit for bit.
+    """
+    _write(sae, path, format, overwrite, fold_decoder_norm, dict(model_name=model_name, layer=layer, hook_name=hook_name))
+
+
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    to: str,
+    *,
+    as_jumprelu: bool = False,
+    activation_scale: float | None = None,
+    overwrite: bool = False,
+    fold_decoder_norm: bool | None = None,
+    model_name: str | None = None,
+    layer: int | None = None,
+    hook_name: str | None = None,
+) -> SparseAutoencoder:
+    """Reads ``source`` as :func:`load` does, writes it as :func:`save` does, and returns what was written.
+
+    Decoder norms that an earlier conversion folded are unfolded first, to the same bits.  ``as_jumprelu``: a Gated SAE is
+    written as the JumpReLU SAE of the same function (exact up to ties, see ``GatedSAE.to_jumprelu``).
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to: got {to!r}, want one of {sorted(FORMATS)}")
+    loaded = _read(source, activation_scale, False, stacklevel=3)
+    sae = loaded.sae
+    if loaded.unfold is not None:
+        _norms.unfold(sae, loaded.unfold)
+    if as_jumprelu:
+        if not isinstance(sae, GatedSAE):
+            raise ValueError(f"as_jumprelu: got a {type(sae).__name__}, want a GatedSAE")
+        sae = sae.to_jumprelu(apply_b_dec_to_input=False if to == "dictionary_learning" else None)
+    about = dict(model_name=model_name, layer=layer, hook_name=hook_name)
+    return _write(sae, destination, to, overwrite, fold_decoder_norm, about)
+
+
+def _read(path: str | os.PathLike, scale: float | None, fold: bool, stacklevel: int) -> Loaded:
+    place = Path(path)
+    if not place.exists():
+        place = hub.fetch(os.fspath(path))
+    loaded = find(place).read(place)
+    if loaded.unfold is not None and _norms.digest(loaded.sae) != loaded.unfold.digest:
+        loaded.unfold = None  # it was trained on since
+    if loaded.unscaled is not None and scale is None:
+        raise ValueError(f"{loaded.unscaled}: the scale is not in the files; want activation_scale")
+    if scale is not None:
+        _scale(loaded.sae, scale)
+        loaded.unfold = None
+    if fold:
+        _norms.fold(loaded.sae)
+        loaded.unfold = None
+    for note in loaded.notes if not fold else [n for n in loaded.notes if "fold_decoder_norm" not in n]:
+        warnings.warn(f"{place}: {note}", stacklevel=stacklevel + 1)
+    return loaded
+
+
+def _write(
+    sae: SparseAutoencoder,
+    path: str | os.PathLike,
+    format: str,
+    overwrite: bool,
+    fold: bool | None,
+    about: dict[str, Any],
+) -> SparseAutoencoder:
+    if format not in FORMATS:
+        raise ValueError(f"format: got {format!r}, want one of {sorted(FORMATS)}")
+    sae = copy.deepcopy(sae)
+    sae.metadata |= {name: value for name, value in about.items() if value is not None}
+    if fold is None:
+        came_so = format == "dictionary_learning" and "dictionary_learning" in sae.metadata.get("configs", {})
+        fold = format in UNIT and not came_so and not _norms.is_unit(sae)
+    FORMATS[format].write(sae, Path(path), overwrite, _norms.fold(sae) if fold else None)
+    return sae
+
+
+@torch.no_grad()
+def _scale(sae: SparseAutoencoder, scale: float) -> None:
+    """From an SAE of scale · x to one of x."""
+    if not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
+        raise ValueError(f"activation_scale: got {scale!r}, want a positive number")
+    sae.W_enc.mul_(scale)
+    sae.W_dec.div_(scale)
+    sae.b_dec.div_(scale)

@@ -1,0 +1,35 @@
+"""The formats, one file each: how an SAE is found, read and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from sae_fast.interop.formats import dictionary_learning, native, saebench, saelens, sparsify
+from sae_fast.interop.formats._common import Format, Loaded
+
+_MODULES = (dictionary_learning, saelens, sparsify, native, saebench)  # in the order in which they are looked for
+FORMATS: dict[str, Format] = {module.NAME: cast(Format, module) for module in _MODULES}
+
+
+def find(path: Path) -> Format:
+    """The format of a folder or file, or ``FileNotFoundError`` that says what is there instead."""
+    found = next((f for f in FORMATS.values() if f.finds(path)), None)
+    if found is not None:
+        return found
+    if path.is_file():
+        raise ValueError(f"path: got the file {path}, want a folder, or a .pt file of dictionary_learning")
+    inside = sorted(
+        {p.parent.relative_to(path) for n in ("*.pt", "*.safetensors") for p in path.glob(f"**/{n}")} - {Path(".")}
+    )
+    if inside:
+        some = ", ".join(str(p) for p in inside[:5]) + (" …" if len(inside) > 5 else "")
+        raise FileNotFoundError(f"path: {path} holds no SAE itself; there are weights in {some}: name one of them")
+    there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(f"path: {path} holds no config.json or other sign of an SAE, but {there}; want {_WANTED}")
+
+
+_WANTED = (
+    "config.json of sae_fast, ae.pt (dictionary_learning), sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)"
+)
+__all__ = ["FORMATS", "Format", "Loaded", "find"]

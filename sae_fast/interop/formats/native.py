@@ -1,0 +1,26 @@
+"""sae_fast's own folder: what :func:`sae_fast.save` and ``Trainer.save`` write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae_fast.interop._norms import Unfold
+from sae_fast.interop.formats._common import Loaded
+from sae_fast.nn import SparseAutoencoder
+from sae_fast.train import checkpoint
+
+NAME = "sae_fast"
+
+
+def finds(path: Path) -> bool:
+    return (path / checkpoint.MANIFEST).is_file()  # whatever is in it: reading says what is wrong
+
+
+def read(path: Path) -> Loaded:
+    return Loaded(checkpoint.load(path))
+
+
+def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
+    if (folder / checkpoint.MANIFEST).exists() and not overwrite:
+        raise FileExistsError(f"{folder}: holds {checkpoint.MANIFEST} already; overwrite=True (--overwrite) replaces it")
+    checkpoint.save(sae, folder)

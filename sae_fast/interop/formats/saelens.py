@@ -1,0 +1,215 @@
+"""SAELens' folder: ``sae_weights.safetensors`` and ``cfg.json``, of its version 6 and of the versions before.
+
+W_enc is [d, F] there.  What stands between the activations and the SAE in its config is refused where a layer of ours has
+none of it: normalisation of each example, whitening, fine-tuning scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_fast import nn
+from sae_fast.interop import _norms
+from sae_fast.interop._files import Tensors, json_writer, key, read_json, read_safetensors, safetensors_writer, write_folder
+from sae_fast.interop._norms import Unfold
+from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
+from sae_fast.nn import SparseAutoencoder
+
+NAME = "saelens"
+WEIGHTS, CONFIG, VERSION = "sae_weights.safetensors", "cfg.json", "6.0.0"
+ARCHITECTURES = {
+    "gated": "gated",
+    "sae_fast_gated": "gated",  # the training classes of sae_fast.interop.saelens
+    "standard": "standard",
+    "sae_fast_standard": "standard",
+    "jumprelu": "jumprelu",
+    "topk": "topk",
+    "batchtopk": "batchtopk",  # checkpoints of a training; what it saves for inference is jumprelu
+    "matryoshka_batchtopk": "batchtopk",
+}
+METADATA = ("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "dataset_path", "neuronpedia_id")
+
+
+def finds(path: Path) -> bool:
+    return (path / WEIGHTS).is_file()
+
+
+def read(path: Path) -> Loaded:
+    file, tensors = path / CONFIG, read_safetensors(path / WEIGHTS)
+    stored = read_json(file)
+    config = _of_version_6(stored, file)
+    said = config.get("architecture", "standard")
+    if said not in ARCHITECTURES:
+        raise ValueError(f"{file}: architecture: got {said!r}, want one of {sorted(ARCHITECTURES)}")
+    _refuse_what_scales(config, file, tensors)
+    sae, notes = _layer(ARCHITECTURES[said], tensors, config, file)
+    tensors.finish()
+    for name, want in (("d_in", sae.d_in), ("d_sae", sae.d_sae)):
+        if key(config, file, int, name) != want:
+            raise ValueError(f"{file}: {name}: got {config[name]}, but {WEIGHTS} holds {want}")
+    metadata = config.get("metadata", {})
+    own = metadata.get(KEY, {}) if isinstance(metadata, dict) else {}
+    sae = _as_it_was(sae, own.get("class"), own.get("options", {}))
+    sae.metadata |= kept({**stored, KEY: own}, NAME)
+    for name in ("model_name", "hook_name"):
+        if metadata.get(name):
+            sae.metadata[name] = metadata[name]
+    if sae.metadata.get("layer") is None and (layer := layer_of(metadata.get("hook_name"))) is not None:
+        sae.metadata["layer"] = layer
+    if config.get("reshape_activations", "none") != "none":
+        notes.append(
+            f"reshape_activations: {config['reshape_activations']!r}: this SAE takes the heads' activations side by side, "
+            "[..., heads · d_head]"
+        )
+    unscaled = config.get("normalize_activations")
+    return Loaded(
+        sae, unscaled=None if unscaled in (None, "none") else f"{file}: normalize_activations: {unscaled!r}", notes=notes
+    )
+
+
+def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
+    architecture, more = _architecture(sae)
+    state = {name: t for name, t in sae.state_dict().items() if name != "threshold" or t.dim() == 1}
+    if isinstance(sae, nn.BatchTopKSAE):  # as the package itself saves one: JumpReLU with one threshold for all
+        state["threshold"] = sae.threshold.to(sae.W_enc.dtype).expand(sae.d_sae)
+    state["W_enc"] = state["W_enc"].T
+    config = config_of(sae, NAME)
+    metadata = dict(config.get("metadata", {}))
+    if ARCHITECTURES.get(config.get("architecture", "")) != architecture or not metadata:  # another, or before version 6
+        config = {}
+    metadata.setdefault("sae_lens_version", VERSION)
+    metadata |= {name: sae.metadata[name] for name in METADATA if sae.metadata.get(name) is not None}
+    options = {k: v for k, v in sae.options().items() if k != "apply_b_dec_to_input"}
+    metadata[KEY] = to_keep(sae, NAME, options=options)
+    config |= {
+        "architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae,
+        "dtype": str(sae.W_enc.dtype).removeprefix("torch."), "device": config.get("device", "cpu"),
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input, "normalize_activations": "none",
+        "reshape_activations": config.get("reshape_activations", "none"), **more, "metadata": metadata,
+    }  # fmt: skip
+    write_folder(folder, {WEIGHTS: safetensors_writer(state), CONFIG: json_writer(config)}, overwrite)
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def _of_version_6(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The config with the names and the nesting of version 6; what older versions left out has the values they gave it."""
+    metadata = config.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{file}: metadata: got {metadata!r}, want an object")
+    version = config.get("sae_lens_version") or metadata.get("sae_lens_version")
+    if version is not None and not (isinstance(version, str) and version.split(".")[0].isdigit()):
+        raise ValueError(f"{file}: sae_lens_version: got {version!r}, want a version")
+    if version is not None and int(version.split(".")[0]) >= 6:
+        return config
+    names = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+    config = {names.get(name, name): value for name, value in config.items()}
+    activation, arguments = config.get("activation_fn", "relu"), config.get("activation_fn_kwargs") or {}
+    if activation == "topk" and "k" in arguments:
+        config |= {"architecture": "topk", "k": arguments["k"]}
+    elif activation != "relu":
+        raise ValueError(
+            f"{file}: activation_fn: got {activation!r}, want relu, or topk with its k in activation_fn_kwargs"
+        )
+    if isinstance(config.get("normalize_activations"), bool):
+        config["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
+    hook_z = "hook_z" in (config.get("hook_name") or "")
+    config.setdefault("reshape_activations", "hook_z" if hook_z else "none")
+    return config | {"metadata": {name: config[name] for name in (*METADATA, KEY) if name in config} | metadata}
+
+
+def _refuse_what_scales(config: dict[str, Any], file: Path, tensors: Tensors) -> None:
+    if "scaling_factor" in tensors:
+        factor = tensors.take("scaling_factor", None)
+        if not bool((factor == 1).all()):  # ones were written for a while, and mean nothing
+            raise ValueError(f"{tensors.file}: scaling_factor: got values other than 1, which no layer here multiplies by")
+    if config.get("finetuning_scaling_factor") not in (None, False):
+        raise ValueError(f"{file}: finetuning_scaling_factor: got {config['finetuning_scaling_factor']!r}, want false")
+    known = ("none", None, "expected_average_only_in")
+    if config.get("normalize_activations") not in known:
+        raise ValueError(
+            f"{file}: normalize_activations: got {config['normalize_activations']!r}, which no layer here does; "
+            "want 'none', or 'expected_average_only_in' with activation_scale"
+        )
+
+
+def _layer(architecture: str, tensors: Tensors, config: dict, file: Path) -> tuple[SparseAutoencoder, list[str]]:
+    W_enc = tensors.take("W_enc", None, None).T
+    F, d = W_enc.shape
+    values = {"W_enc": W_enc, "W_dec": tensors.take("W_dec", F, d), "b_dec": tensors.take("b_dec", d)}
+    centred = config.get("apply_b_dec_to_input", True)
+    if not isinstance(centred, bool):
+        raise ValueError(f"{file}: apply_b_dec_to_input: got {centred!r}, want true or false")
+    options: dict[str, Any] = {"apply_b_dec_to_input": centred}
+    cls: type[SparseAutoencoder]
+    cls, vectors = {
+        "gated": (nn.GatedSAE, ("b_gate", "b_mag", "r_mag")),
+        "standard": (nn.ReluSAE, ("b_enc",)),
+        "jumprelu": (nn.JumpReluSAE, ("b_enc", "threshold")),
+        "topk": (nn.TopKSAE, ("b_enc",)),
+        "batchtopk": (nn.BatchTopKSAE, ("b_enc",)),
+    }[architecture]
+    values |= {name: tensors.take(name, F) for name in vectors}
+    buffers = {}
+    if architecture in ("topk", "batchtopk"):
+        options["k"] = _k(config, file)
+    if architecture == "batchtopk":
+        buffers["threshold"] = tensors.take("topk_threshold") if "topk_threshold" in tensors else torch.tensor(-1.0)
+        if "matryoshka_widths" in config:
+            widths = key(config, file, list, "matryoshka_widths")
+            options["group_sizes"] = [b - a for a, b in zip([0, *widths], widths, strict=False)]
+    sae = cls(d, F, dtype=dtype_of(tensors.file, **values), seed=0, **options)
+    fill(sae, **values, **buffers)
+    if not config.get("rescale_acts_by_decoder_norm", False):
+        return sae, []
+    unit = _norms.is_unit(sae)
+    _norms.fold(sae)  # it chooses and counts features times these norms: that is what folding does
+    said = "rescale_acts_by_decoder_norm: the decoder's norms were folded into the encoder, to rounding"
+    return sae, [] if unit else [said]
+
+
+def _k(config: dict, file: Path) -> int:
+    k = key(config, file, (int, float), "k")
+    if k != int(k):
+        raise ValueError(f"{file}: k: got {k}, want a whole number")
+    return int(k)
+
+
+def _as_it_was(sae: SparseAutoencoder, name: Any, options: dict[str, Any]) -> SparseAutoencoder:
+    """A BatchTopKSAE that was written as JumpReLU with one threshold for all features."""
+    threshold = sae.state_dict().get("threshold")
+    if name != "BatchTopKSAE" or not isinstance(sae, nn.JumpReluSAE) or threshold is None:
+        return sae
+    if not bool((threshold == threshold[0]).all()):
+        return sae
+    state = {k: v for k, v in sae.state_dict().items() if k != "threshold"}
+    again = nn.BatchTopKSAE(
+        sae.d_in, sae.d_sae, dtype=sae.W_enc.dtype, seed=0, apply_b_dec_to_input=sae.apply_b_dec_to_input, **options
+    )
+    fill(again, **state, threshold=threshold[0])
+    return again
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def _architecture(sae: SparseAutoencoder) -> tuple[str, dict[str, Any]]:
+    """SAELens' architecture for this SAE, and the config that it alone has."""
+    if isinstance(sae, nn.TopKSAE):
+        if sae.group_sizes is not None:
+            raise refuse(NAME, sae, "group_sizes: its TopK class has no groups")
+        return "topk", {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    if isinstance(sae, nn.BatchTopKSAE) and not float(sae.threshold) >= 0:
+        raise refuse(NAME, sae, "threshold: it is not set, and for inference the package has BatchTopK as JumpReLU only")
+    names: list[tuple[Callable, str]] = [
+        (nn.GatedSAE, "gated"), (nn.ReluSAE, "standard"), (nn.JumpReluSAE, "jumprelu"), (nn.BatchTopKSAE, "jumprelu"),
+    ]  # fmt: skip
+    for cls, name in names:
+        if isinstance(sae, cls):  # type: ignore[arg-type]
+            return name, {}
+    raise refuse(NAME, sae, "it has no such architecture")

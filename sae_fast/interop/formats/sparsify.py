@@ -1,0 +1,74 @@
+"""sparsify's folder, one for each hookpoint: ``sae.safetensors`` and ``cfg.json``.  TopK, and transcoders' TopK."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sae_fast import nn
+from sae_fast.interop._files import json_writer, key, read_json, read_safetensors, safetensors_writer, write_folder
+from sae_fast.interop._norms import Unfold
+from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, refuse, to_keep
+from sae_fast.nn import SparseAutoencoder
+
+NAME = "sparsify"
+WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
+
+
+def finds(path: Path) -> bool:
+    return (path / WEIGHTS).is_file()
+
+
+def read(path: Path) -> Loaded:
+    file, tensors = path / CONFIG, read_safetensors(path / WEIGHTS)
+    config = read_json(file)
+    for name, only in (("activation", "topk"), ("signed", False), ("skip_connection", False)):
+        if config.get(name, only) != only:
+            raise ValueError(f"{file}: {name}: got {config[name]!r}, want {only!r}: no layer here holds it")
+    if "W_skip" in tensors:
+        raise ValueError(f"{tensors.file}: W_skip: no layer here has a linear skip connection")
+    W_enc = tensors.take("encoder.weight", None, None)
+    F, d = W_enc.shape
+    values = dict(
+        W_enc=W_enc,
+        b_enc=tensors.take("encoder.bias", F),
+        W_dec=tensors.take("W_dec", F, d),
+        b_dec=tensors.take("b_dec", d),
+    )
+    tensors.finish()
+    if key(config, file, int, "d_in") != d:
+        raise ValueError(f"{file}: d_in: got {config['d_in']}, but {WEIGHTS} holds {d}")
+    if F not in (config.get("num_latents"), d * config.get("expansion_factor", 0)):
+        raise ValueError(f"{file}: num_latents: got {config.get('num_latents')!r}, but {WEIGHTS} holds {F}")
+    transcode = config.get("transcode", False)
+    sae = nn.TopKSAE(
+        d, F, key(config, file, int, "k"), dtype=dtype_of(tensors.file, **values), seed=0,
+        apply_b_dec_to_input=not transcode,  # b_dec is the output's mean there
+    )  # fmt: skip
+    fill(sae, **values)
+    sae.metadata |= kept(config, NAME)
+    sae.metadata.setdefault("hook_name", path.resolve().name)
+    notes = ["transcode: this is a transcoder: what it gives is another place's activation"] if transcode else []
+    return Loaded(sae, notes=notes)
+
+
+def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
+    if not isinstance(sae, nn.TopKSAE) or sae.group_sizes is not None:
+        raise refuse(NAME, sae, "it holds TopK without groups only")
+    config: dict[str, Any] = config_of(sae, NAME)
+    transcode = bool(config.get("transcode", False))
+    if not sae.apply_b_dec_to_input and not transcode:
+        raise refuse(NAME, sae, "apply_b_dec_to_input: got False, which it has in transcoders only")
+    if sae.apply_b_dec_to_input:
+        transcode = False
+    defaults = {"expansion_factor": max(1, sae.d_sae // sae.d_in), "normalize_decoder": True, "multi_topk": False}
+    config = {**defaults, **config, "activation": "topk", "num_latents": sae.d_sae, "k": sae.k, "skip_connection": False}
+    config |= {"transcode": transcode, "d_in": sae.d_in, KEY: to_keep(sae, NAME)}
+    state = sae.state_dict()
+    tensors = {
+        "encoder.weight": state["W_enc"],
+        "encoder.bias": state["b_enc"],
+        "W_dec": state["W_dec"],
+        "b_dec": state["b_dec"],
+    }
+    write_folder(folder, {WEIGHTS: safetensors_writer(tensors), CONFIG: json_writer(config)}, overwrite)

@@ -1,0 +1,61 @@
+"""The Hugging Face Hub, through huggingface_hub: fetch a folder, push one."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sae_fast.extras import require
+from sae_fast.nn import SparseAutoencoder
+
+PLACE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<inside>[^@]+?))?/?(?:@(?P<revision>[^@]+))?")
+WANTED = ("*.pt", "*.safetensors", "*.json")
+
+
+def fetch(place: str) -> Path:
+    """The local copy of "user/repo[/folder or file][@revision]"; only what an SAE is made of is downloaded."""
+    found = PLACE.fullmatch(place)
+    if found is None or place.startswith((".", "~", "/")):
+        raise FileNotFoundError(
+            f"path: there is no {place!r}, and it is no place on the Hub (user/repo/folder@revision) either"
+        )
+    repo, inside, revision = found["repo"], found["inside"], found["revision"]
+    hub = require("huggingface_hub", extra="hub")
+    patterns = [f"{inside}/{name}" for name in WANTED] + [f"{inside}"] if inside else list(WANTED)
+    try:
+        root = hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+    except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise FileNotFoundError(f"path: there is no {place!r} here, and the Hub gave no {repo!r}: {reason}") from error
+    local = Path(root, inside) if inside else Path(root)
+    if not local.exists():
+        raise FileNotFoundError(f"path: {repo} on the Hub holds no {inside!r}")
+    return local
+
+
+def push_to_hub(
+    sae: SparseAutoencoder,
+    repo_id: str,
+    format: str = "sae_fast",
+    *,
+    folder: str = "",
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    **options: Any,
+) -> str:
+    """Writes ``sae`` in a format (see :func:`sae_fast.interop.save`, which takes ``options``) into a repository of the Hub,
+    made if it is not there, in one commit.  Returns the commit's address."""
+    from sae_fast.interop.checkpoints import save
+
+    hub = require("huggingface_hub", extra="hub")
+    with tempfile.TemporaryDirectory() as temporary:
+        save(sae, temporary, format, **options)
+        api = hub.HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=temporary, path_in_repo=folder or None,
+            commit_message=commit_message or f"{type(sae).__name__}, {sae.d_sae} features, as {format}",
+        )  # fmt: skip
