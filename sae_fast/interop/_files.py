@@ -3,6 +3,7 @@ the tensor or key."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -92,7 +93,9 @@ def read_pt(file: Path) -> Any:
             wanted = "want tensors and plain values: it names code, and a pickle is never executed"
             raise ValueError(f"{file}: {wanted} ({_global(reason)})") from error
         raise ValueError(f"{file}: truncated or damaged: {reason[:200]}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek beyond the end gives
+            raise
         raise ValueError(f"{file}: truncated or damaged: {str(error)[:200]}") from error
 
 

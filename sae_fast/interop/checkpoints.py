@@ -110,7 +110,7 @@ def _read(path: str | os.PathLike, scale: float | None, fold: bool, stacklevel: 
         _norms.fold(loaded.sae)
         loaded.unfold = None
     for note in loaded.notes if not fold else [n for n in loaded.notes if "fold_decoder_norm" not in n]:
-        warnings.warn(f"{place}: {note}", stacklevel=stacklevel + 1)
+        warnings.warn(f"{place}: {note}", stacklevel=stacklevel)
     return loaded
 
 
