@@ -6,13 +6,15 @@ Formulas: MATH.md §2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sae_fast.code import Transposed
+from sae_fast.ops._autograd import call, differentiable, function
 from sae_fast.ops.decode_loss import decode_loss
 from sae_fast.ops.encode import encode
 from sae_fast.reference import DIALECTS, Loss
@@ -82,14 +84,14 @@ def sparsity_weight(W_dec: Tensor, l1_coefficient: float, dialect: str) -> Tenso
 def feature_sums(csc, values: Tensor, rows: int) -> Tensor:
     """[F]: the sum of values [nnz] over each feature's entries in a Transposed code, in ascending row
     order: bitwise repeatable."""
-    return _ops.outer(*_csc(csc), [values], [values.new_ones(rows, 1)], None, 0, csc.colptr.shape[0] - 1)[:, 0]
+    return _outer(csc, [values], [values.new_ones(rows, 1)], 0, csc.colptr.shape[0] - 1)[:, 0]
 
 
 def entry_sums(csc, entries: Sequence[Tensor]) -> Tensor:
     """[V, F]: feature_sums of V vectors [nnz] in one pass: outer with an entry in the place of an example."""
     rows = torch.stack(list(entries), dim=1)
     ones, at = rows.new_ones(rows.shape[0]), csc.perm.int()
-    return _ops.outer(csc.colptr, at, csc.perm, [ones], [rows], None, 0, csc.colptr.shape[0] - 1).T.contiguous()
+    return _outer(replace(csc, rows=at), [ones], [rows], 0, csc.colptr.shape[0] - 1).T.contiguous()
 
 
 def weighted_rows(weights: Tensor, W: Tensor) -> Tensor:
@@ -108,6 +110,30 @@ def value_to_pre_gradients(activation: str, u: Tensor, values: Tensor, grads: Te
         return grads[0], grads[0], None, None
     magnitude = grads[0] * scale
     return grads[1] + magnitude, grads[1], magnitude * u, grads[0]
+
+
+def _last(gradients_of: str) -> Callable[..., None]:
+    """The backward of what has no second derivative here: wrong numbers would be the alternative."""
+
+    def raises(*_):
+        raise NotImplementedError(f"the gradients of {gradients_of} cannot be differentiated a second time")
+
+    return raises
+
+
+def _run_outer(colptr, rows, perm, first, n, sources, *tensors):
+    values, A = tensors[:sources], tensors[sources:]
+    return _ops.outer(colptr, rows, perm, list(values), list(A), None, first, n)
+
+
+_Outer = function("outer", _run_outer, lambda *_: None, _last("sae_fast's weights and biases (sae_fast::outer)"))
+
+
+def _outer(csc, values: Sequence[Tensor], A: Sequence[Tensor], first: int, n: int) -> Tensor:
+    """ops.outer of the features first .. + n, where a backward pass may be recorded to be differentiated itself."""
+    if torch.compiler.is_compiling():
+        return _ops.outer(csc.colptr, csc.rows, csc.perm, list(values), list(A), None, first, n)
+    return _Outer.apply(csc.colptr, csc.rows, csc.perm, first, n, len(values), *values, *A)
 
 
 # ---- encode ---------------------------------------------------------------------------------------------------------
@@ -131,12 +157,12 @@ def _encode_backward(ctx, _indptr, _indices, grad_u, grad_values):
     def sums(needed, entries):
         return feature_sums(csc, entries, x.shape[0]) if needed and entries is not None else None
 
-    grad_x = _ops.decode(indptr, indices, delta[None], W_enc, None)[0] if need_x else None
-    grad_W = _ops.outer(*_csc(csc), [delta], [x], None, 0, W_enc.shape[0]) if need_W else None
+    grad_x = call("decode", indptr, indices, delta[None], W_enc, None)[0] if need_x else None
+    grad_W = _outer(csc, [delta], [x], 0, W_enc.shape[0]) if need_W else None
     return grad_x, grad_W, sums(need_bias, bias), sums(need_r, r), sums(need_b_mag, b_mag), *[None] * 8
 
 
-torch.library.register_autograd("sae_fast::encode", _encode_backward, setup_context=_encode_setup)
+differentiable("encode", _encode_setup, _encode_backward)
 
 
 # ---- decode ---------------------------------------------------------------------------------------------------------
@@ -159,20 +185,20 @@ def _decode_backward(ctx, grad):
             dots = torch.zeros_like(values[0])
             for (first, last), g in zip(ranges, per_group, strict=True):
                 inside = (indices >= first) & (indices < last)
-                dots = torch.where(inside, _ops.sampled_dots(indptr, indices, g, W_dec), dots)
+                dots = torch.where(inside, call("sampled_dots", indptr, indices, g, W_dec), dots)
             sets.append(dots)
         grad_values = torch.stack(sets)
     if ctx.needs_input_grad[3]:
-        csc = _ops.transpose(indptr, indices, W_dec.shape[0])
+        csc = Transposed(*_ops.transpose(indptr, indices, W_dec.shape[0]))
         parts = [W_dec.new_zeros(bounds[0], W_dec.shape[1])]
         for g, (first, last) in enumerate(ranges):
-            parts.append(_ops.outer(*csc, list(values), [s[g] for s in grad], None, first, last - first))
+            parts.append(_outer(csc, list(values), [s[g] for s in grad], first, last - first))
         parts.append(W_dec.new_zeros(W_dec.shape[0] - bounds[-1], W_dec.shape[1]))
         grad_W = torch.cat(parts)
     return None, None, grad_values, grad_W, None
 
 
-torch.library.register_autograd("sae_fast::decode", _decode_backward, setup_context=_decode_setup)
+differentiable("decode", _decode_setup, _decode_backward)
 
 
 # ---- sampled_dots ---------------------------------------------------------------------------------------------------
@@ -186,27 +212,33 @@ def _sampled_dots_backward(ctx, grad):
     indptr, indices, A, W = ctx.saved_tensors
     grad_A = grad_W = None
     if ctx.needs_input_grad[2]:
-        grad_A = _ops.decode(indptr, indices, grad[None], W, None)[0]
+        grad_A = call("decode", indptr, indices, grad[None], W, None)[0]
     if ctx.needs_input_grad[3]:
-        csc = _ops.transpose(indptr, indices, W.shape[0])
-        grad_W = _ops.outer(*csc, [grad], [A], None, 0, W.shape[0])
+        csc = Transposed(*_ops.transpose(indptr, indices, W.shape[0]))
+        grad_W = _outer(csc, [grad], [A], 0, W.shape[0])
     return None, None, grad_A, grad_W
 
 
-torch.library.register_autograd("sae_fast::sampled_dots", _sampled_dots_backward, setup_context=_sampled_dots_setup)
+differentiable("sampled_dots", _sampled_dots_setup, _sampled_dots_backward)
 
 
 # ---- decode_loss ----------------------------------------------------------------------------------------------------
 
+_LastGradient = function(
+    "decode_loss", lambda gradient, *_: gradient.clone(), lambda *_: None, _last("a loss (sae_fast::decode_loss)")
+)
+
 
 def _decode_loss_setup(ctx, inputs, output):
-    indptr, indices, values, W_dec, _, _, weight, ctx.normaliser, ctx.stop_auxiliary = inputs
+    indptr, indices, values, W_dec, b_dec, target, weight, ctx.normaliser, ctx.stop_auxiliary = inputs
+    target = target if ctx.needs_input_grad[5] else None
     _, residual, residual_aux, grads = output
-    ctx.save_for_backward(indptr, indices, values, W_dec, weight, residual, residual_aux, grads)
+    ctx.mark_non_differentiable(residual, residual_aux, grads)
+    ctx.save_for_backward(indptr, indices, values, W_dec, b_dec, target, weight, residual, residual_aux, grads)
 
 
 def _decode_loss_backward(ctx, grad_losses, *_constants):
-    indptr, indices, values, W_dec, weight, residual, residual_aux, grads = ctx.saved_tensors
+    indptr, indices, values, W_dec, b_dec, target, weight, residual, residual_aux, grads = ctx.saved_tensors
     rec, sparse, aux = grad_losses.unbind()
     gated, n = values.shape[0] == 2, ctx.normaliser
     need_values, need_W, need_b, need_target, need_weight = ctx.needs_input_grad[2:7]
@@ -224,7 +256,7 @@ def _decode_loss_backward(ctx, grad_losses, *_constants):
         entries, rows = [values[0] * (2 / n * rec)], [residual]
         if through_aux:
             entries, rows = [*entries, values[1] * (2 / n * aux)], [residual, residual_aux]
-        grad_W = _ops.outer(*_csc(csc), entries, rows, None, 0, W_dec.shape[0])
+        grad_W = _outer(csc, entries, rows, 0, W_dec.shape[0])
     if need_b:
         grad_b = residual.sum(0) * (2 / n * rec)
         if through_aux:
@@ -235,14 +267,14 @@ def _decode_loss_backward(ctx, grad_losses, *_constants):
             grad_target = grad_target - residual_aux * (2 / n * aux)
     if need_weight:
         grad_weight = feature_sums(csc, values[-1] * (sparse / n), residual.shape[0])
-    return None, None, grad_values, grad_W, grad_b, grad_target, grad_weight, None, None
+    gradients = [grad_values, grad_W, grad_b, grad_target, grad_weight]
+    if torch.is_grad_enabled():  # the graph of this pass would lack what the constants depend on
+        on = [t for t in (values, W_dec, b_dec, target, weight) if t is not None]
+        gradients = [g if g is None else _LastGradient.apply(g, *on) for g in gradients]
+    return None, None, *gradients, None, None
 
 
-torch.library.register_autograd("sae_fast::decode_loss", _decode_loss_backward, setup_context=_decode_loss_setup)
-
-
-def _csc(csc) -> tuple[Tensor, Tensor, Tensor]:
-    return csc.colptr, csc.rows, csc.perm
+differentiable("decode_loss", _decode_loss_setup, _decode_loss_backward)
 
 
 __all__ = [

@@ -117,7 +117,10 @@ class SparseAutoencoder(nn.Module):
         if not isinstance(f, Tensor) or f.dim() < 1 or f.shape[-1] != self.d_sae:
             got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
             raise ValueError(f"f: got {got}, want a SparseCode or [..., d_sae] with d_sae = {self.d_sae}")
-        return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        if not torch.is_autocast_enabled(f.device.type):
+            return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        with torch.autocast(f.device.type, enabled=False):  # as from a SparseCode, in the dtype of the parameters
+            return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ = decode(encode(x)), [..., d_in], in the dtype of x."""
@@ -149,7 +152,7 @@ class SparseAutoencoder(nn.Module):
     def frozen(self) -> Iterator[None]:
         """For inference: what the encoder's product needs of W_enc is made once for all calls in the ``with`` block, not
         in each of them.  Assigning, loading or moving W_enc in the block is noticed; writing to its memory behind torch's
-        back (``.data``, numpy, a fused optimizer) is not."""
+        back (``.data``, numpy, a fused optimizer) is not.  A compiled call makes it for itself: a graph cannot ask."""
         outer, self._frozen = self._frozen, ops.KeptShadow()
         try:
             yield
@@ -158,12 +161,12 @@ class SparseAutoencoder(nn.Module):
 
     def _code(self, x_c: Tensor, shadow: ops.Shadow | None = None) -> SparseCode:
         """The code of centred rows x_c [B, d_in]; ``shadow`` is W_enc's."""
-        if shadow is None and self._frozen is not None:
+        if shadow is None and self._frozen is not None and not torch.compiler.is_compiling():
             shadow = self._frozen.of(self.W_enc)
         bias, *vectors = self.per_feature
-        arguments: dict[str, Any] = {name: self.get_parameter(name) for name in vectors}
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in vectors}
         return ops.encode(
-            x_c, self.W_enc, self.get_parameter(bias), activation=self.activation, precision=self.precision,
+            x_c, self.W_enc, getattr(self, bias), activation=self.activation, precision=self.precision,
             shadow=shadow, **arguments,
         )  # fmt: skip
 

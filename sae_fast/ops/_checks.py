@@ -122,7 +122,15 @@ def largest(x: Tensor) -> Tensor:
 
 def finite(name: str, x: Tensor) -> None:
     """Raises ``ValueError`` with the first non-finite index.  Synchronises on a GPU."""
-    if not bool(torch.isfinite(largest(x))):
+    try:
+        sound = bool(torch.isfinite(largest(x)))
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"{name}: torch.vmap cannot map this; give the layer leading dimensions, or loop"
+        ) from error
+    if not sound:
         good = torch.isfinite(x)
         index = tuple(int(i) for i in (~good).nonzero()[0])
         raise ValueError(f"{name}: got {x[index].item()} at index {index} of shape {tuple(x.shape)}, want finite values")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode
-from sae_fast.ops import _checks, _dense
+from sae_fast.ops import _autograd, _checks, _dense
 from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
@@ -30,7 +30,7 @@ def decode(code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups
     _checks.shape("W_dec", W_dec, code.d_sae, "d_out")
     values = code.magnitudes if values is None else values
     sets = values if values.dim() == 2 else values[None]
-    out = torch.ops.sae_fast.decode(code.indptr, code.indices, sets, W_dec, groups)
+    out = _autograd.call("decode", code.indptr, code.indices, sets, W_dec, groups)
     return out if values.dim() == 2 else out[0]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode, row_ids
-from sae_fast.ops import _checks, _dense
+from sae_fast.ops import _autograd, _checks, _dense
 from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
@@ -51,7 +51,8 @@ def decode_loss(
     """
     _checks.shape("W_dec", W_dec, code.d_sae, "d_out")
     return DecodeLoss(
-        *torch.ops.sae_fast.decode_loss(
+        *_autograd.call(
+            "decode_loss",
             code.indptr,
             code.indices,
             code.values,
@@ -65,11 +66,12 @@ def decode_loss(
     )
 
 
+# The normaliser is a Scalar: a float would tie a compiled graph to one batch size.
 @torch.library.custom_op(
     "sae_fast::decode_loss",
     mutates_args=(),
     schema="(Tensor indptr, Tensor indices, Tensor values, Tensor W_dec, Tensor b_dec, Tensor target,"
-    " Tensor sparsity_weight, float normaliser, bool stop_auxiliary)"
+    " Tensor sparsity_weight, Scalar normaliser, bool stop_auxiliary)"
     " -> (Tensor losses, Tensor residual, Tensor residual_aux, Tensor grads)",
 )
 def _decode_loss(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, stop_auxiliary):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow, SparseCode
-from sae_fast.ops import _checks, _device_support
+from sae_fast.ops import _autograd, _checks, _device_support
 from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, threads
 from sae_fast.ops._support import PRECISIONS, find
@@ -59,8 +59,8 @@ def encode(
     Differentiable with respect to x, W_enc, bias, r_mag and b_mag (not the threshold).  MATH.md §1.
     """
     rows, norms = (None, None) if shadow is None else shadow
-    indptr, indices, u, values = torch.ops.sae_fast.encode(
-        x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack, precision, rows, norms
+    indptr, indices, u, values = _autograd.call(
+        "encode", x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack, precision, rows, norms
     )
     return SparseCode(torch.Size((x.shape[0], W_enc.shape[0])), indptr, indices, u, values)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode, row_ids
-from sae_fast.ops import _checks, _dense
+from sae_fast.ops import _autograd, _checks, _dense
 from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, contiguous, threads
 
@@ -18,7 +18,7 @@ from sae_fast.ops._native import _C, address, contiguous, threads
 def sampled_dots(code: SparseCode, A: Tensor, W: Tensor) -> Tensor:
     """out[j] = A[row of j] · W[indices[j]], [nnz], with A [B, d] and W [F, d].  Differentiable in A and W."""
     _checks.shape("W", W, code.d_sae, "d")
-    return torch.ops.sae_fast.sampled_dots(code.indptr, code.indices, A, W)
+    return _autograd.call("sampled_dots", code.indptr, code.indices, A, W)
 
 
 @torch.library.custom_op(
