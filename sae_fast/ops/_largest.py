@@ -13,8 +13,8 @@ from sae_fast.code import Shadow
 from sae_fast.ops import _support
 from sae_fast.ops._native import _C, address, threads
 
-# k ÷ F above which every entry is dotted.  An estimate: on two AVX2 cores a dot by itself took 9 times as long as in a block,
-# and a bfloat16 product is taken to need a third of the time of a float32 one.
+# k ÷ F above which every entry is dotted.  An estimate: on two AVX2 cores a dot by itself took 9 times as long as in a
+# block, and a bfloat16 product is taken to need a third of the time of a float32 one.
 DENSE_ABOVE = 0.05
 ROOM = 512  # entries a row, at least, that gather before a floor is sought
 RAISE = 0  # bfloat16 steps by which the floor is lifted: a test puts 1 there
