@@ -7,6 +7,7 @@
 
 #include "sae_fast/compactor.hpp"
 #include "sae_fast/cpu.hpp"
+#include "sae_fast/largest.hpp"
 #include "sae_fast/sound.hpp"
 
 namespace py = pybind11;
@@ -88,6 +89,31 @@ std::vector<float> scratch(const CscAddresses& code, int64_t features, int64_t d
   return std::vector<float>(gradient_scratch(csc(code).colptr, features, d, threads));
 }
 
+using release = py::call_guard<py::gil_scoped_release>;
+
+// What a class that takes tiles and gives CSR has in common.
+template <class Tiles>
+void takes_tiles(py::class_<Tiles>& type) {
+  using Layer = Compactor::Layer;
+  type.def("add_tile", [](Tiles& self, const Layer& layer, Address tile, int64_t width, int32_t first, int threads) {
+        self.add_tile(*current, layer, at<const float>(tile), width, first, threads);
+      }, release())
+      .def("add_screened_tile", [](Tiles& self, const Layer& layer, Address tile, int64_t width, int32_t first,
+                                   double dense_above, int threads) {
+        self.add_screened_tile(*current, layer, at<const uint16_t>(tile), width, first, dense_above, threads);
+      }, release())
+      .def("add_rounded_tile", [](Tiles& self, const Layer& layer, Address tile, int64_t width, int32_t first, int threads) {
+        self.add_rounded_tile(*current, layer, at<const uint16_t>(tile), width, first, threads);
+      }, release())
+      .def("add_dense", [](Tiles& self, const Layer& layer, int64_t width, int32_t first, int threads) {
+        self.add_dense(*current, layer, width, first, threads);
+      }, release())
+      .def("candidates", &Tiles::candidates)
+      .def("finish", [](const Tiles& self, Address indptr, Address indices, Address u, int threads) {
+        self.finish(at<int64_t>(indptr), at<int32_t>(indices), at<float>(u), threads);
+      }, release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -99,35 +125,26 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("isa", [] { return current_isa; });
 
-  using release = py::call_guard<py::gil_scoped_release>;
-
   py::class_<Compactor::Layer>(m, "Layer")
       .def(py::init([](Address x, Address W, int64_t d, Address bias, Address cut) {
         return Compactor::Layer{at<const float>(x), at<const float>(W), d, at<const float>(bias), at<const float>(cut)};
       }), py::arg("x"), py::arg("W"), py::arg("d"), py::arg("bias"), py::arg("cut"));
 
-  using Layer = Compactor::Layer;
-  py::class_<Compactor>(m, "Compactor")
-      .def(py::init<int64_t, int>(), py::arg("rows"), py::arg("parts"))
-      .def("add_tile", [](Compactor& self, const Layer& layer, Address tile, int64_t width, int32_t first, int threads) {
-        self.add_tile(*current, layer, at<const float>(tile), width, first, threads);
+  py::class_<Compactor> compactor(m, "Compactor");
+  compactor.def(py::init<int64_t, int>(), py::arg("rows"), py::arg("parts")).def("nnz", &Compactor::nnz);
+  takes_tiles(compactor);
+
+  py::class_<Largest> largest(m, "Largest");
+  largest
+      .def(py::init<int64_t, int64_t, bool, int64_t, int>(), py::arg("rows"), py::arg("k"), py::arg("whole"), py::arg("room"),
+           py::arg("raise"))
+      .def("begin", &Largest::begin)
+      .def("expect", [](Largest& self, Address excess) { self.expect(at<const float>(excess)); })
+      .def("settle", [](Largest& self, const Compactor::Layer& layer, int threads) {
+        self.settle(*current, layer, threads);
       }, release())
-      .def("add_screened_tile", [](Compactor& self, const Layer& layer, Address tile, int64_t width, int32_t first,
-                                   double dense_above, int threads) {
-        self.add_screened_tile(*current, layer, at<const uint16_t>(tile), width, first, dense_above, threads);
-      }, release())
-      .def("add_rounded_tile", [](Compactor& self, const Layer& layer, Address tile, int64_t width, int32_t first,
-                                  int threads) {
-        self.add_rounded_tile(*current, layer, at<const uint16_t>(tile), width, first, threads);
-      }, release())
-      .def("add_dense", [](Compactor& self, const Layer& layer, int64_t width, int32_t first, int threads) {
-        self.add_dense(*current, layer, width, first, threads);
-      }, release())
-      .def("nnz", &Compactor::nnz)
-      .def("candidates", &Compactor::candidates)
-      .def("finish", [](const Compactor& self, Address indptr, Address indices, Address u, int threads) {
-        self.finish(at<int64_t>(indptr), at<int32_t>(indices), at<float>(u), threads);
-      }, release());
+      .def("select", &Largest::select, release());
+  takes_tiles(largest);
 
   m.def("sound_csr", [](Address indptr, int64_t rows, Address indices, int64_t nnz, int64_t features) {
     return sound_csr(at<const int64_t>(indptr), rows, at<const int32_t>(indices), nnz, features);
@@ -148,9 +165,9 @@ PYBIND11_MODULE(_C, m) {
   }, release());
 
   py::class_<Screen>(m, "Screen")
-      .def(py::init([](int64_t d, int64_t K, Address outliers, int64_t m, double gamma, Address terms) {
-        return Screen{d, K, at<const int64_t>(outliers), m, gamma, at<const double>(terms)};
-      }), py::arg("d"), py::arg("K"), py::arg("outliers"), py::arg("m"), py::arg("gamma"), py::arg("terms"));
+      .def(py::init([](int64_t d, int64_t K, Address outliers, int64_t m, double gamma, Address terms, uint16_t open) {
+        return Screen{d, K, at<const int64_t>(outliers), m, gamma, at<const double>(terms), open};
+      }), py::arg("d"), py::arg("K"), py::arg("outliers"), py::arg("m"), py::arg("gamma"), py::arg("terms"), py::arg("open"));
   m.def("screen_x", [](const Screen& screen, Address x, int64_t n, Address norms, Address rows, int threads) {
     current->screen_x(screen, at<const float>(x), n, at<const double>(norms), at<uint16_t>(rows), threads);
   }, release());

@@ -14,13 +14,14 @@ import torch  # noqa: F401  (before the extension: both must share torch's OpenM
 from sae_fast import interop, metrics, ops, reference
 from sae_fast.code import RowGradient, SparseCode, Transposed
 from sae_fast.interop import load
-from sae_fast.nn import GatedSAE, JumpReluSAE, ReluSAE
+from sae_fast.nn import BatchTopKSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from sae_fast.ops import use_backend
 from sae_fast.optim import RowAdam
 from sae_fast.train import StepLog, Trainer, save
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchTopKSAE",
     "GatedSAE",
     "JumpReluSAE",
     "ReluSAE",
@@ -28,6 +29,7 @@ __all__ = [
     "RowGradient",
     "SparseCode",
     "StepLog",
+    "TopKSAE",
     "Trainer",
     "Transposed",
     "interop",

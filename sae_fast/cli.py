@@ -97,8 +97,11 @@ def convert(
         )  # fmt: skip
     for note in notes:
         Console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), str(note.message)), soft_wrap=True)
-    said = f"{type(sae).__name__}, {sae.d_sae:,} features of {sae.d_in} dimensions: {sae.metadata.get('format', 'sae_fast')} → {to}"
-    Console().print(f"{said}, into {dst}", highlight=False, soft_wrap=True)
+    what, source = (
+        f"{type(sae).__name__}, {sae.d_sae:,} features of {sae.d_in} dimensions",
+        sae.metadata.get("format", "sae_fast"),
+    )
+    Console().print(f"{what}: {source} → {to}, into {dst}", highlight=False, soft_wrap=True)
 
 
 def show(result: Run, out: Path) -> None:

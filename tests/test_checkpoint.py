@@ -324,7 +324,7 @@ DAMAGED = {
     "no sae": (lambda m: m.pop("sae"), "sae"),
     "sae a string": (lambda m: m.update(sae="GatedSAE"), "sae"),
     "no class": (lambda m: m["sae"].pop("class"), "class: got None"),
-    "unknown class": (lambda m: m["sae"].update({"class": "TopKSAE"}), "class: got 'TopKSAE'"),
+    "unknown class": (lambda m: m["sae"].update({"class": "AnySAE"}), "class: got 'AnySAE'"),
     "class a list": (lambda m: m["sae"].update({"class": []}), "class"),
     "no d_in": (lambda m: m["sae"].pop("d_in"), "d_in"),
     "d_in a string": (lambda m: m["sae"].update(d_in="12"), "d_in"),

@@ -103,8 +103,10 @@ def test_shape_follows_the_arguments(route):
     code, W = random_code(9, 33), randn(33, 5)
     whole = ops.decode(code, W, code.values)
     assert whole.shape == (2, 9, 5)
-    assert_same_bits(ops.decode(code, W), whole[0])
-    assert_same_bits(ops.decode(code, W, code.values[1]), whole[1])
+    # On the dense route a BLAS may round a small product by where in memory it goes.
+    equal = assert_same_bits if route == "sparse" else torch.testing.assert_close
+    equal(ops.decode(code, W), whole[0])
+    equal(ops.decode(code, W, code.values[1]), whole[1])
     assert ops.decode(code, W, code.gates, groups=(0, 9, 33)).shape == (2, 9, 5)
     assert ops.decode(code, W, code.values, groups=[0, 33]).shape == (2, 1, 9, 5)
 

@@ -106,6 +106,31 @@ def _(sae: GatedSAE) -> Run:
 
 add_products(encode)
 
+K = 64
+
+
+def largest_first(sae: GatedSAE, results: list) -> dict[str, Tensor]:
+    """The values that were chosen, descending in a row: which of two features within rounding of each other is the last
+    one does not show."""
+    dense = [r.to_dense().topk(K).values if isinstance(r, SparseCode) else r.values for r in results]
+    return {"values": torch.stack(dense)}
+
+
+@op("encode_topk", "forward", inputs=centred, outcome=largest_first)
+def encode_topk(sae: GatedSAE) -> Run:
+    """The K largest of each row, of biases that are zero: half of all pre-activations are positive."""
+    bias = torch.zeros(sae.d_sae, dtype=sae.W_enc.dtype)
+    return torch.no_grad()(lambda x_c: torch.relu(x_c @ sae.W_enc.T + bias).topk(K))
+
+
+@encode_topk.provider("sae_fast")
+def _(sae: GatedSAE) -> Run:
+    W_enc, bias = sae.W_enc.detach(), torch.zeros(sae.d_sae)
+    return lambda x_c: ops.encode(x_c, W_enc, bias, activation="relu", support="topk", k=K)
+
+
+add_products(encode_topk)
+
 
 @op("decode", "forward", "x_hat", provider="embedding_bag")
 def decode(sae: GatedSAE) -> Run:

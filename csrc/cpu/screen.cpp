@@ -1,4 +1,4 @@
-// The operands of the screening product, and its sign test.  Columns of both operands, width K:
+// The operands of the screening product, and the test of what comes out.  Columns of both operands, width K:
 //   [0, d)       the rows rounded to bfloat16, x~ and w~
 //   [d, d+m)     outlier columns O again: what rounding took from x, against w~
 //   then 7       bias - cut as three pieces against ones; four margins, each a product of a factor of x and a factor of w
@@ -68,10 +68,11 @@ void column_residuals(const float* A, const uint16_t* rounded, int64_t n, int64_
 // Whether products of this row neither overflow nor lose their margins to underflow; false for a NaN.
 static inline bool in_range(double norm) { return norm == 0 || (norm >= 0x1p-40 && norm <= 0x1p40); }
 
-// A row that leaves the decision to verification: against any row of the other operand its product is positive.
-static inline void always_candidate(uint16_t* row, int64_t K, uint16_t* tail) {
-  for (int64_t k = 0; k < K; ++k) row[k] = 0;
-  tail[constant] = kOne;
+// A row that leaves the decision to verification: against any row of the other operand its product is
+// positive, or NaN.
+static inline void always_candidate(Screen s, uint16_t* row, uint16_t* tail) {
+  for (int64_t k = 0; k < s.K; ++k) row[k] = 0;
+  tail[constant] = s.open;
 }
 
 void screen_x(Screen s, const float* x, int64_t n, const double* norms, uint16_t* rows, int threads) {
@@ -85,7 +86,7 @@ void screen_x(Screen s, const float* x, int64_t n, const double* norms, uint16_t
       return;
     }
     if (!in_range(norms[2 * b])) {
-      always_candidate(row, s.K, tail);
+      always_candidate(s, row, tail);
       return;
     }
     // Over the outlier columns: |x~ + low|^2, what low still misses, and what to take out of the whole row's sums.
@@ -127,7 +128,7 @@ void screen_w(Screen s, const uint16_t* rounded, const float* W, int64_t n, cons
     const double level = cut ? cut[i] : 0.0, size = ::fabs(bias[i]) + ::fabs(level);
     for (int64_t k = s.d + s.m; k < s.K; ++k) row[k] = 0;
     if (s.terms != nullptr && !(in_range(norms[2 * i]) && size <= 0x1p100)) {
-      always_candidate(row, s.K, tail);
+      always_candidate(s, row, tail);
       return;
     }
     ::memcpy(row, rounded + i * s.d, s.d * sizeof(uint16_t));
@@ -155,19 +156,19 @@ void screen_w(Screen s, const uint16_t* rounded, const float* W, int64_t n, cons
   });
 }
 
-int64_t screen(const uint16_t* ub, int64_t n, int32_t first, int32_t* indices) {
+int64_t screen(const uint16_t* ub, int64_t n, int16_t above, int32_t first, int32_t* indices) {
   int64_t count = 0, k = 0;
   constexpr int16_t kMinusInfinity = static_cast<int16_t>(0xff80);
 #if defined(SAE_FAST_ISA_AVX512)
-  const __m512i zero = _mm512_setzero_si512(), minus_infinity = _mm512_set1_epi16(kMinusInfinity);
+  const __m512i level = _mm512_set1_epi16(above), minus_infinity = _mm512_set1_epi16(kMinusInfinity);
   for (; k + 32 <= n; k += 32) {
     const __m512i v = _mm512_loadu_si512(ub + k);
-    uint32_t m = _mm512_cmpgt_epi16_mask(v, zero) | _mm512_cmpgt_epu16_mask(v, minus_infinity);
+    uint32_t m = _mm512_cmpgt_epi16_mask(v, level) | _mm512_cmpgt_epu16_mask(v, minus_infinity);
     for (; m != 0; m &= m - 1) indices[count++] = first + static_cast<int32_t>(k) + __builtin_ctz(m);
   }
 #endif
-  for (; k < n; ++k)  // positive, or a NaN of either sign
-    if (static_cast<int16_t>(ub[k]) > 0 || ub[k] > static_cast<uint16_t>(kMinusInfinity))
+  for (; k < n; ++k)  // a positive number above, or a NaN of either sign
+    if (static_cast<int16_t>(ub[k]) > above || ub[k] > static_cast<uint16_t>(kMinusInfinity))
       indices[count++] = first + static_cast<int32_t>(k);
   return count;
 }

@@ -130,7 +130,11 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], over
 
 def json_writer(value: Mapping[str, Any]) -> Callable[[Path], None]:
     text = json.dumps(value, indent=2) + "\n"  # here: what JSON cannot hold is found before anything is written
-    return lambda path: path.write_text(text, encoding="utf-8") and None
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
 
 
 def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:

@@ -33,7 +33,7 @@ class Engine:
     ``names``: our parameter for each of the dictionary's but the decoder's weight, which is [d, F] there, and W_dec a view.
     """
 
-    def __init__(self, ae: torch.nn.Module, cls: type[nn.SparseAutoencoder], names: dict[str, str], **settings: Any):
+    def __init__(self, ae: Any, cls: type[nn.SparseAutoencoder], names: dict[str, str], **settings: Any):
         self.ae, self.names = ae, names
         decoder = ae.decoder.weight
         self.sae = cls(ae.activation_dim, ae.dict_size, device=decoder.device, seed=0)  # torch's generator stays as it is

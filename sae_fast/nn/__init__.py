@@ -1,8 +1,10 @@
 """The layers: one file a kind of SAE."""
 
 from sae_fast.nn.base import SparseAutoencoder
+from sae_fast.nn.batchtopk import BatchTopKSAE
 from sae_fast.nn.gated import GatedSAE
 from sae_fast.nn.jumprelu import JumpReluSAE
 from sae_fast.nn.relu import ReluSAE
+from sae_fast.nn.topk import TopKSAE
 
-__all__ = ["GatedSAE", "JumpReluSAE", "ReluSAE", "SparseAutoencoder"]
+__all__ = ["BatchTopKSAE", "GatedSAE", "JumpReluSAE", "ReluSAE", "SparseAutoencoder", "TopKSAE"]

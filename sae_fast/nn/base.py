@@ -100,8 +100,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode_sparse(self, x: Tensor) -> SparseCode:
         """The sparse code of x [..., d_in].  Its values are differentiable."""
-        code = self._code(self.centred(self.check_input(x)))
-        return SparseCode(torch.Size((*x.shape[:-1], self.d_sae)), code.indptr, code.indices, code.u, code.values)
+        return self._shaped(self._code(self.centred(self.check_input(x))), x)
 
     def encode(self, x: Tensor) -> Tensor:
         """The dense code [..., F], for code that wants it; :meth:`encode_sparse` is what is fast."""
@@ -110,17 +109,22 @@ class SparseAutoencoder(nn.Module):
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x̂ = f W_dec + b_dec, [..., d_in], from a dense f [..., F] or a SparseCode."""
         self.settle()
+        self.check_code(f)
         if isinstance(f, SparseCode):
-            if f.d_sae != self.d_sae:
-                raise ValueError(f"f: got a code of {f.d_sae} features, want {self.d_sae}")
             return (ops.decode(f, self.W_dec) + self.b_dec).reshape(*f.shape[:-1], self.d_in)
-        if not isinstance(f, Tensor) or f.dim() < 1 or f.shape[-1] != self.d_sae:
-            got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
-            raise ValueError(f"f: got {got}, want a SparseCode or [..., d_sae] with d_sae = {self.d_sae}")
         if not torch.is_autocast_enabled(f.device.type):
             return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
         with torch.autocast(f.device.type, enabled=False):  # as from a SparseCode, in the dtype of the parameters
             return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+
+    def check_code(self, f: Tensor | SparseCode) -> None:
+        """``ValueError`` unless f is a code of the layer's features, sparse or dense."""
+        if isinstance(f, SparseCode):
+            if f.d_sae != self.d_sae:
+                raise ValueError(f"f: got a code of {f.d_sae} features, want {self.d_sae}")
+        elif not isinstance(f, Tensor) or f.dim() < 1 or f.shape[-1] != self.d_sae:
+            got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
+            raise ValueError(f"f: got {got}, want a SparseCode or [..., d_sae] with d_sae = {self.d_sae}")
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ = decode(encode(x)), [..., d_in], in the dtype of x."""
@@ -159,16 +163,22 @@ class SparseAutoencoder(nn.Module):
         finally:
             self._frozen = outer
 
-    def _code(self, x_c: Tensor, shadow: ops.Shadow | None = None) -> SparseCode:
-        """The code of centred rows x_c [B, d_in]; ``shadow`` is W_enc's."""
+    def _code(self, x_c: Tensor, shadow: ops.Shadow | None = None, **choice: Any) -> SparseCode:
+        """The code of centred rows x_c [B, d_in]; ``shadow`` is W_enc's, ``choice`` what the subclass lets choose."""
         if shadow is None and self._frozen is not None and not torch.compiler.is_compiling():
             shadow = self._frozen.of(self.W_enc)
-        bias, *vectors = self.per_feature
-        arguments: dict[str, Any] = {name: getattr(self, name) for name in vectors}
         return ops.encode(
-            x_c, self.W_enc, getattr(self, bias), activation=self.activation, precision=self.precision,
-            shadow=shadow, **arguments,
+            x_c, self.W_enc, getattr(self, self.per_feature[0]), precision=self.precision, shadow=shadow,
+            **self._encoder(**choice),
         )  # fmt: skip
+
+    def _encoder(self) -> dict[str, Any]:
+        """The arguments of ops.encode that say which function this is."""
+        return {"activation": self.activation} | {name: getattr(self, name) for name in self.per_feature[1:]}
+
+    def _shaped(self, code: SparseCode, x: Tensor) -> SparseCode:
+        """A code of rows with the leading dimensions of x."""
+        return SparseCode(torch.Size((*x.shape[:-1], self.d_sae)), code.indptr, code.indices, code.u, code.values)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
 
@@ -235,7 +245,8 @@ class SparseAutoencoder(nn.Module):
                 values, residuals = [*values, code.gates * (2 / n)], [*residuals, out.residual_aux]
             self_coefficient = self._norm_cost(functional.feature_sums(csc, code.gates, n), l1_coefficient / n)
         grads["W_dec"] = RowGradient(csc, values, residuals, self_coefficient)
-        grads["b_dec"] = self._b_dec_gradient(sum(r.sum(0) for r in residuals) * (2 / n), delta_sums)
+        decoder = torch.stack([r.sum(0) for r in residuals]).sum(0) * (2 / n)
+        grads["b_dec"] = self._b_dec_gradient(decoder, delta_sums)
         return out.losses, code, grads
 
     def _dense_gradients(self, x, x_c, code, weight, l1_coefficient, dialect):

@@ -16,6 +16,8 @@ from sae_fast.ops._native import _C, address, threads
 
 MARGINS = 7  # columns for the bias and the error bound
 OUTLIERS = 16  # columns, at most, that enter as high and low parts
+OPEN = {"sign": 1.0, "floor": float("nan")}  # the bound of rows and features out of range: passes the test
+EXCESS = 2.0  # times its margins, by which a bound exceeds what it bounds at most: a test puts less there
 FAR_MORE = 16.0  # times the median column's residual energy makes an outlier
 PARTS = 16  # runs of rows over which column residuals are summed: fixed, so that the choice of outliers is
 TERMS = torch.ones(7, dtype=torch.float64)  # factors of the bound's terms (Screen::Term): a test removes one at a time
@@ -42,16 +44,20 @@ def _sums_in_bf16() -> str | None:
 
 class Operands:
     """The two operands of the screening product of x [B, d] and a layer; ``margins=False`` leaves the bound out.  Without
-    a shadow W is rounded run by run."""
+    a shadow W is rounded run by run.  ``test``: what is asked of the product, its "sign" or if it is above a "floor"."""
 
-    def __init__(self, x: Tensor, W: Tensor, shadow: Shadow | None, bias: Tensor, cut: Tensor | None, margins: bool = True):
+    def __init__(
+        self, x: Tensor, W: Tensor, shadow: Shadow | None, bias: Tensor, cut: Tensor | None, margins: bool = True,
+        test: str = "sign",
+    ):  # fmt: skip
         d = x.shape[1]
-        self.W, self.shadow, self.bias, self.cut, self.margins = W, shadow, bias, cut, margins
+        self.W, self.shadow, self.bias, self.cut, self.margins, self.test = W, shadow, bias, cut, margins, test
         self.rows, norms = round_rows(x, _to_32(d + MARGINS + OUTLIERS))
         self.outliers = outlier_columns(x, self.rows) if margins else torch.empty(0, dtype=torch.int64)
         m, K = self.outliers.shape[0], self.rows.shape[1]
+        self.screen_width = d + m
         gamma = (K + 8) * 2.0**-23
-        self.screen = _C.Screen(d, K, address(self.outliers), m, gamma, address(TERMS) if margins else 0)
+        self.screen = _C.Screen(d, K, address(self.outliers), m, gamma, address(TERMS) if margins else 0, _bits(OPEN[test]))
         _C.screen_x(self.screen, address(x), x.shape[0], address(norms), address(self.rows), threads())
 
     def weights(self, first: int, last: int, out: Tensor) -> Tensor:
@@ -65,6 +71,13 @@ class Operands:
             address(out), threads(),
         )  # fmt: skip
         return out
+
+    def excess(self, operand: Tensor) -> Tensor:
+        """[rows] float32: by how much the product can exceed π in any feature of ``operand``, which weights() gave; NaN in
+        a row out of range."""
+        tail = slice(self.screen_width + 3, self.screen_width + MARGINS)
+        factors = operand[:, tail].double().nan_to_num(nan=0.0).amax(0)  # NaN: a feature out of range has no bound
+        return ((self.rows[:, tail].double() @ factors) * (EXCESS * (1 + 2.0**-16))).float()
 
 
 def outlier_columns(x: Tensor, rounded: Tensor) -> Tensor:
@@ -86,6 +99,11 @@ def round_rows(A: Tensor, K: int) -> tuple[Tensor, Tensor]:
     rows, norms = torch.empty(n, K, dtype=torch.bfloat16), torch.empty(n, 2, dtype=torch.float64)
     _C.round_rows(address(A), n, d, K, address(rows), address(norms), threads())
     return rows, norms
+
+
+def _bits(value: float) -> int:
+    """A bfloat16's."""
+    return int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16))
 
 
 def _to_32(width: int) -> int:

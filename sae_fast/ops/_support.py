@@ -11,6 +11,7 @@ A tile is up to ``ROWS`` rows by as many features as keep it in cache; it is com
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,24 +42,24 @@ def route(precision: str, rows: int, shadow: Shadow | None) -> str:
     return "screen" if precision == "exact" else "rounded"
 
 
+def for_all_blocks(way: str, x: Tensor, W: Tensor, shadow: Shadow | None) -> Shadow | None:
+    """The shadow, made if it serves more than one block of rows."""
+    if way in ("screen", "rounded") and shadow is None and x.shape[0] > ROWS:
+        return Shadow(*_screen.round_rows(W, W.shape[1]))
+    return shadow
+
+
 def find(
     x: Tensor, W: Tensor, bias: Tensor, cut: Tensor | None, precision: str, shadow: Shadow | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """indptr, indices and u of the entries of x [B, d] with not (x·w + bias <= cut)."""
     way = route(precision, x.shape[0], shadow)
-    if way in ("screen", "rounded") and shadow is None and x.shape[0] > ROWS:  # else it serves one block only
-        shadow = Shadow(*_screen.round_rows(W, W.shape[1]))
+    shadow = for_all_blocks(way, x, W, shadow)
     counts, indices, u = [], [], []
     for first in range(0, x.shape[0], ROWS):
         rows = x[first : first + ROWS]
         compactor = _C.Compactor(rows.shape[0], threads())
-        layer = _C.Layer(address(rows), address(W), W.shape[1], address(bias), address(cut))
-        if way in ("screen", "rounded"):
-            _screened(compactor, layer, _screen.Operands(rows, W, shadow, bias, cut, margins=way == "screen"))
-        elif way == "dots":
-            _dotted(compactor, layer, rows, W)
-        else:
-            _multiplied(compactor, layer, rows, W)
+        fill(compactor, way, rows, W, bias, cut, shadow)
         nnz = compactor.nnz()
         indptr = torch.empty(rows.shape[0] + 1, dtype=torch.int64)
         indices.append(torch.empty(nnz, dtype=torch.int32))
@@ -72,13 +73,38 @@ def find(
     return indptr, _cat(indices), _cat(u)
 
 
+def fill(
+    compactor,
+    way: str,
+    rows: Tensor,
+    W: Tensor,
+    bias: Tensor,
+    cut: Tensor | None,
+    shadow: Shadow | None,
+    test: str = "sign",
+) -> Any:
+    """Gives a block of rows to a Compactor or, which tests against a "floor", a Largest; returns the engine's Layer."""
+    layer = _C.Layer(address(rows), address(W), W.shape[1], address(bias), address(cut))
+    if way in ("screen", "rounded"):
+        _screened(compactor, layer, _screen.Operands(rows, W, shadow, bias, cut, margins=way == "screen", test=test))
+    elif way == "dots":
+        _dotted(compactor, layer, rows, W)
+    else:
+        _multiplied(compactor, layer, rows, W)
+    return layer
+
+
 def _screened(compactor, layer, operands: _screen.Operands) -> None:
     rows, K = operands.rows.shape
     features = operands.W.shape[0]
     weights = torch.empty(_width(rows, features), K, dtype=torch.bfloat16)
     for first, last, tile in _tiles(rows, features, torch.bfloat16):
-        torch.mm(operands.rows, operands.weights(first, last, weights).T, out=tile)
+        operand = operands.weights(first, last, weights)
+        torch.mm(operands.rows, operand.T, out=tile)
         if operands.margins:
+            if operands.test == "floor":
+                excess = operands.excess(operand)
+                compactor.expect(address(excess))
             compactor.add_screened_tile(layer, address(tile), last - first, first, DENSE_ABOVE, threads())
         else:
             compactor.add_rounded_tile(layer, address(tile), last - first, first, threads())

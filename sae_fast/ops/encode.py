@@ -1,9 +1,9 @@
 """encode: which features are active, and how strongly.
 
-Body ``cpu``: screened or dotted tile by tile, see _support.py.
+Body ``cpu``: screened or dotted tile by tile, see _support.py and, for ``topk`` and ``batch_topk``, _largest.py.
 Bodies ``cuda`` and ``triton``: screened by one kernel that keeps a bit an entry, see _device_support.py; they differ in the
 kernel that verifies.
-Body ``reference``: dense, any device and dtype; it also serves ``topk`` and ``batch_topk``.
+Body ``reference``: dense, any device and dtype; on a GPU it serves ``topk`` and ``batch_topk``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow, SparseCode
-from sae_fast.ops import _autograd, _checks, _device_support
+from sae_fast.ops import _autograd, _checks, _dense, _device_support, _largest, _support
 from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops._native import _C, address, threads
-from sae_fast.ops._support import PRECISIONS, find
+from sae_fast.ops._support import PRECISIONS
 
 ACTIVATIONS = ("gated", "relu", "jumprelu")
 SUPPORTS = ("threshold", "topk", "batch_topk")
@@ -41,8 +41,11 @@ def encode(
     The support, of π = u + bias:
       ``threshold``   π > cut − slack; cut is 0, or max(threshold, 0) for ``jumprelu``.  A slack > 0 also keeps entries
                       just below the threshold, with value 0: the window of a straight-through estimator.
-      ``topk``        the k largest π of each row, as far as they are positive
-      ``batch_topk``  the k · B largest π of the batch, as far as they are positive
+      ``topk``        the k largest π of each row, as far as they are positive; of equal ones, the lower features
+      ``batch_topk``  the k · B largest π of the batch, as far as they are positive; of equal ones, the lower rows, and in a
+                      row the lower features
+      The latter two count a NaN as the largest.  On a GPU and for other dtypes than float32 they take the dense route:
+      ``topk`` in chunks of rows, ``batch_topk`` with B · F values in memory at once.
     The values on it, by ``activation``:
       ``gated``       magnitudes 1[π > 0] ReLU(exp(r_mag) u + b_mag) and gates ReLU(π); bias is b_gate
       ``relu``        ReLU(π); bias is b_enc
@@ -80,13 +83,13 @@ def _encode(
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, want one of {PRECISIONS}")
     shadow = _checks.shadow(W_enc, shadow_rows, shadow_norms)
-    other = None if support == "threshold" else f"support {support!r} takes the dense route"
-    gpu_other = _device_support.rejects(x) or other
+    dense = None if support == "threshold" else f"support {support!r} takes the dense route on a GPU"
+    gpu_other = _device_support.rejects(x) or dense
     body = pick(
         "encode",
         {"cpu": _cpu, "cuda": _triton, "triton": _triton, "reference": _reference},
         {
-            "cpu": cpu_rejects(x, W_enc) or other,
+            "cpu": cpu_rejects(x, W_enc),
             "cuda": cuda_rejects("verify", x, W_enc) or gpu_other,
             "triton": triton_rejects(x, W_enc) or gpu_other,
         },
@@ -143,7 +146,10 @@ def _cut(threshold: Tensor | None, activation: str, slack: float, bias: Tensor) 
 def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, precision, shadow):
     x, W_enc, bias = x.contiguous(), W_enc.contiguous(), bias.contiguous()
     cut = None if cut is None else cut.contiguous()
-    indptr, indices, u = find(x, W_enc, bias, cut, precision, shadow)
+    if support == "threshold":
+        indptr, indices, u = _support.find(x, W_enc, bias, cut, precision, shadow)
+    else:
+        indptr, indices, u = _largest.find(x, W_enc, bias, k, support == "batch_topk", precision, shadow)
     values = torch.empty(2 if activation == "gated" else 1, u.shape[0])
     vectors = [v if v is None else v.contiguous() for v in (scale, b_mag, threshold)]
     _C.activate(
@@ -162,15 +168,21 @@ def _triton(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k
 
 
 def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support="threshold", k=0, *_):
+    if support == "topk":  # a row's choice is its own
+        chunks = list(_dense.chunks(x.shape[0], W_enc.shape[0], x.device.type)) or [(0, 0)]
+        return _device_support.join([
+            _by_product(x[a:b], W_enc, bias, scale, b_mag, threshold, cut, activation, support, k) for a, b in chunks
+        ])  # fmt: skip
+    return _by_product(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k)
+
+
+def _by_product(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
     u = x @ W_enc.T
     pi = u + bias
     if support == "threshold":
         member = ~(pi <= (0 if cut is None else cut))  # keeps a NaN
     else:
-        positive = torch.relu(pi)
-        flat = positive if support == "topk" else positive.reshape(1, -1)
-        chosen = flat.topk(k if support == "topk" else min(k * x.shape[0], flat.shape[1]), dim=1).indices
-        member = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True).view_as(pi) & ~(pi <= 0)  # keeps a NaN
+        member = _largest_of(pi, k) if support == "topk" else _largest_of(pi.reshape(1, -1), k * x.shape[0]).view_as(pi)
     indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
     indptr[1:] = member.sum(1).cumsum(0)
     if activation == "gated":
@@ -180,3 +192,17 @@ def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support
     else:
         values = ((pi > threshold) * torch.relu(pi))[None]
     return indptr, member.nonzero()[:, 1].int(), u[member], values[:, member]
+
+
+def _largest_of(pi: Tensor, k: int) -> Tensor:
+    """The k largest positive entries of each row, a NaN before all others, the first of equal ones."""
+    if pi.numel() == 0:
+        return torch.zeros_like(pi, dtype=torch.bool)
+    last = torch.relu(pi).topk(k, dim=1).values[:, -1:]
+    nan = pi.isnan()
+    above = (pi > last) | (nan & ~last.isnan())
+    equal = (pi == last) | (nan & last.isnan())
+    left = k - above.sum(1, keepdim=True)
+    if bool((equal.sum(1, keepdim=True) > left).any()):
+        equal &= equal.cumsum(1, dtype=torch.int32) <= left
+    return (above | equal) & ~(pi <= 0)

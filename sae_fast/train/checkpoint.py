@@ -22,7 +22,7 @@ from sae_fast import nn
 
 FORMAT, VERSION, MANIFEST = "sae_fast", 1, "config.json"
 GROUPS = ("weights", "optimizer")
-CLASSES = {cls.__name__: cls for cls in (nn.GatedSAE, nn.ReluSAE, nn.JumpReluSAE)}
+CLASSES = {cls.__name__: cls for cls in (nn.GatedSAE, nn.ReluSAE, nn.JumpReluSAE, nn.TopKSAE, nn.BatchTopKSAE)}
 
 
 def save(sae: nn.SparseAutoencoder, path: str | os.PathLike) -> None:

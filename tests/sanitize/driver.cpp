@@ -17,6 +17,7 @@
 
 #include "sae_fast/compactor.hpp"
 #include "sae_fast/cpu.hpp"
+#include "sae_fast/largest.hpp"
 #include "sae_fast/sound.hpp"
 
 using namespace sae_fast;
@@ -186,7 +187,7 @@ class Arguments {
     for (Source& source : all) source = Source{in<float>(), in<float>()};
     return all;
   }
-  Screen screen() { return {integer(), integer(), in<int64_t>(), integer(), real(), in<double>()}; }
+  Screen screen() { return {integer(), integer(), in<int64_t>(), integer(), real(), in<double>(), static_cast<uint16_t>(integer())}; }
   Shadow shadow() { return {in_out<uint16_t>(), in_out<double>()}; }
   Compactor::Layer layer() { return {in<float>(), in<float>(), integer(), in<float>(), in<float>()}; }
   Adam adam() {  // as in csrc/bindings.cpp
@@ -304,7 +305,7 @@ class Rows {
  private:
   Block<int32_t> screen(const uint16_t* tile, int64_t width, int32_t first) const {
     Block<int32_t> room(width);
-    const int64_t n = k_.screen(tile, width, first, room);
+    const int64_t n = k_.screen(tile, width, 0, first, room);
     return Block<int32_t>(n, room);
   }
   void append(size_t b, const int32_t* indices, const float* u, int64_t n) {
@@ -322,6 +323,7 @@ struct Engine {
   int threads;
   std::unique_ptr<Compactor> compactor = nullptr;  // the one of the calls at hand
   std::unique_ptr<Rows> rows = nullptr;
+  std::unique_ptr<Largest> largest = nullptr;
 };
 
 static_assert(sizeof(Kernels) == 21 * sizeof(void (*)()), "another kernel: record.py and kReplay have to call it");
@@ -512,6 +514,47 @@ const std::map<std::string, void (*)(Engine&, Arguments&)> kReplay = {
        same("indptr", 'l', indptr, own_indptr.bytes());
        same("indices", 'i', indices, own_indices.bytes());
        same("u", 'f', u, own_u.bytes());
+     }},
+    {"Largest", [](Engine& e, Arguments& a) {
+       const int64_t rows = a.integer(), k = a.integer();
+       const bool whole = a.flag();
+       const int64_t room = a.integer();
+       e.largest = std::make_unique<Largest>(rows, k, whole, room, static_cast<int>(a.integer()));
+     }},
+    {"Largest.begin", [](Engine& e, Arguments& a) {
+       const int64_t first = a.integer();
+       e.largest->begin(first, a.integer());
+     }},
+    {"Largest.expect", [](Engine& e, Arguments& a) { e.largest->expect(a.in<float>()); }},
+    {"Largest.add_tile", [](Engine& e, Arguments& a) {
+       const Compactor::Layer layer = a.layer();
+       const float* tile = a.in<float>();
+       const int64_t width = a.integer(), first = a.integer();
+       e.largest->add_tile(e.k, layer, tile, width, static_cast<int32_t>(first), e.threads);
+     }},
+    {"Largest.add_screened_tile", [](Engine& e, Arguments& a) {
+       const Compactor::Layer layer = a.layer();
+       const uint16_t* tile = a.in<uint16_t>();
+       const int64_t width = a.integer(), first = a.integer();
+       e.largest->add_screened_tile(e.k, layer, tile, width, static_cast<int32_t>(first), a.real(), e.threads);
+     }},
+    {"Largest.add_rounded_tile", [](Engine& e, Arguments& a) {
+       const Compactor::Layer layer = a.layer();
+       const uint16_t* tile = a.in<uint16_t>();
+       const int64_t width = a.integer(), first = a.integer();
+       e.largest->add_rounded_tile(e.k, layer, tile, width, static_cast<int32_t>(first), e.threads);
+     }},
+    {"Largest.add_dense", [](Engine& e, Arguments& a) {
+       const Compactor::Layer layer = a.layer();
+       const int64_t width = a.integer(), first = a.integer();
+       e.largest->add_dense(e.k, layer, width, static_cast<int32_t>(first), e.threads);
+     }},
+    {"Largest.settle", [](Engine& e, Arguments& a) { e.largest->settle(e.k, a.layer(), e.threads); }},
+    {"Largest.select", [](Engine& e, Arguments& a) { a.result(e.largest->select(e.threads)); }},
+    {"Largest.finish", [](Engine& e, Arguments& a) {
+       int64_t* indptr = a.out<int64_t>();
+       int32_t* indices = a.out<int32_t>();
+       e.largest->finish(indptr, indices, a.out<float>(), e.threads);
      }},
 };
 

@@ -30,7 +30,7 @@ from torch import Tensor
 import sae_fast.ops
 from sae_fast import _C, ops
 from sae_fast.code import RowGradient, SparseCode
-from sae_fast.ops import _dense, _native, _screen, _support
+from sae_fast.ops import _dense, _largest, _native, _screen, _support
 
 DTYPES = {torch.bfloat16: "h", torch.int32: "i", torch.int64: "l", torch.float32: "f", torch.float64: "d"}
 LONG = 2 * 2048 + 57  # rows: more than two runs (kRun) of a feature that is active on each
@@ -79,7 +79,10 @@ class Recorder:
         return lambda *args: self.call(name, getattr(_C, name), args)
 
     def Compactor(self, *args: Any) -> Methods:
-        return Methods(self, self.call("Compactor", _C.Compactor, args))
+        return Methods(self, "Compactor", self.call("Compactor", _C.Compactor, args))
+
+    def Largest(self, *args: Any) -> Methods:
+        return Methods(self, "Largest", self.call("Largest", _C.Largest, args))
 
     def call(self, name: str, function: Callable, args: tuple) -> Any:
         flat = list(_flatten(_trimmed(name, args)))
@@ -108,11 +111,11 @@ class Recorder:
 
 
 class Methods:
-    def __init__(self, recorder: Recorder, compactor: Any):
-        self.recorder, self.compactor = recorder, compactor
+    def __init__(self, recorder: Recorder, kind: str, of: Any):
+        self.recorder, self.kind, self.of = recorder, kind, of
 
     def __getattr__(self, name: str) -> Callable:
-        return lambda *args: self.recorder.call(f"Compactor.{name}", getattr(self.compactor, name), args)
+        return lambda *args: self.recorder.call(f"{self.kind}.{name}", getattr(self.of, name), args)
 
 
 def _remembers_its_arguments(base: type) -> type:
@@ -126,7 +129,7 @@ def _remembers_its_arguments(base: type) -> type:
 def _trimmed(name: str, args: tuple) -> tuple:
     """Without the number of threads, which comes last.  Where an op passes a view that goes on past what the engine reads,
     only that, so that a read past it is seen."""
-    if name.startswith("sound_"):  # takes no threads
+    if name.startswith("sound_") or name in ("Largest", "Largest.begin", "Largest.expect"):  # take no threads
         return args
     a: list = list(args[:-1])
     if name == "screen_w":
@@ -222,6 +225,22 @@ def record_encode(B: int, d: int, F: int) -> None:
         ops.encode(x, W, bias - 10.0**38, activation="relu")  # none
 
 
+def record_largest(B: int, d: int, F: int) -> None:
+    """topk and batch_topk, by every way; floors after each tile, and blocks that the floor does not thin."""
+    x, W, bias = layer(B, d, F) if B else (torch.empty(0, d), torch.ones(F, d), torch.ones(F))
+    often = bias + 10.0 ** (3 if d > 1 else 1)  # more than the k, and ties
+    for support, k in (("topk", 1), ("topk", F), ("topk", max(1, F // 20)), ("batch_topk", max(1, F // 20))):
+        kind: dict = {"activation": "relu", "support": support, "k": k}
+        for precision, dense_above in (("exact", 0.0), ("exact", 1.0), ("fp32", 1.0), ("bf16", 1.0)):
+            with (
+                patch.multiple(_support, TILE=1, ROWS=20, DENSE_ABOVE=dense_above),
+                patch.multiple(_largest, ROOM=0, DENSE_ABOVE=2.0),
+            ):
+                ops.encode(x, W, often, **kind, precision=precision)
+        with patch.object(_largest, "DENSE_ABOVE", -1.0):
+            ops.encode(x, W, bias, **kind)
+
+
 def record_shadow(d: int, F: int) -> None:
     W = randn(F, d, seed=F)
     shadow = ops.make_shadow(W)
@@ -280,9 +299,12 @@ def record_codes(B: int, d: int, F: int) -> None:
 def record_all() -> None:
     for B, d, F in SHAPES:
         record_encode(B, d, F)
+        record_largest(B, d, F)
         record_shadow(d, F)
         record_codes(B, d, F)
     record_encode(0, 63, 33)
+    record_largest(0, 63, 33)
+    record_largest(45, 33, 1100)  # several tiles
     record_codes(0, 63, 33)
     often = torch.zeros(LONG, 33, dtype=torch.bool)
     often[:, 7] = True

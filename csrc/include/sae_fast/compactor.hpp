@@ -46,7 +46,7 @@ class Compactor {
       part.candidates.reserve(n * width);
       int64_t found[kBlock + 1] = {0};
       for (int64_t r = 0; r < n; ++r) {
-        found[r + 1] = found[r] + kernels.screen(tile + (b + r) * width, width, first, part.candidates.data() + found[r]);
+        found[r + 1] = found[r] + kernels.screen(tile + (b + r) * width, width, 0, first, part.candidates.data() + found[r]);
         if (found[r + 1] > dense_above * static_cast<double>(n * width))
           return add_dense_block(kernels, layer, part, b, n, width, first, counts);
       }
@@ -65,7 +65,7 @@ class Compactor {
     add(width, threads, [&](Part& part, int64_t b, int64_t n, int32_t* counts) {
       for (int64_t r = 0; r < n; ++r) {
         part.reserve(part.size + width + kSlack);
-        const int64_t found = kernels.screen(tile + (b + r) * width, width, first, part.next_index());
+        const int64_t found = kernels.screen(tile + (b + r) * width, width, 0, first, part.next_index());
         for (int64_t j = 0; j < found; ++j) {
           const int64_t i = part.next_index()[j];
           const float excess = host::widen(tile[(b + r) * width + i - first]);

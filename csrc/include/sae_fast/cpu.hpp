@@ -27,8 +27,9 @@ struct Kernels {
   void (*screen_x)(Screen, const float* x, int64_t n, const double* norms, uint16_t* rows, int threads);
   void (*screen_w)(Screen, const uint16_t* rounded, const float* W, int64_t n, const double* norms, const float* bias,
                    const float* cut, uint16_t* rows, int threads);
-  // Entries of ub [n] with not (ub <= 0), ascending, from `first`: room for n.  Returns their number.
-  int64_t (*screen)(const uint16_t* ub, int64_t n, int32_t first, int32_t* indices);
+  // Entries of ub [n], bfloat16, with not (ub <= above), ascending, from `first`: room for n.  Returns their number.
+  // above are the bits of a bfloat16, at least 0.
+  int64_t (*screen)(const uint16_t* ub, int64_t n, int16_t above, int32_t first, int32_t* indices);
   // The members among n candidates [n] of a row x [d], with not (x . w + bias <= cut): indices and u; may run in place.
   // W, bias and cut start at feature 0.  Returns their number.
   int64_t (*verify)(const float* x, const float* W, int64_t d, const float* bias, const float* cut,

@@ -11,7 +11,7 @@ int64_t stale_rows(const float*, int64_t, int64_t, const uint16_t*, const double
 void column_residuals(const float*, const uint16_t*, int64_t, int64_t, int64_t, int, float*, int);
 void screen_x(Screen, const float*, int64_t, const double*, uint16_t*, int);
 void screen_w(Screen, const uint16_t*, const float*, int64_t, const double*, const float*, const float*, uint16_t*, int);
-int64_t screen(const uint16_t*, int64_t, int32_t, int32_t*);
+int64_t screen(const uint16_t*, int64_t, int16_t, int32_t, int32_t*);
 int64_t verify(const float*, const float*, int64_t, const float*, const float*, const int32_t*, int64_t, int32_t*, float*);
 void dot_block(const float*, int64_t, const float*, int64_t, int64_t, float*);
 void activate(Activation, int64_t, const int32_t*, const float*, const float*, const float*, const float*,

@@ -43,6 +43,7 @@ struct Screen {  // what both operands of the screening product share: csrc/cpu/
   int64_t m;
   double gamma;
   const double* terms;  // [n_terms] factors of the terms of the bound, 1 but in tests; null: no bound
+  uint16_t open;        // bfloat16 in the place of a row or feature out of range: 1, or NaN where the test is not of a sign
 };
 
 constexpr int64_t kRun = 2048;  // entries of a feature that are summed in one go: gradient_row.hpp

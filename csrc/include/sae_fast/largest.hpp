@@ -1,0 +1,374 @@
+// Keeps the largest positive pre-activations while they are made tile by tile (a block of rows, some features): the k of
+// each row, or the k a row of the whole batch, by (pre-activation descending, row, feature).  A NaN counts as the largest.
+// A floor below which nothing can be chosen, since k are above it, rises from tile to tile; what a screened tile bounds below
+// the floor is never looked at again (docs/screen.md).  Plain code: the vector loops are the kernels'.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <new>
+#include <vector>
+
+#include "sae_fast/compactor.hpp"
+
+namespace sae_fast {
+
+class Largest {
+ public:
+  using Layer = Compactor::Layer;  // without a cut
+
+  // `whole`: k * rows of the batch, not k of each row.  `room`: entries a row that may gather before a floor is sought.
+  // `raise`: bfloat16 steps by which the floor is lifted, 0 but in tests.
+  Largest(int64_t rows, int64_t k, bool whole, int64_t room, int raise)
+      : k_(k), budget_(whole ? k * rows : k), whole_(whole), room_a_row_(room), raise_(raise), rows_(rows) {}
+
+  // The tiles that follow are of the rows first .. first + n.
+  void begin(int64_t first, int64_t n) {
+    first_ = first, n_ = n, seen_ = 0, excess_.assign(n, 0.0f);
+    room_ = n * room_a_row_;
+  }
+
+  // The tiles, as Compactor takes them.
+  void add_tile(const Kernels& kernels, const Layer& layer, const float* tile, int64_t width, int32_t first, int threads) {
+    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
+      take_exact(kernels, layer, s, tile + b * width, b, n, width, first);
+    });
+    added(kernels, layer, first + width, threads);
+  }
+
+  void add_dense(const Kernels& kernels, const Layer& layer, int64_t width, int32_t first, int threads) {
+    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) { take_dots(kernels, layer, s, b, n, width, first); });
+    added(kernels, layer, first + width, threads);
+  }
+
+  // Of the screened tile that is next: excess [n], how much the bounds of a row can be above what they bound.
+  void expect(const float* excess) {
+    for (int64_t b = 0; b < n_; ++b)
+      if (!(excess[b] <= excess_[b])) excess_[b] = excess[b];  // a NaN stays: nothing is known
+  }
+
+  // What passes the floor waits for the dots.  Where a row's floor stands and the bound still keeps more than dense_above of a
+  // block's entries, the whole block is dotted at once.
+  void add_screened_tile(const Kernels& kernels, const Layer& layer, const uint16_t* tile, int64_t width, int32_t first,
+                         double dense_above, int threads) {
+    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
+      s.indices.resize(n * width);
+      int64_t found[kBlock + 1] = {0}, against_a_floor = 0;
+      for (int64_t r = 0; r < n; ++r) {
+        const uint32_t floor = floor_of(b + r);
+        found[r + 1] = found[r] + kernels.screen(tile + (b + r) * width, width, above(floor), first, s.indices.data() + found[r]);
+        if (floor > 0) against_a_floor += found[r + 1] - found[r];
+      }
+      if (against_a_floor > dense_above * static_cast<double>(n * width))
+        return take_dots(kernels, layer, s, b, n, width, first);
+      for (int64_t r = 0; r < n; ++r) {
+        auto& waiting = row(b + r).waiting;
+        const size_t before = waiting.size();
+        waiting.resize(before + (found[r + 1] - found[r]));
+        Waiting* to = waiting.data() + before;
+        for (int64_t j = found[r]; j < found[r + 1]; ++j) {
+          const int16_t bound = static_cast<int16_t>(tile[(b + r) * width + s.indices[j] - first]);
+          *to++ = {s.indices[j], bound < 0 ? kNaNBound : bound};  // a negative one that passed is a NaN
+        }
+      }
+    });
+    added(kernels, layer, first + width, threads);
+  }
+
+  void add_rounded_tile(const Kernels& kernels, const Layer& layer, const uint16_t* tile, int64_t width, int32_t first,
+                        int threads) {
+    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
+      s.indices.resize(width);
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t found = kernels.screen(tile + (b + r) * width, width, above(floor_of(b + r)), first, s.indices.data());
+        for (int64_t j = 0; j < found; ++j) {
+          const int32_t i = s.indices[j];
+          const float pi = host::widen(tile[(b + r) * width + i - first]);
+          keep(b + r, i, pi - layer.bias[i], pi);
+        }
+      }
+    });
+    added(kernels, layer, first + width, threads);
+  }
+
+  // After the last tile of a block of rows: what still waits is decided.
+  void settle(const Kernels& kernels, const Layer& layer, int threads) {
+    narrow(kernels, layer, true, threads);
+    for (int64_t b = 0; b < n_; ++b) {
+      std::vector<Waiting>().swap(row(b).waiting);
+      row(b).kept.shrink_to_fit();
+    }
+  }
+
+  // After the last block: leaves exactly the chosen.  Returns their number.
+  int64_t select(int threads) {
+    if (whole_) choose_of_all();
+    host::parallel_for(static_cast<int64_t>(rows_.size()), kBlock, threads, [&](int64_t b, int) {
+      std::sort(rows_[b].kept.begin(), rows_[b].kept.end(), [](const Entry& a, const Entry& c) { return a.index < c.index; });
+    });
+    int64_t nnz = 0;
+    for (const Row& r : rows_) nnz += static_cast<int64_t>(r.kept.size());
+    return nnz;
+  }
+
+  // indptr [rows + 1], starting at 0; indices and u [nnz].
+  void finish(int64_t* indptr, int32_t* indices, float* u, int threads) const {
+    indptr[0] = 0;
+    for (size_t b = 0; b < rows_.size(); ++b) indptr[b + 1] = indptr[b] + static_cast<int64_t>(rows_[b].kept.size());
+    host::parallel_for(static_cast<int64_t>(rows_.size()), kBlock, threads, [&](int64_t b, int) {
+      int64_t at = indptr[b];
+      for (const Entry& e : rows_[b].kept) indices[at] = e.index, u[at++] = e.u;
+    });
+  }
+
+  int64_t candidates() const { return verified_; }  // that were verified one by one
+
+ private:
+  static constexpr int64_t kSlack = 16, kBlock = 48;  // as Compactor's
+  static constexpr int64_t kRun = 1024;               // features whose rows of W stay in cache
+  static constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
+  static constexpr int16_t kNoBound = 0x7f80, kNaNBound = 0x7fff;  // infinite: of what is out of range
+
+  struct Waiting {  // passed the screen, not yet decided
+    int32_t index;
+    int16_t bound;  // bfloat16, positive
+  };
+  struct Entry {
+    uint32_t key;  // the bits of a positive pre-activation, which ascend with it, or kNaN
+    int32_t index;
+    float u;
+  };
+  struct Row {
+    std::vector<Waiting> waiting;  // ascending
+    std::vector<Entry> kept;
+    uint32_t floor = 0;  // k are known to have at least this key; 0 while that is not known of so many
+  };
+  struct Scratch {  // a worker's
+    std::vector<int32_t> indices;
+    std::vector<int16_t> bounds;
+    std::vector<float> u, cut, block;
+    int64_t verified = 0;
+  };
+
+  static uint32_t key_of(float pi) { return pi != pi ? kNaN : host::bits(pi); }
+  static bool before(const Entry& a, const Entry& b) { return a.key != b.key ? a.key > b.key : a.index < b.index; }
+
+  Row& row(int64_t b) { return rows_[first_ + b]; }
+  uint32_t floor_of(int64_t b) { return whole_ ? floor_ : row(b).floor; }
+
+  // The largest bfloat16 that is no bound of anything at the floor or above: pi >= c makes u + bias, before its rounding, more
+  // than the float before c, hence the bound, rounded to bfloat16, at least that float truncated.
+  int16_t above(uint32_t floor) const {
+    if (floor == 0) return 0;
+    const int64_t least = static_cast<int64_t>((floor - 1) >> 16) + raise_;
+    return static_cast<int16_t>(std::min<int64_t>(std::max<int64_t>(least, 1), kInfinity >> 16) - 1);
+  }
+
+  // What a pre-activation has to exceed to be at the floor or above.
+  static float below(uint32_t floor) {
+    const uint32_t bits = floor == 0 ? 0 : std::min(floor - 1, kInfinity);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+
+  void keep(int64_t b, int32_t index, float u, float pi) {
+    const uint32_t key = key_of(pi);
+    if (key >= floor_of(b)) row(b).kept.push_back({key, index, u});
+  }
+
+  void take_exact(const Kernels& kernels, const Layer& layer, Scratch& s, const float* tile, int64_t b, int64_t n, int64_t width,
+                  int32_t first) {
+    s.indices.resize(width + kSlack);
+    s.u.resize(width + kSlack);
+    for (int64_t r = 0; r < n; ++r) {
+      s.cut.assign(width, below(floor_of(b + r)));
+      const int64_t found = kernels.compact(tile + r * width, layer.bias + first, s.cut.data(), width, first,
+                                            s.indices.data(), s.u.data());
+      for (int64_t j = 0; j < found; ++j) keep(b + r, s.indices[j], s.u[j], s.u[j] + layer.bias[s.indices[j]]);
+    }
+  }
+
+  void take_dots(const Kernels& kernels, const Layer& layer, Scratch& s, int64_t b, int64_t n, int64_t width, int32_t first) {
+    s.block.resize(n * width);
+    kernels.dot_block(layer.x + b * layer.d, n, layer.W + first * layer.d, width, layer.d, s.block.data());
+    take_exact(kernels, layer, s, s.block.data(), b, n, width, first);
+  }
+
+  // After a tile up to the feature `last`.
+  void added(const Kernels& kernels, const Layer& layer, int64_t last, int threads) {
+    seen_ = last;
+    if (held() <= room_) return;
+    narrow(kernels, layer, false, threads);
+    room_ = std::max(room_, 2 * held());
+  }
+
+  int64_t held() {
+    int64_t sum = 0;
+    for (int64_t b = 0; b < n_; ++b) sum += row(b).waiting.size() + row(b).kept.size();
+    return sum;
+  }
+
+  // Drops what cannot be chosen, by the bounds alone if that is enough; otherwise the entries with the largest bounds are
+  // decided, which raises the floor to where it belongs, then what is left.
+  void narrow(const Kernels& kernels, const Layer& layer, bool all, int threads) {
+    std::vector<int16_t> least(n_, 1);
+    if (whole_) rank_all(least);
+    else each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
+      for (int64_t r = b; r < b + n; ++r) rank(s, r, least[r]);
+    });
+    if (drop(threads) == 0 && !all) return raise_floors(threads);  // exact tiles
+    if (!all && 2 * held() < room_) return;
+    decide(kernels, layer, least, threads);
+    raise_floors(threads);
+    if (drop(threads) == 0 || (!all && 2 * held() < room_)) return;
+    decide(kernels, layer, std::vector<int16_t>(n_, 1), threads);
+    raise_floors(threads);
+  }
+
+  // Ranks the bounds of a row: `least` is what the k best reach (or half of them if they are fewer), and less the excess, that
+  // is a floor.
+  void rank(Scratch& s, int64_t b, int16_t& least) {
+    const auto& waiting = row(b).waiting;
+    if (waiting.empty()) return;
+    s.bounds.clear();
+    for (const Waiting& w : waiting)
+      if (w.bound < kNoBound) s.bounds.push_back(w.bound);
+    const int64_t n = static_cast<int64_t>(s.bounds.size());
+    if (n == 0) return;
+    const auto last = s.bounds.begin() + std::min(k_, (n + 1) / 2) - 1;
+    std::nth_element(s.bounds.begin(), last, s.bounds.end(), std::greater<int16_t>());
+    least = *last;
+    if (last - s.bounds.begin() == k_ - 1) row(b).floor = std::max(row(b).floor, at_least(least, excess_[b]));
+  }
+  void rank_all(std::vector<int16_t>& least) {
+    std::vector<int64_t> bounds(kNoBound), floors(kNoBound);  // how many there are of each
+    int64_t total = 0;
+    for (int64_t b = 0; b < n_; ++b)
+      for (const Waiting& w : row(b).waiting)
+        if (w.bound < kNoBound) ++bounds[w.bound], ++floors[at_least(w.bound, excess_[b]) >> 16], ++total;
+    std::fill(least.begin(), least.end(), static_cast<int16_t>(reached(bounds, std::min(budget_, (total + 1) / 2))));
+    floor_ = std::max(floor_, static_cast<uint32_t>(reached(floors, budget_)) << 16);
+  }
+  static int64_t reached(const std::vector<int64_t>& counts, int64_t wanted) {
+    int64_t value = static_cast<int64_t>(counts.size()) - 1;
+    for (int64_t best = 0; value > 0 && (best += counts[value]) < wanted;) --value;
+    return value;
+  }
+
+  // The key that an entry of this bound has at least: what was rounded to `bound` exceeds the bfloat16 before it, and the
+  // pre-activation by at most `excess`.
+  static uint32_t at_least(int16_t bound, float excess) {
+    const double least = static_cast<double>(host::widen(static_cast<uint16_t>(bound - 1))) - excess;
+    if (!(least > 0)) return 0;
+    float key = static_cast<float>(least);
+    uint32_t bits = host::bits(key);
+    return static_cast<double>(key) > least ? bits - 1 : bits;
+  }
+
+  // What waits below its row's floor goes.  Returns how much is left.
+  int64_t drop(int threads) {
+    each_block(threads, [&](Scratch&, int64_t b, int64_t n) {
+      for (int64_t r = b; r < b + n; ++r) {
+        auto& list = row(r).waiting;
+        const int16_t level = above(floor_of(r));
+        list.erase(std::remove_if(list.begin(), list.end(), [&](const Waiting& w) { return w.bound <= level; }), list.end());
+      }
+    });
+    int64_t left = 0;
+    for (int64_t b = 0; b < n_; ++b) left += static_cast<int64_t>(row(b).waiting.size());
+    return left;
+  }
+
+  // The dots of all that waits with a bound of at least its row's, one run of features after the other: together the rows
+  // read each row of W from memory once.
+  void decide(const Kernels& kernels, const Layer& layer, const std::vector<int16_t>& least, int threads) {
+    std::vector<std::pair<size_t, size_t>> cursors(n_);  // read, written back
+    for (int64_t last = std::min(kRun, seen_); n_ > 0; last = std::min(last + kRun, seen_)) {
+      each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
+        for (int64_t r = b; r < b + n; ++r) {
+          auto& list = row(r).waiting;
+          auto& [read, written] = cursors[r];
+          s.indices.clear();
+          for (; read < list.size() && list[read].index < last; ++read) {
+            if (list[read].bound >= least[r]) s.indices.push_back(list[read].index);
+            else list[written++] = list[read];
+          }
+          if (last == seen_) list.resize(written);
+          const int64_t found = static_cast<int64_t>(s.indices.size());
+          s.u.resize(std::max<size_t>(s.u.size(), found));
+          const int64_t members = kernels.verify(layer.x + r * layer.d, layer.W, layer.d, layer.bias, nullptr,
+                                                 s.indices.data(), found, s.indices.data(), s.u.data());
+          for (int64_t j = 0; j < members; ++j) keep(r, s.indices[j], s.u[j], s.u[j] + layer.bias[s.indices[j]]);
+          s.verified += found;
+        }
+      });
+      if (last == seen_) break;
+    }
+  }
+
+  // Leaves the best; the last of them is the floor.
+  void raise_floors(int threads) {
+    if (whole_) return raise_the_floor();
+    each_block(threads, [&](Scratch&, int64_t b, int64_t n) {
+      for (int64_t r = b; r < b + n; ++r) {
+        auto& kept = row(r).kept;
+        if (static_cast<int64_t>(kept.size()) < k_) continue;
+        std::nth_element(kept.begin(), kept.begin() + k_ - 1, kept.end(), before);
+        kept.resize(k_);
+        row(r).floor = std::max(row(r).floor, kept[k_ - 1].key);
+      }
+    });
+  }
+
+  void raise_the_floor() {
+    std::vector<uint32_t> keys;
+    for (const Row& r : rows_)
+      for (const Entry& e : r.kept) keys.push_back(e.key);
+    if (static_cast<int64_t>(keys.size()) < budget_ || keys.empty()) return;
+    std::nth_element(keys.begin(), keys.begin() + budget_ - 1, keys.end(), std::greater<uint32_t>());
+    floor_ = std::max(floor_, keys[budget_ - 1]);
+    for (Row& r : rows_)
+      r.kept.erase(std::remove_if(r.kept.begin(), r.kept.end(), [&](const Entry& e) { return e.key < floor_; }), r.kept.end());
+  }
+
+  // Of those at the floor itself, as many as the budget still holds, the first rows' first.
+  void choose_of_all() {
+    raise_the_floor();
+    int64_t left = budget_;
+    for (const Row& r : rows_) left -= std::count_if(r.kept.begin(), r.kept.end(), [&](const Entry& e) { return e.key > floor_; });
+    for (Row& r : rows_) {
+      std::sort(r.kept.begin(), r.kept.end(), before);  // those at the floor come last, ascending
+      const int64_t at_floor = std::count_if(r.kept.begin(), r.kept.end(), [&](const Entry& e) { return e.key == floor_; });
+      const int64_t taken = std::min(at_floor, left);
+      r.kept.resize(r.kept.size() - (at_floor - taken));
+      left -= taken;
+    }
+  }
+
+  // body(scratch, b, n) for each run b .. b + n of the block's rows; what is written belongs to those rows.
+  template <class Body>
+  void each_block(int threads, const Body& body) {
+    std::vector<Scratch> scratch(std::max(threads, 1));
+    bool out_of_memory = false;
+    host::parallel_for((n_ + kBlock - 1) / kBlock, 1, threads, [&](int64_t i, int worker) {
+      try {
+        body(scratch[worker], i * kBlock, std::min(kBlock, n_ - i * kBlock));
+      } catch (...) {  // an exception must not leave a parallel region
+        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+      }
+    });
+    for (const Scratch& s : scratch) verified_ += s.verified;
+    if (out_of_memory) throw std::bad_alloc();
+  }
+
+  int64_t k_, budget_;
+  bool whole_;
+  int64_t room_a_row_;
+  int raise_;
+  std::vector<Row> rows_;
+  int64_t first_ = 0, n_ = 0, seen_ = 0, room_ = 0, verified_ = 0;
+  std::vector<float> excess_;  // of the bounds of each row of the block
+  uint32_t floor_ = 0;  // of the whole batch
+};
+
+}  // namespace sae_fast

@@ -1,0 +1,42 @@
+"""The C++ engine's way to ``topk`` and ``batch_topk``: the routes and tiles of _support.py, and a floor that rises.
+
+Once k entries of a row (or k · B of the batch) are known to be above some floor, what a tile bounds below it cannot be
+chosen: the rest of the rows costs a comparison an entry.  docs/screen.md, "Against a floor".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import Shadow
+from sae_fast.ops import _support
+from sae_fast.ops._native import _C, address, threads
+
+# k ÷ F above which every entry is dotted.  An estimate: on two AVX2 cores a dot by itself took 9 times as long as in a
+# block, and a bfloat16 product is taken to need a third of the time of a float32 one.
+DENSE_ABOVE = 0.05
+ROOM = 512  # entries a row, at least, that gather before a floor is sought
+RAISE = 0  # bfloat16 steps by which the floor is lifted: a test puts 1 there
+
+
+def find(
+    x: Tensor, W: Tensor, bias: Tensor, k: int, whole: bool, precision: str, shadow: Shadow | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """indptr, indices and u of the k largest positive x·w + bias of each row of x [B, d]; if ``whole``, of the k · B
+    largest of all.  Ties go to the lower row and then feature; a NaN counts as the largest."""
+    way = _support.route(precision, x.shape[0], shadow)
+    if way == "screen" and k > DENSE_ABOVE * W.shape[0]:
+        way = "dots"
+    shadow = _support.for_all_blocks(way, x, W, shadow)
+    largest = _C.Largest(x.shape[0], k, whole, max(4 * k, ROOM), RAISE)
+    for first in range(0, x.shape[0], _support.ROWS):
+        rows = x[first : first + _support.ROWS]
+        largest.begin(first, rows.shape[0])
+        layer = _support.fill(largest, way, rows, W, bias, None, shadow, test="floor")
+        largest.settle(layer, threads())
+    nnz = largest.select(threads())
+    indptr = torch.empty(x.shape[0] + 1, dtype=torch.int64)
+    indices, u = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz)
+    largest.finish(address(indptr), address(indices), address(u), threads())
+    return indptr, indices, u

@@ -1,0 +1,285 @@
+"""TopKSAE and BatchTopKSAE: what they compute, their groups and threshold, and what a layer promises besides numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_close_2x, assert_is_code, assert_repeats, assert_same_bits, randn, same_bits, strided
+from torch import Tensor
+
+import sae_fast as sf
+
+CLASSES = [sf.TopKSAE, sf.BatchTopKSAE]
+classes = pytest.mark.parametrize("cls", CLASSES)
+SIZES = [10, 30, 90]
+
+
+def make(cls, k: int = 7, dtype: torch.dtype = torch.float32, **options):
+    """A layer d 19, F 130 with random parameters, and an input [33, 19]."""
+    sae = cls(19, 130, k, dtype=dtype, seed=0, **options)
+    with torch.no_grad():
+        for i, p in enumerate([sae.W_enc, sae.W_dec]):
+            p.mul_(0.5 + randn(130, 1, seed=i).abs())
+        sae.b_enc.copy_(0.2 * randn(130, seed=2))
+        sae.b_dec.copy_(0.1 * randn(19, seed=3))
+    return sae, randn(33, 19, seed=4)
+
+
+def plain(sae, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """f [B, F], from the formulas."""
+    W, b_enc, b_dec = (p.detach().to(dtype) for p in (sae.W_enc, sae.b_enc, sae.b_dec))
+    x = x.to(dtype)
+    pi = torch.relu((x - b_dec if sae.apply_b_dec_to_input else x) @ W.T + b_enc)
+    if isinstance(sae, sf.BatchTopKSAE) and sae.threshold >= 0:
+        f = pi * (pi > sae.threshold)
+    else:
+        flat = pi if isinstance(sae, sf.TopKSAE) else pi.reshape(1, -1)
+        top = flat.topk(sae.k if isinstance(sae, sf.TopKSAE) else sae.k * x.shape[0], dim=1)
+        f = torch.zeros_like(flat).scatter_(1, top.indices, top.values).view_as(pi)
+    f[:, sum((sae.group_sizes or [sae.d_sae])[: sae.active_groups]) :] = 0
+    return f
+
+
+def decoded(sae, f: Tensor) -> Tensor:
+    return f @ sae.W_dec.detach().to(f.dtype) + sae.b_dec.detach().to(f.dtype)
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------------------
+
+
+@classes
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.7])
+@pytest.mark.parametrize("active", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_encode_decode_and_forward_are_the_formulas_within_twice_torchs_own_error(cls, threshold, active, dtype):
+    sae, x = make(cls, group_sizes=SIZES)
+    sae.active_groups = active
+    if threshold is not None:
+        if cls is sf.TopKSAE:
+            pytest.skip("a TopKSAE has no threshold")
+        sae.threshold.fill_(threshold)
+    x = x.to(dtype)
+    f32, f64 = (plain(sae, x, t) for t in (torch.float32, torch.float64))
+    f, code = sae.encode(x), sae.encode_sparse(x)
+    assert_is_code(code)
+    assert f.dtype == torch.float32 and torch.equal(f != 0, f64 != 0) and f.any()
+    assert_close_2x(f, f32, f64, "encode")
+    assert torch.equal(code.to_dense(), f) and torch.equal(code.l0(), (f64 != 0).sum(1))
+    x32, x64 = decoded(sae, f32), decoded(sae, f64)
+    assert_close_2x(sae.decode(code), x32, x64, "decode")
+    assert sae(x).dtype == dtype
+    assert_close_2x(sae(x), x32.to(dtype), x64, "forward")
+
+
+@classes
+def test_without_b_dec_at_the_input(cls):
+    sae, x = make(cls, apply_b_dec_to_input=False)
+    assert_close_2x(sae.encode(x), plain(sae, x, torch.float32), plain(sae, x, torch.float64))
+
+
+@classes
+@pytest.mark.parametrize("k", [1, 130])
+def test_the_least_and_the_largest_k(cls, k):
+    sae, x = make(cls, k)
+    assert_close_2x(sae.encode(x), plain(sae, x, torch.float32), plain(sae, x, torch.float64))
+    if k == 1 and cls is sf.TopKSAE:
+        assert torch.equal(sae.encode_sparse(x).l0(), torch.ones(33, dtype=torch.int64))
+
+
+def test_a_batch_of_batch_topk_holds_k_an_example_on_average_and_shares_them_as_they_fall():
+    sae, x = make(sf.BatchTopKSAE)
+    l0 = sae.encode_sparse(x).l0()
+    assert l0.sum() == 7 * 33 and l0.min() < 7 < l0.max()
+
+
+def test_by_the_threshold_an_example_does_not_depend_on_the_others():
+    sae, x = make(sf.BatchTopKSAE)
+    largest = sae.encode(x)
+    assert not torch.equal(sae.encode(x[:5]), largest[:5]), "the largest of five are others"
+    sae.threshold.fill_(0.6)
+    whole = sae.encode(x)
+    assert same_bits(sae.encode(x[:5]), whole[:5])
+    assert_same_bits(sae.encode_sparse(x, use_threshold=True), sae.encode_sparse(x))
+    assert same_bits(sae.encode(x, use_threshold=False), largest)
+    sae.threshold.fill_(-1)
+    assert same_bits(sae.encode(x), largest)
+    with pytest.raises(ValueError, match="use_threshold: got True, want a threshold"):
+        sae.encode(x, use_threshold=True)
+
+
+def test_a_threshold_of_minus_one_times_anything_is_unset_and_zero_is_a_threshold():
+    sae, x = make(sf.BatchTopKSAE)
+    assert sae.threshold.shape == () and float(sae.threshold) == -1 and not sae.has_threshold()
+    sae.threshold.zero_()
+    assert sae.has_threshold() and sae.encode_sparse(x).nnz == int((plain(sae, x, torch.float32) > 0).sum()) > 7 * 33
+
+
+# ---- Groups -----------------------------------------------------------------------------------------------------------
+
+
+@classes
+@pytest.mark.parametrize("sizes", [None, [130], SIZES, [1] * 130])
+def test_prefixes_decode_the_first_groups(cls, sizes):
+    sae, x = make(cls, group_sizes=sizes)
+    x = x.reshape(3, 11, 19)
+    code = sae.encode_sparse(x)
+    f = code.to_dense()
+    got = sae.decode_prefixes(code)
+    groups = 1 if sizes is None else len(sizes)
+    assert sae.active_groups == groups and got.shape == (groups, 3, 11, 19)
+    ends = torch.tensor(sizes or [130]).cumsum(0).tolist()
+    masked = torch.stack([f * (torch.arange(130) < end) for end in ends])
+    x32, x64 = decoded(sae, masked), decoded(sae, masked.double())
+    assert_close_2x(got, x32, x64, "of a code")
+    assert_close_2x(sae.decode_prefixes(f), x32, x64, "of a dense f")
+    assert_close_2x(got[-1], x32[-1], decoded(sae, f.double()))
+
+
+@classes
+def test_groups_that_are_off_take_part_in_the_choice(cls):
+    sae, x = make(cls, group_sizes=SIZES)
+    every = sae.encode_sparse(x)
+    sae.active_groups = 2
+    some = sae.encode_sparse(x)
+    assert_same_bits([every.indices, every.u], [some.indices, some.u])
+    off = some.indices >= 40
+    assert off.any() and not some.values[:, off].any() and same_bits(some.values[:, ~off], every.values[:, ~off])
+    some.magnitudes.sum().backward()
+    assert not sae.b_enc.grad[40:].any() and sae.b_enc.grad[:40].any()
+
+
+@classes
+@pytest.mark.parametrize("bad", [0, 4, -1, 1.0, True, None])
+def test_an_impossible_number_of_active_groups(cls, bad):
+    sae, _ = make(cls, group_sizes=SIZES)
+    with pytest.raises(ValueError, match=r"active_groups: got .*, want an int from 1 to the number of groups, 3"):
+        sae.active_groups = bad
+    assert sae.active_groups == 3
+
+
+@classes
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(k=0), "k: got 0, want an int with 1 ≤ k ≤ d_sae = 130"),
+        (dict(k=131), "k: got 131"),
+        (dict(k=2.0), "k: got 2.0"),
+        (dict(k=True), "k: got True"),
+        (dict(group_sizes=[]), r"group_sizes: got \[\], want positive ints whose sum is d_sae = 130"),
+        (dict(group_sizes=[130, 0]), "group_sizes: got"),
+        (dict(group_sizes=[100, 29]), "group_sizes: got"),
+        (dict(group_sizes=[65.0, 65.0]), "group_sizes: got"),
+        (dict(group_sizes=[140, -10]), "group_sizes: got"),
+    ],
+)
+def test_impossible_arguments(cls, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cls(19, 130, **{"k": 7, **arguments})
+
+
+@classes
+def test_a_foreign_code_has_no_prefixes(cls):
+    sae, _ = make(cls)
+    for f in (sf.ReluSAE(19, 7).encode_sparse(randn(2, 19)), randn(3, 7), None):
+        with pytest.raises(ValueError, match="f: got"):
+            sae.decode_prefixes(f)
+
+
+# ---- What a layer promises --------------------------------------------------------------------------------------------
+
+
+@classes
+@pytest.mark.parametrize("threshold", [-1.0, 0.4])
+def test_leading_dimensions_and_strides_do_not_matter(cls, threshold):
+    sae, x = make(cls)
+    if cls is sf.BatchTopKSAE:
+        sae.threshold.fill_(threshold)
+    code = sae.encode_sparse(x.reshape(3, 1, 11, 19))
+    assert code.shape == (3, 1, 11, 130)
+    assert same_bits(code.to_dense().reshape(33, 130), sae.encode(x))
+    assert same_bits(sae(x.reshape(3, 1, 11, 19)).reshape(33, 19), sae(x))
+    assert same_bits(sae(strided(x)), sae(x))
+    assert sae.encode_sparse(x[:0]).nnz == 0 and sae(x[:0]).shape == (0, 19) and sae(x[0]).shape == (19,)
+
+
+@classes
+def test_repeats_and_frozen_change_no_bit(cls):
+    sae, x = make(cls)
+    assert_repeats(lambda: sae.encode_sparse(x))
+    outside = sae.encode_sparse(x)
+    with sae.frozen():
+        for _ in range(2):
+            assert_same_bits(outside, sae.encode_sparse(x))
+
+
+@classes
+@pytest.mark.parametrize("x", [torch.zeros(3, 18), torch.zeros(3, 19, dtype=torch.int64), torch.full((3, 19), torch.nan)])
+def test_bad_input_is_a_value_error(cls, x):
+    with pytest.raises(ValueError, match="x: got"):
+        make(cls)[0](x)
+
+
+@classes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [None, SIZES])
+def test_a_saved_layer_comes_back_bit_for_bit(cls, dtype, sizes, tmp_path):
+    sae, x = make(cls, 5, dtype, group_sizes=sizes, apply_b_dec_to_input=False)
+    if cls is sf.BatchTopKSAE:
+        sae.threshold.fill_(0.3)
+    sf.save(sae, tmp_path)
+    again = sf.load(tmp_path)
+    assert type(again) is cls and again.options() == sae.options() and again.options()["k"] == 5
+    assert again.group_sizes == (None if sizes is None else tuple(sizes)) and not again.apply_b_dec_to_input
+    assert_same_bits(list(sae.state_dict().values()), list(again.state_dict().values()))
+    assert same_bits(again(x.to(dtype)), sae(x.to(dtype)))
+    assert "k=5" in repr(again) and ("group_sizes=[10, 30, 90]" in repr(again)) == (sizes is not None)
+
+
+@classes
+def test_a_copy_computes_the_same(cls):
+    sae, x = make(cls, group_sizes=SIZES)
+    sae.active_groups = 2
+    again = copy.deepcopy(sae)
+    assert again.active_groups == 2 and same_bits(again(x), sae(x))
+
+
+def test_the_threshold_stays_float32_and_exact():
+    sae, x = make(sf.BatchTopKSAE)
+    sae.threshold.fill_(0.3)
+    before = sae.threshold.clone()
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        sae.to(dtype)
+        assert sae.W_enc.dtype == dtype and same_bits(sae.threshold, before)
+        assert sae(x.to(dtype)).dtype == dtype
+    meta = sf.BatchTopKSAE(19, 130, 7, device="meta")
+    assert meta.to_empty(device="cpu").threshold.dtype == torch.float32
+    sae.load_state_dict(make(sf.BatchTopKSAE)[0].state_dict())
+    assert not sae.has_threshold()
+
+
+@classes
+def test_they_are_for_inference(cls):
+    assert not hasattr(cls, "loss")
+    with pytest.raises(ValueError, match=f"sae: got {cls.__name__}, want a GatedSAE or ReluSAE; others are for inference"):
+        sf.Trainer(make(cls)[0])
+
+
+@classes
+@pytest.mark.parametrize("threshold", [-1.0, 0.4])
+@pytest.mark.parametrize("active", [1, 3])
+def test_forward_compiles_as_one_graph(cls, threshold, active):
+    sae, x = make(cls, group_sizes=SIZES)
+    sae.active_groups = active
+    if cls is sf.BatchTopKSAE:
+        sae.threshold.fill_(threshold)
+    torch._dynamo.reset()
+    assert same_bits(torch.compile(sae, backend="aot_eager", fullgraph=True)(x), sae(x))
+
+
+@classes
+def test_gradients_reach_every_parameter(cls):
+    sae, x = make(cls)
+    sae(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in sae.parameters())
