@@ -28,6 +28,8 @@ LAYERS = [  # a layer of d_in, d_sae and keywords
     pytest.param(sf.GatedSAE, id="GatedSAE"),
     pytest.param(sf.ReluSAE, id="ReluSAE"),
     pytest.param(sf.JumpReluSAE, id="JumpReluSAE"),
+    pytest.param(partial(sf.TopKSAE, k=8), id="TopKSAE"),
+    pytest.param(partial(sf.BatchTopKSAE, k=8), id="BatchTopKSAE"),
 ]
 layers = pytest.mark.parametrize("layer", LAYERS)
 trainable = pytest.mark.parametrize("layer", [case for case in LAYERS if hasattr(case.values[0], "loss")])
@@ -88,11 +90,15 @@ def outside(x_hat: Tensor) -> Tensor:
     return (x_hat * WEIGHTS.to(x_hat.dtype)).sum()
 
 
+def names(sae) -> list[str]:
+    return [name for name, _ in (*sae.named_parameters(), *sae.named_buffers())]
+
+
 def gradients(sae, scalar: Tensor) -> dict[str, Tensor]:
     """By name; zeros where there is none."""
-    names, parameters = zip(*sae.named_parameters(), strict=True)
+    order, parameters = zip(*sae.named_parameters(), strict=True)
     found = torch.autograd.grad(scalar, parameters, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, found, strict=True))
+    return dict(zip(order, found, strict=True))
 
 
 def objectives(sae) -> dict[str, Callable]:
@@ -322,7 +328,7 @@ def test_the_jumprelu_form_has_metadata_of_its_own():
 def test_a_state_dict_of_tensors_only_makes_any_layer_the_same(layer, assign, frozen):
     sae, other, x = make(layer), make(layer, seed=1), batch(BATCH)
     state = torch.load(saved(sae.state_dict()), weights_only=True)
-    assert list(state) == [name for name, _ in sae.named_parameters()]
+    assert list(state) == names(sae)
     wanted = sae(x)
     assert not torch.equal(other(x), wanted)
 
@@ -356,11 +362,12 @@ def test_an_incomplete_or_foreign_state_dict_names_the_key_and_changes_no_shape(
 @layers
 def test_the_order_of_the_parameters_is_stable(layer):
     sae = make(layer)
-    names = [name for name, _ in sae.named_parameters()]
-    assert names == ["W_enc", "W_dec", "b_dec", *sae.per_feature] == list(sae.state_dict())
+    order = [name for name, _ in sae.named_parameters()]
+    assert order == ["W_enc", "W_dec", "b_dec", *sae.per_feature]
+    assert list(sae.state_dict()) == [*order, *(name for name, _ in sae.named_buffers())]
     sae.load_state_dict(dict(reversed(sae.state_dict().items())), assign=True)
     for same in (sae, copy.deepcopy(sae), sae.double(), make(layer, seed=1)):
-        assert [name for name, _ in same.named_parameters()] == names
+        assert [name for name, _ in same.named_parameters()] == order
 
 
 @layers
@@ -421,7 +428,7 @@ def test_a_layer_goes_through_the_meta_device(layer):
     sae, x = make(layer), batch(BATCH)
     meta = copy.deepcopy(sae).to("meta")
     assert all(p.is_meta for p in meta.parameters()) and repr(meta) == repr(sae)
-    with pytest.raises(RuntimeError, match=r"sae_fast::encode.*meta"):
+    with pytest.raises(RuntimeError, match=r"(sae_fast::encode|Tensor.item).*meta"):
         meta(torch.empty(BATCH, D, device="meta"))
     for twin in (copy.deepcopy(meta).to_empty(device="cpu"), meta):
         twin.load_state_dict(sae.state_dict(), assign=twin is meta)
@@ -549,7 +556,9 @@ def test_a_functional_call_is_the_layer_with_these_parameters(layer, frozen):
     sae, other, x = make(layer), make(layer), batch(BATCH)
     wanted_before = sae(x)
     leaves = {name: t.requires_grad_() for name, t in replaced(sae).items()}
-    other.load_state_dict({name: t.detach() for name, t in leaves.items()})
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.copy_(leaves[name])
 
     def compare():
         sae(x)
