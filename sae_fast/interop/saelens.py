@@ -53,15 +53,15 @@ class _Step(NamedTuple):
     l1: float
     gradients: bool  # whether to take them along
 
-    def code(self, x: Tensor, W_enc: Tensor, b_dec: Tensor, bias: Tensor, *magnitude: Tensor) -> tuple[Tensor, SparseCode]:
-        """(what the encoder's product takes, its code)."""
+    def code(self, x: Tensor, W: Tensor, b_dec: Tensor, bias: Tensor, *magnitude: Tensor) -> tuple[Tensor, SparseCode]:
+        """(what the encoder's product with W [F, d] takes, its code)."""
         x_c = x - b_dec if self.centred else x
         b_mag, r_mag = magnitude or (None, None)
-        return x_c, ops.encode(x_c, W_enc.T, bias, activation=self.activation, r_mag=r_mag, b_mag=b_mag)
+        return x_c, ops.encode(x_c, W, bias, activation=self.activation, r_mag=r_mag, b_mag=b_mag)
 
     def outputs(self, x: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
         """The differentiable outputs of _Forward, made of differentiable ops: what it is the short cut of."""
-        _, code = self.code(x, W_enc, b_dec, *vectors)
+        _, code = self.code(x, W_enc.T, b_dec, *vectors)
         weight = functional.sparsity_weight(W_dec, self.l1, "saelens")
         losses = ops.decode_loss(code, W_dec, b_dec, x, weight, x.shape[0], stop_auxiliary=False).losses.unbind()
         acts = code.magnitudes if _listed(code) else code.to_dense()
@@ -83,9 +83,10 @@ class _Forward(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         with without_autocast():
             x, W_enc, W_dec, b_dec, *vectors = tensors
-            x_c, code = step.code(x, W_enc, b_dec, *vectors)
+            W = W_enc.T.contiguous()  # as it is, unless a parametrization made W_enc
+            x_c, code = step.code(x, W, b_dec, *vectors)
             pass_ = _dense_pass if step.gradients and ops.dense_step_pays(code, W_dec) else _sparse_pass
-            losses, x_hat, ctx.gradients = pass_(step, code, x_c, *tensors)
+            losses, x_hat, ctx.gradients = pass_(step, code, x_c, x, W, W_dec, b_dec, *vectors)
             acts = code.magnitudes.clone() if _listed(code) else _to_dense(code)
         ctx.mark_non_differentiable(code.indptr, code.indices)
         parts = [part.clone() for part in losses]
@@ -98,7 +99,7 @@ class _Forward(torch.autograd.Function):
         ctx.gradients = None  # else autograd would copy them into .grad
         needed = ctx.needs_input_grad[1:]
         with without_autocast():
-            if taken is not None and not needed[0] and grads[0] is not None and all(g is None for g in grads[1:]):
+            if taken is not None and grads[0] is not None and all(g is None for g in grads[1:]):
                 if grads[0].device.type != "cpu" or grads[0] != 1:
                     taken = [g.mul_(grads[0]) for g in taken]
                 return (None, None, *(g if wanted else None for g, wanted in zip(taken, needed[1:], strict=True)))
@@ -121,8 +122,8 @@ def _sum(losses) -> Tensor:
     return mse + l1 + auxiliary
 
 
-def _sparse_pass(step, code, x_c, x, W_enc, W_dec, b_dec, *vectors):
-    """losses [3], x̂, and the gradients of their sum for (W_enc, W_dec, b_dec, *vectors) or None.  MATH.md §2."""
+def _sparse_pass(step, code, x_c, x, W, W_dec, b_dec, *vectors):
+    """losses [3], x̂, and the gradients of their sum for W_enc, W_dec, b_dec and the vectors, or None.  W is W_enc.T."""
     n, gated = x.shape[0], step.activation == "gated"
     norm = W_dec.norm(dim=1)
     out = ops.decode_loss(code, W_dec, b_dec, x, step.l1 * norm, n, stop_auxiliary=False)
@@ -140,17 +141,17 @@ def _sparse_pass(step, code, x_c, x, W_enc, W_dec, b_dec, *vectors):
     _add_norm_cost(dW_dec, W_dec, norm, penalised * (step.l1 / n))
     db_dec = sum(r.sum(0) for r in residuals) * (2 / n)
     if step.centred:
-        db_dec = db_dec - functional.weighted_rows(delta_sums, W_enc.T)
+        db_dec = db_dec - functional.weighted_rows(delta_sums, W)
     return out.losses, out.residual + x, [dW_enc.T, dW_dec, db_dec, *d_vectors]
 
 
-def _dense_pass(step, code, x_c, x, W_enc, W_dec, b_dec, *vectors):
+def _dense_pass(step, code, x_c, x, W, W_dec, b_dec, *vectors):
     """The same for a code so dense that its gradients are, as zero biases make it."""
     gated, norm = step.activation == "gated", W_dec.norm(dim=1)
     scale = torch.exp(vectors[2]) if gated else None
     out = ops.dense_gradients(code, x_c, x, W_dec, b_dec, scale, step.l1 * norm, stop_auxiliary=False)
     _add_norm_cost(out.W_dec, W_dec, norm, out.values * (step.l1 / x.shape[0]))
-    db_dec = out.residual - functional.weighted_rows(out.delta, W_enc.T) if step.centred else out.residual
+    db_dec = out.residual - functional.weighted_rows(out.delta, W) if step.centred else out.residual
     d_vectors = (out.bias, out.b_mag, out.r_mag) if gated else (out.bias,)
     return out.losses, out.errors + x, [out.W_enc.T, out.W_dec, db_dec, *(v.contiguous() for v in d_vectors)]
 
@@ -281,9 +282,8 @@ class OnTheEngine:
         self._lay_out()
         sae: Any = self
         x = step_input.sae_in.to(torch.float32)
-        step = _Step(
-            self._activation, sae.cfg.apply_b_dec_to_input, float(step_input.coefficients["l1"]), torch.is_grad_enabled()
-        )
+        gradients = torch.is_grad_enabled() and not x.requires_grad
+        step = _Step(self._activation, sae.cfg.apply_b_dec_to_input, float(step_input.coefficients["l1"]), gradients)
         vectors = [getattr(self, name) for name in self._vectors]
         loss, mse, l1, auxiliary, sae_out, acts, indptr, indices = _Forward.apply(
             step, x, sae.W_enc, sae.W_dec, sae.b_dec, *vectors
@@ -313,7 +313,7 @@ class OnTheEngine:
         step = _Step(self._activation, sae.cfg.apply_b_dec_to_input, 0.0, False)
         rows = x.to(torch.float32).reshape(-1, x.shape[-1])
         with without_autocast():
-            _, code = step.code(rows, sae.W_enc, sae.b_dec, bias, *magnitude)
+            _, code = step.code(rows, sae.W_enc.T, sae.b_dec, bias, *magnitude)
             dense = code.to_dense() if code.values.requires_grad else _to_dense(code)
         return dense.reshape(*x.shape[:-1], -1)
 

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 import logging
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import Judge, assert_same_bits, make_inputs
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("sae_lens", reason="the peers are in an environment of their own: make bench-peers")
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sae_lens
 from sae_lens import SAE, TrainingSAE
@@ -677,6 +682,22 @@ def test_folding_and_histograms_are_saelens(kind):
     torch.testing.assert_close(ours.encode(x), theirs.encode(x))
 
 
+def test_a_parametrized_weight_trains_on_the_engine(kind):
+    x, _, theirs, ours = problem(kind, 40, 20, 100)
+
+    class Halved(nn.Module):
+        def forward(self, W):
+            return W / 2
+
+    for sae in (theirs, ours):
+        parametrize.register_parametrization(sae, "W_enc", Halved())
+        with Seen() as seen:
+            sae.training_forward_pass(step_input(x)).loss.backward()
+    assert_on_the_engine(seen)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_a_weight_that_was_replaced_is_laid_out_again(kind):
     x, _, theirs, ours = problem(kind, 40, 20, 100)
     ours.load_state_dict(theirs.state_dict(), assign=True)
@@ -732,6 +753,37 @@ def test_the_language_model_runner_trains_our_class(kind, tmp_path):
     loaded = SAE.load_from_disk(tmp_path / "ours/output")
     assert loaded.cfg.architecture() == kind
     torch.testing.assert_close(loaded.W_enc, final[1].W_enc, rtol=0, atol=0)
+
+
+# ---- The benchmark --------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_the_loop_runs_and_times_nothing_that_is_wrong(tmp_path):
+    from typer.testing import CliRunner
+
+    from benchmarks.peers import saelens_loop
+
+    result = CliRunner().invoke(
+        saelens_loop.app, ["--quick", "--kind", "gated", "--kind", "standard", "--out", str(tmp_path / "f")]
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "f").read_text())["results"]
+    assert [(r["kind"], r["start"]) for r in found] == list(
+        itertools.product(KINDS, (saelens_loop.OWN, saelens_loop.CALIBRATED))
+    )
+    assert all(len(r["ratios"]) == 2 and min(r["ratios"]) > 0 for r in found)
+    assert found[0]["l0"][0] > 300 > 64 > found[1]["l0"][0], "of 1024: dense, and calibrated to 16"
+
+    task = saelens_loop.synthetic_task(saelens_loop.QUICK, 1, 1)
+    theirs = saelens_loop.sae_of(task, "gated", saelens_loop.CALIBRATED)
+    ours = saelens_loop.with_our_class(theirs, "gated")
+    ours.add_hook("hook_sae_input", lambda t, hook: None)
+    with pytest.raises(ValueError, match="not on the engine"):
+        saelens_loop.check(theirs, ours, task.batches[0], task.l1)
+    ours.reset_hooks()
+    ours.b_gate.data += 0.1
+    with pytest.raises(ValueError, match=r"(mse|l1)_loss"):
+        saelens_loop.check(theirs, ours, task.batches[0], task.l1)
 
 
 # ---- The module -----------------------------------------------------------------------------------------------------
