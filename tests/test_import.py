@@ -14,7 +14,8 @@ import torch
 
 import sae_fast as sf
 
-HEAVY = ["transformers", "matplotlib", "triton", "pandas", "pyarrow"]
+PEERS = ["dictionary_learning", "sae_lens", "sparsify", "sae_bench"]
+HEAVY = ["transformers", "matplotlib", "triton", "pandas", "pyarrow", "huggingface_hub", *PEERS]
 
 
 def in_a_fresh_process(script: str):
@@ -64,7 +65,7 @@ print(json.dumps(before == settings()))
 def test_the_public_names_exist():
     assert {name for name in sf.__all__ if not hasattr(sf, name)} == set()
     for name in (
-        "GatedSAE", "ReluSAE", "JumpReluSAE", "Trainer", "use_backend", "SparseCode", "RowAdam", "ops", "save", "load",
+        "GatedSAE", "ReluSAE", "JumpReluSAE", "TopKSAE", "BatchTopKSAE", "interop", "Trainer", "use_backend", "SparseCode", "RowAdam", "ops", "save", "load",
         "metrics", "reference",
     ):  # fmt: skip
         assert name in sf.__all__, name
@@ -121,3 +122,20 @@ def test_a_backend_is_forced_inside_the_with_block_only(monkeypatch):
     sae.encode(x)
     with pytest.raises(ValueError, match="name: got 'fpga'"), sf.use_backend("fpga"):
         pass
+
+
+@pytest.mark.parametrize(
+    "module, extra", [("dictionary_learning", "dictionary-learning"), ("saelens", "saelens"), ("saebench", "saebench")]
+)
+def test_a_module_for_a_package_that_is_not_there_names_the_extra(module, extra):
+    script = f"""
+import importlib, json, sys
+for name in {PEERS}:
+    sys.modules[name] = None  # as if it were not installed
+try:
+    importlib.import_module("sae_fast.interop.{module}")
+except ImportError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+    name, message = in_a_fresh_process(script)[0]
+    assert name == "MissingExtra" and f"pip install 'sae-fast[{extra}]'" in message

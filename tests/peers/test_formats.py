@@ -441,3 +441,26 @@ def test_saebench_loads_what_is_written_for_it(source, tmp_path, monkeypatch):
     x = data()
     torch.testing.assert_close(loaded(x), theirs(x), rtol=2e-5, atol=2e-5)
     assert loaded.cfg.architecture == "gated"
+
+
+@pytest.mark.parametrize("kind", DL)
+def test_any_layer_is_an_sae_that_saebench_takes(kind, tmp_path):
+    pytest.importorskip("sae_bench.custom_saes.base_sae")
+    from sae_bench.custom_saes.base_sae import BaseSAE
+
+    from sae_fast.interop.saebench import as_saebench
+
+    theirs = make_dl(kind, tmp_path)
+    sae = as_saebench(sf.load(tmp_path), "a-model", 3)
+    assert isinstance(sae, BaseSAE) and sae.check_decoder_norms()
+    assert sae.W_enc.shape == (D, F) and sae.W_dec.shape == (F, D) and isinstance(sae.W_dec, torch.nn.Parameter)
+    assert (sae.cfg.hook_name, sae.cfg.d_sae, sae.cfg.dtype) == ("blocks.3.hook_resid_post", F, "float32")
+    assert sae.device == torch.device("cpu") and sae.dtype == torch.float32
+    x = data()
+    torch.testing.assert_close(sae.encode(x), theirs.encode(x), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(sae(x), theirs.decode(theirs.encode(x)), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(sae.decode(sae.encode(x)), sae(x), rtol=2e-5, atol=2e-5)
+    with torch.no_grad():
+        sae.sae.W_dec.mul_(2)
+    with pytest.raises(ValueError, match="rows are not unit"):
+        as_saebench(sae.sae, "a-model", 3)

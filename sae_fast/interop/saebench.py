@@ -1,0 +1,63 @@
+"""An SAE of ours as one that SAEBench's evaluations take, on this engine.
+
+sae = as_saebench(sf.load("run"), "pythia-160m-deduped", hook_layer=8)   # then selected_saes = [("name", sae)]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sae_fast.extras import require
+from sae_fast.interop import _norms
+from sae_fast.nn import SparseAutoencoder
+
+require("sae_bench", extra="saebench")
+
+from sae_bench.custom_saes.base_sae import BaseSAE  # noqa: E402
+
+ARCHITECTURES = {
+    "GatedSAE": "gated",
+    "ReluSAE": "standard",
+    "JumpReluSAE": "jumprelu",
+    "TopKSAE": "topk",
+    "BatchTopKSAE": "batch_topk",
+}
+
+
+class SAEBenchSAE(BaseSAE):
+    """SAEBench's contract: encode, decode, forward, W_enc [d, F], W_dec [F, d], dtype, device, cfg.  The parameters are the
+    SAE's own memory."""
+
+    def __init__(self, sae: SparseAutoencoder, model_name: str, hook_layer: int, hook_name: str | None = None):
+        W = sae.W_enc
+        with torch.device("meta"):  # its zeros are replaced
+            super().__init__(sae.d_in, sae.d_sae, model_name, hook_layer, torch.device("meta"), W.dtype, hook_name)
+        self.sae = sae
+        self.W_enc, self.W_dec, self.b_dec = nn.Parameter(W.data.T), sae.W_dec, sae.b_dec
+        self.b_enc = sae.get_parameter(sae.per_feature[0])
+        self.device = W.device
+        self.cfg.architecture = ARCHITECTURES[type(sae).__name__]
+        self.cfg.apply_b_dec_to_input, self.cfg.device = sae.apply_b_dec_to_input, str(W.device)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.sae.encode(x)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return self.sae.decode(feature_acts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sae(x)
+
+
+def as_saebench(sae: SparseAutoencoder, model_name: str, hook_layer: int, hook_name: str | None = None) -> SAEBenchSAE:
+    """``sae`` in SAEBench's form; ``hook_name`` is by default the residual stream after ``hook_layer``.
+
+    ``ValueError`` if its decoder rows are not unit, which the evaluations need (``sf.load(..., fold_decoder_norm=True)``).
+    """
+    if not _norms.is_unit(sae):
+        raise ValueError("sae: W_dec's rows are not unit; want fold_decoder_norm=True when it is loaded")
+    return SAEBenchSAE(sae, model_name, hook_layer, hook_name)
+
+
+__all__ = ["SAEBenchSAE", "as_saebench"]
