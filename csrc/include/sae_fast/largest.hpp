@@ -74,6 +74,27 @@ class Largest {
     added(kernels, layer, first + width, threads);
   }
 
+  // The same from a tile [rows, width] of float u that is off by no more than half of what expect() was given, so that u, the bias
+  // and that half are a bound.  bias [width] is the layer's, or NaN where that does not hold.
+  void add_bounded_tile(const Kernels& kernels, const Layer& layer, const float* tile, const float* bias, int64_t width,
+                        int32_t first, int threads) {
+    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
+      s.indices.resize(width + kSlack);
+      s.u.resize(width + kSlack);
+      for (int64_t r = 0; r < n; ++r) {
+        const float margin = 0.5f * excess_[b + r];
+        s.cut.assign(width, below(floor_of(b + r)) - margin);
+        const int64_t found = kernels.compact(tile + (b + r) * width, bias, s.cut.data(), width, 0, s.indices.data(), s.u.data());
+        auto& waiting = row(b + r).waiting;
+        for (int64_t j = 0; j < found; ++j) {
+          const int16_t bound = upward(s.u[j] + bias[s.indices[j]] + margin);
+          if (bound > above(floor_of(b + r))) waiting.push_back({first + s.indices[j], bound});
+        }
+      }
+    });
+    added(kernels, layer, first + width, threads);
+  }
+
   void add_rounded_tile(const Kernels& kernels, const Layer& layer, const uint16_t* tile, int64_t width, int32_t first,
                         int threads) {
     each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
@@ -148,6 +169,12 @@ class Largest {
     std::vector<float> u, cut, block;
     int64_t verified = 0;
   };
+
+  // The least bfloat16 that is no less; of a NaN, and of what is not positive, the bound that keeps or drops it.
+  static int16_t upward(float bound) {
+    if (bound != bound) return kNaNBound;
+    return bound > 0 ? static_cast<int16_t>((host::bits(bound) + 0xffffu) >> 16) : 0;
+  }
 
   static uint32_t key_of(float pi) { return pi != pi ? kNaN : host::bits(pi); }
   static bool before(const Entry& a, const Entry& b) { return a.key != b.key ? a.key > b.key : a.index < b.index; }
