@@ -140,6 +140,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("raise"))
       .def("begin", &Largest::begin)
       .def("expect", [](Largest& self, Address excess) { self.expect(at<const float>(excess)); })
+      .def("add_bounded_tile", [](Largest& self, const Compactor::Layer& layer, Address tile, Address bias, int64_t width,
+                                  int32_t first, int threads) {
+        self.add_bounded_tile(*current, layer, at<const float>(tile), at<const float>(bias), width, first, threads);
+      }, release())
       .def("settle", [](Largest& self, const Compactor::Layer& layer, int threads) {
         self.settle(*current, layer, threads);
       }, release())

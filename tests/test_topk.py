@@ -35,7 +35,8 @@ pytestmark = pytest.mark.skipif(_C is None, reason="the extension sae_fast._C is
 SUPPORTS = ("topk", "batch_topk")
 TERMS = ("x_residual", "low_residual", "accumulation", "w_residual", "w_outliers", "bias", "least")  # Screen::Term
 supports = pytest.mark.parametrize("support", SUPPORTS)
-ways = pytest.mark.parametrize("way", ["screen", "dots"])
+WAYS = ("screen", "bound", "dots")
+ways = pytest.mark.parametrize("way", WAYS)
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def forced(way: str, without: dict[str, float] | None = None, dense_above: float
     """Every batch takes one route.  The screen's product runs anywhere, if slowly, and sums in float32."""
     if way == "screen" and _screen._sums_in_bf16() is not None:
         pytest.skip(f"no screen: {_screen._sums_in_bf16()}")
-    rows = {"screen": 0, "dots": 2**62}[way]
+    rows = {"screen": 0, "dots": 2**62, "bound": 2**62}[way]
     terms = torch.ones(len(TERMS), dtype=torch.float64)
     for term, factor in (without or {}).items():
         terms[TERMS.index(term)] = factor
@@ -53,6 +54,7 @@ def forced(way: str, without: dict[str, float] | None = None, dense_above: float
         patch.setattr(_support, "FEW_ROWS", {"shadow": rows, "no shadow": rows})
         patch.setattr(_support, "DENSE_ABOVE", dense_above)
         patch.setattr(_largest, "DENSE_ABOVE", 2.0)
+        patch.setattr(_largest, "BOUND_ROWS", 0 if way == "bound" else 2**62)
         for name, value in settings.items():
             patch.setattr(_largest if name == "ROOM" else _support, name, value)
         yield
@@ -221,7 +223,7 @@ def test_routes_chunks_floors_threads_and_shadows_change_no_bit(support, isa):
     chunks = [  # rows, tile, room; a shadow or none; threads
         (2048, 2**21, 512, None, 1), (64, 1, 0, shadow, 3), (50, 2**14, 0, None, 2), (1, 1, 30, shadow, 2),
     ]  # fmt: skip
-    for way in ("screen", "dots"):
+    for way in WAYS:
         for dense_above in (0.0, 0.2, 2.0):
             for rows, tile, room, kept, threads in chunks:
                 torch.set_num_threads(threads)
@@ -241,7 +243,7 @@ def test_repeats_bit_for_bit_at_every_number_of_threads(way, support, isa):
 
 
 @supports
-@pytest.mark.parametrize("way", ["screen", "dots"])
+@ways
 def test_instruction_sets_with_the_same_lanes_have_the_same_bits(way, support):
     codes = {}
     for name in _C.supported_isas():
@@ -338,8 +340,8 @@ def test_norms_at_the_ends_of_fp32s_range(where, scale, support):
         if where in (name, "all"):
             t[::3] *= scale
     u = every_dot(x, W, bias)
-    for dense_above in (0.2, 2.0):
-        with forced("screen", dense_above=dense_above, ROOM=0, TILE=2**14):
+    for way, dense_above in (("screen", 0.2), ("screen", 2.0), ("bound", 2.0)):
+        with forced(way, dense_above=dense_above, ROOM=0, TILE=2**14):
             assert_is_the_sorted_choice(encode(x, W, bias, support, 9), u, bias, support, 9)
 
 
@@ -377,15 +379,15 @@ def extremes(g: torch.Generator, *shape: int) -> Tensor:
 @given(
     B=st.integers(1, 70), d=st.integers(1, 60), F=st.integers(1, 600), seed=st.integers(0, 2**31), share=st.integers(1, 40),
     support=st.sampled_from(SUPPORTS), dense_above=st.sampled_from([0.0, 0.2, 2.0]), rows=st.sampled_from([16, 2048]),
-    room=st.sampled_from([0, 20, 512]), ordinary=st.booleans(),
+    room=st.sampled_from([0, 20, 512]), ordinary=st.booleans(), way=st.sampled_from(["screen", "bound"]),
 )  # fmt: skip
-def test_any_finite_input_has_the_choice_of_the_dots(B, d, F, seed, share, support, dense_above, rows, room, ordinary):
+def test_any_finite_input_has_the_choice_of_the_dots(B, d, F, seed, share, support, dense_above, rows, room, ordinary, way):
     g = torch.Generator().manual_seed(seed)
     make = (lambda g, *shape: torch.randn(*shape, generator=g)) if ordinary else extremes
     x, W, bias = make(g, B, d), make(g, F, d), make(g, F)
     k = max(1, F // share)
     u = every_dot(x, W, bias)
-    with forced("screen", dense_above=dense_above, ROWS=rows, TILE=1, ROOM=room):
+    with forced(way, dense_above=dense_above, ROWS=rows, TILE=1, ROOM=room):
         code = encode(x, W, bias, support, k)
     member = sorted_choice(u + bias, support, k)
     assert torch.equal(dense(code, torch.ones(code.nnz)) > 0, member)
@@ -454,7 +456,27 @@ def test_a_floor_from_bounds_alone_needs_twice_their_margins(support, factor, mo
         assert not bool((encode(x, W, bias, support, 1).indices == 300).any()), "the best is lost"
 
 
-def test_few_candidates_are_verified():
+def test_a_float_product_without_its_margin_loses_the_best():
+    """The best is what the dots round up and the product rounds down, by more than the lead over its rivals."""
+    x = randn(1, 768).repeat(64, 1)
+    several = randn(400, 768, seed=1)
+    lead = every_dot(x, several, torch.zeros(400)) - x @ several.T
+    W, bias = torch.zeros(600, 768), torch.zeros(600)
+    W[300:] = several[int(lead[0].argmax())]
+    best = float(every_dot(x, W, bias)[0, 300])
+    worst = float((x @ W.T)[:, 300:].max())
+    bias[300:] = 1 - best  # so that the lead is not lost in the size of u
+    bias[:300] = float(torch.tensor(1 + 0.3 * (worst - best)))
+    assert best - worst > 4 * 2.0**-23
+    with forced("bound", TILE=1, ROOM=0):
+        assert bool((encode(x, W, bias, "topk", 1).indices == 300).all())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_largest, "MARGIN", 0.0)
+            assert not bool((encode(x, W, bias, "topk", 1).indices == 300).any())
+
+
+@pytest.mark.parametrize("way", ["screen", "bound"])
+def test_few_candidates_are_verified(way):
     """Of 30 000 entries a row, half of them positive, hardly more than the k."""
     x, W = randn(128, 256), torch.nn.functional.normalize(randn(6000, 256, seed=1), dim=1)
     seen = []
@@ -467,7 +489,7 @@ def test_few_candidates_are_verified():
             seen.append(_C.Largest(*arguments))
             return seen[-1]
 
-    with pytest.MonkeyPatch.context() as patch, forced("screen", TILE=2**17):
+    with pytest.MonkeyPatch.context() as patch, forced(way, TILE=2**17):
         patch.setattr(_largest, "_C", Engine())
         for support in SUPPORTS:
             code = encode(x, W, torch.zeros(6000), support, 32)

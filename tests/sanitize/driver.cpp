@@ -538,6 +538,12 @@ const std::map<std::string, void (*)(Engine&, Arguments&)> kReplay = {
        const int64_t width = a.integer(), first = a.integer();
        e.largest->add_screened_tile(e.k, layer, tile, width, static_cast<int32_t>(first), a.real(), e.threads);
      }},
+    {"Largest.add_bounded_tile", [](Engine& e, Arguments& a) {
+       const Compactor::Layer layer = a.layer();
+       const float *tile = a.in<float>(), *bias = a.in<float>();
+       const int64_t width = a.integer(), first = a.integer();
+       e.largest->add_bounded_tile(e.k, layer, tile, bias, width, static_cast<int32_t>(first), e.threads);
+     }},
     {"Largest.add_rounded_tile", [](Engine& e, Arguments& a) {
        const Compactor::Layer layer = a.layer();
        const uint16_t* tile = a.in<uint16_t>();

@@ -239,6 +239,12 @@ def record_largest(B: int, d: int, F: int) -> None:
                 ops.encode(x, W, often, **kind, precision=precision)
         with patch.object(_largest, "DENSE_ABOVE", -1.0):
             ops.encode(x, W, bias, **kind)
+        few = {"shadow": 10**9, "no shadow": 10**9}
+        with (
+            patch.multiple(_support, TILE=1, ROWS=20, FEW_ROWS=few),
+            patch.multiple(_largest, ROOM=0, DENSE_ABOVE=2.0, BOUND_ROWS=0),
+        ):
+            ops.encode(x, W, often, **kind)
 
 
 def record_shadow(d: int, F: int) -> None:

@@ -55,7 +55,8 @@ class Largest {
       int64_t found[kBlock + 1] = {0}, against_a_floor = 0;
       for (int64_t r = 0; r < n; ++r) {
         const uint32_t floor = floor_of(b + r);
-        found[r + 1] = found[r] + kernels.screen(tile + (b + r) * width, width, above(floor), first, s.indices.data() + found[r]);
+        int32_t* to = s.indices.data() + found[r];
+        found[r + 1] = found[r] + kernels.screen(tile + (b + r) * width, width, above(floor), first, to);
         if (floor > 0) against_a_floor += found[r + 1] - found[r];
       }
       if (against_a_floor > dense_above * static_cast<double>(n * width))
@@ -74,12 +75,35 @@ class Largest {
     added(kernels, layer, first + width, threads);
   }
 
+  // The same from a tile [rows, width] of float u that is off by no more than half of what expect() was given, so that u,
+  // the bias and that half are a bound.  bias [width] is the layer's, or NaN where that does not hold.
+  void add_bounded_tile(const Kernels& kernels, const Layer& layer, const float* tile, const float* bias, int64_t width,
+                        int32_t first, int threads) {
+    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
+      s.indices.resize(width + kSlack);
+      s.u.resize(width + kSlack);
+      for (int64_t r = 0; r < n; ++r) {
+        const float margin = 0.5f * excess_[b + r];
+        s.cut.assign(width, below(floor_of(b + r)) - margin);
+        const int64_t found = kernels.compact(tile + (b + r) * width, bias, s.cut.data(), width, 0, s.indices.data(),
+                                              s.u.data());
+        auto& waiting = row(b + r).waiting;
+        for (int64_t j = 0; j < found; ++j) {
+          const int16_t bound = upward(s.u[j] + bias[s.indices[j]] + margin);
+          if (bound > above(floor_of(b + r))) waiting.push_back({first + s.indices[j], bound});
+        }
+      }
+    });
+    added(kernels, layer, first + width, threads);
+  }
+
   void add_rounded_tile(const Kernels& kernels, const Layer& layer, const uint16_t* tile, int64_t width, int32_t first,
                         int threads) {
     each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
       s.indices.resize(width);
       for (int64_t r = 0; r < n; ++r) {
-        const int64_t found = kernels.screen(tile + (b + r) * width, width, above(floor_of(b + r)), first, s.indices.data());
+        const int16_t level = above(floor_of(b + r));
+        const int64_t found = kernels.screen(tile + (b + r) * width, width, level, first, s.indices.data());
         for (int64_t j = 0; j < found; ++j) {
           const int32_t i = s.indices[j];
           const float pi = host::widen(tile[(b + r) * width + i - first]);
@@ -126,7 +150,7 @@ class Largest {
   static constexpr int64_t kSlack = 16, kBlock = 48;  // as Compactor's
   static constexpr int64_t kRun = 1024;               // features whose rows of W stay in cache
   static constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
-  static constexpr int16_t kNoBound = 0x7f80, kNaNBound = 0x7fff;  // infinite: of what is out of range
+  static constexpr int16_t kNoBound = 0x7f80, kNaNBound = 0x7fff;  // from infinity on: of what is out of range
 
   struct Waiting {  // passed the screen, not yet decided
     int32_t index;
@@ -148,6 +172,12 @@ class Largest {
     std::vector<float> u, cut, block;
     int64_t verified = 0;
   };
+
+  // The least bfloat16 that is no less; of a NaN, and of what is not positive, the bound that keeps or drops it.
+  static int16_t upward(float bound) {
+    if (bound != bound) return kNaNBound;
+    return bound > 0 ? static_cast<int16_t>((host::bits(bound) + 0xffffu) >> 16) : 0;
+  }
 
   static uint32_t key_of(float pi) { return pi != pi ? kNaN : host::bits(pi); }
   static bool before(const Entry& a, const Entry& b) { return a.key != b.key ? a.key > b.key : a.index < b.index; }
@@ -335,7 +365,8 @@ class Largest {
   void choose_of_all() {
     raise_the_floor();
     int64_t left = budget_;
-    for (const Row& r : rows_) left -= std::count_if(r.kept.begin(), r.kept.end(), [&](const Entry& e) { return e.key > floor_; });
+    for (const Row& r : rows_)
+      left -= std::count_if(r.kept.begin(), r.kept.end(), [&](const Entry& e) { return e.key > floor_; });
     for (Row& r : rows_) {
       std::sort(r.kept.begin(), r.kept.end(), before);  // those at the floor come last, ascending
       const int64_t at_floor = std::count_if(r.kept.begin(), r.kept.end(), [&](const Entry& e) { return e.key == floor_; });
