@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sae_fast import functional, ops
 from sae_fast.code import SparseCode
 from sae_fast.extras import require
-from sae_fast.ops import _dense
+from sae_fast.ops import _dense, _screen
 from sae_fast.ops._dispatch import cpu_rejects, without_autocast
 
 require("sae_lens", extra="saelens")
@@ -57,7 +57,7 @@ class _Step(NamedTuple):
         """(what the encoder's product with W [F, d] takes, its code)."""
         x_c = x - b_dec if self.centred else x
         b_mag, r_mag = magnitude or (None, None)
-        return x_c, ops.encode(x_c, W, bias, activation=self.activation, r_mag=r_mag, b_mag=b_mag)
+        return x_c, ops.encode(x_c, W, bias, activation=self.activation, r_mag=r_mag, b_mag=b_mag, precision=_precision(x))
 
     def outputs(self, x: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
         """The differentiable outputs of _Forward, made of differentiable ops: what it is the short cut of."""
@@ -115,6 +115,12 @@ class _Forward(torch.autograd.Function):
                 )
             )  # fmt: skip
             return (None, *(next(found) if wanted else None for wanted in needed))
+
+
+def _precision(x: Tensor) -> str:
+    """Of ops.encode.  SAELens takes torch's fp32 product; so is it done here by a processor that has no bfloat16 product to
+    screen with, where ``exact`` would take twice as long."""
+    return "fp32" if x.device.type == "cpu" and _screen.unavailable() else "exact"
 
 
 def _sum(losses) -> Tensor:
