@@ -132,6 +132,11 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Compactor> compactor(m, "Compactor");
   compactor.def(py::init<int64_t, int>(), py::arg("rows"), py::arg("parts")).def("nnz", &Compactor::nnz);
+  compactor.def("add_bounded_tile", [](Compactor& self, const Compactor::Layer& layer, Address tile, Address bias,
+                                       Address margins, int64_t width, int32_t first, double dense_above, int threads) {
+    self.add_bounded_tile(*current, layer, at<const float>(tile), at<const float>(bias), at<const float>(margins), width,
+                          first, dense_above, threads);
+  }, release());
   takes_tiles(compactor);
 
   py::class_<Largest> largest(m, "Largest");

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sae_fast as sf
 from sae_fast import ops
-from sae_fast.ops import _dispatch, _screen, _support
+from sae_fast.ops import _bound, _dispatch, _screen, _support
 from sae_fast.ops._dispatch import _C
 
 WHY_NOT = "the extension sae_fast._C is not built" if _C is None else _screen.unavailable()
@@ -26,12 +26,13 @@ screened = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 built = pytest.mark.skipif(_C is None, reason="the extension sae_fast._C is not built")
 TERMS = ("x_residual", "low_residual", "accumulation", "w_residual", "w_outliers", "bias", "least")  # Screen::Term
 LAYERS = (sf.GatedSAE, sf.ReluSAE, sf.JumpReluSAE)
+BOUNDED = [*(["screen"] if WHY_NOT is None else []), "bound"]  # the ways by a product that bounds, on this machine
 
 
 @contextmanager
 def forced(way: str, dense_above: float = 2.0, without: dict[str, float] | None = None, **settings: int):
-    """Every batch takes one route, "screen" or "dots".  ``without``: factors of the bound's terms."""
-    rows = {"screen": 0, "dots": 2**62}[way]
+    """Every batch takes one route, "screen", "bound" or "dots".  ``without``: factors of the bound's terms."""
+    rows = {"screen": 0, "bound": 0, "dots": 2**62}[way]
     terms = torch.ones(len(TERMS), dtype=torch.float64)
     for term, factor in (without or {}).items():
         terms[TERMS.index(term)] = factor
@@ -39,6 +40,9 @@ def forced(way: str, dense_above: float = 2.0, without: dict[str, float] | None 
         patch.setattr(_support, "FEW_ROWS", {"shadow": rows, "no shadow": rows})
         patch.setattr(_support, "DENSE_ABOVE", dense_above)
         patch.setattr(_screen, "TERMS", terms)
+        patch.setattr(_bound, "ROWS", 0)
+        if way == "bound":
+            patch.setattr(_screen, "unavailable", lambda: "this is a test")
         for name, value in settings.items():
             patch.setattr(_support, name, value)
         yield
@@ -53,10 +57,10 @@ def assert_screened_as_dotted(x: Tensor, W: Tensor, bias: Tensor, cut: Tensor | 
     """The screen misses nothing and verification drops all that is false: bitwise the code of dots for every entry."""
     with forced("dots"):
         truth = encode(x, W, bias, cut)
-    with forced("screen"):
-        code = encode(x, W, bias, cut)
-    assert_same_bits(truth, code)
-    return code
+    for way in BOUNDED:
+        with forced(way):
+            assert_same_bits(truth, encode(x, W, bias, cut))
+    return truth
 
 
 def assert_float64s_support(code, x: Tensor, W: Tensor, bias: Tensor, cut: Tensor | None = None, clear: float = 0.99):
@@ -263,7 +267,7 @@ def biases(x: Tensor, W: Tensor, l0: float) -> Tensor:
     return -(top[-2] + top[-1]) / 2
 
 
-@screened
+@built
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layers_support_is_float64s(layer, data):
@@ -277,15 +281,15 @@ def test_every_layers_support_is_float64s(layer, data):
         bias = getattr(sae, bias).copy_(biases(x_c, sae.W_enc, 20) + (0 if cut is None else cut.clamp(min=0)))
         bias += 1e-2 * x_c.norm(dim=1).mean() * randn(700, seed=5)  # of rows all alike, some are in and some are not
         with forced("dots"):
-            truth = sae.encode_sparse(x)
-        with forced("screen"):
             code = sae.encode_sparse(x)
-    assert_same_bits(truth, code)
+        for way in BOUNDED:
+            with forced(way):
+                assert_same_bits(code, sae.encode_sparse(x))
     assert 0 < code.nnz < 0.7 * 300 * 700
     assert_float64s_support(code, x_c, sae.W_enc.detach(), bias, cut)
 
 
-@screened
+@built
 @pytest.mark.parametrize("cut", [False, True], ids=["no cut", "cut"])
 @pytest.mark.parametrize("scale", [2.0**-149, 2.0**-130, 2.0**-70, 2.0**-41, 2.0**-39, 2.0**39, 2.0**41, 2.0**100, 3e38])
 def test_norms_at_the_ends_of_fp32s_range_lose_nothing(scale, cut):
@@ -298,7 +302,7 @@ def test_norms_at_the_ends_of_fp32s_range_lose_nothing(scale, cut):
     assert 0 < code.nnz < 70 * 90
 
 
-@screened
+@built
 def test_rows_that_round_to_infinity_are_decided_by_the_dots():
     """±3.4e38 has no finite neighbour in bfloat16."""
     x, W, bias = randn(64, 40), randn(50, 40, seed=1), randn(50, seed=2)
@@ -311,7 +315,7 @@ def test_rows_that_round_to_infinity_are_decided_by_the_dots():
     assert 0 < code.nnz < 64 * 50
 
 
-@screened
+@built
 @pytest.mark.parametrize("value", [3e38, -3e38, float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("where", ["bias", "cut", "both"])
 def test_any_bias_and_threshold(where, value):
@@ -331,7 +335,7 @@ def test_any_bias_and_threshold(where, value):
         assert bool((counts[::3] == 64).all()), "NaN is kept"
 
 
-@screened
+@built
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001])
 @pytest.mark.parametrize("where", ["x", "W"])
 def test_a_nan_of_any_kind_is_kept(where, bits):
@@ -353,7 +357,7 @@ def extremes(g: torch.Generator, *shape: int) -> Tensor:
     return (A.double() * 2.0 ** exponents.double().view(-1, *[1] * (len(shape) - 1))).clamp(-3.4e38, 3.4e38).float()
 
 
-@screened
+@built
 @settings(max_examples=150)
 @given(
     B=st.integers(1, 70), d=st.integers(1, 90), F=st.integers(1, 70), seed=st.integers(0, 2**31), cut=st.booleans(),
@@ -369,9 +373,41 @@ def test_any_finite_input_has_the_support_of_the_dots(B, d, F, seed, cut, dense_
             bias = (0 if threshold is None else threshold.clamp(min=0)) - u
             bias = torch.where(torch.rand(F, generator=g) < 0.5, bias, bias.nextafter(torch.tensor(3e38)))
         truth = encode(x, W, bias, threshold)
-    with forced("screen", dense_above, ROWS=rows):
-        code = encode(x, W, bias, threshold, shadow=ops.make_shadow(W) if kept else None)
-    assert_same_bits(truth, code)
+    for way in BOUNDED:
+        with forced(way, dense_above, ROWS=rows):
+            assert_same_bits(truth, encode(x, W, bias, threshold, shadow=ops.make_shadow(W) if kept else None))
+
+
+@built
+def test_a_bound_by_torchs_product_without_its_margin_loses_members():
+    """Entries that the dots find just above their threshold, and the product just below it."""
+    x, W = randn(64, 768), randn(300, 768, seed=1)
+    with forced("dots"):
+        u = encode(x, W, torch.full((300,), torch.inf)).u.view(64, 300)
+    row = (u - x @ W.T).argmax(0)
+    bias = -u.gather(0, row[None])[0].nextafter(torch.tensor(-torch.inf))  # one of each feature's entries is just a member
+    with forced("dots"):
+        truth = encode(x, W, bias)
+    with forced("bound"):
+        assert_same_bits(truth, encode(x, W, bias))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_bound, "MARGIN", 0.0)
+            assert encode(x, W, bias).nnz < truth.nnz
+
+
+@built
+def test_of_a_dense_batch_the_product_is_taken_of_one_tile_only(monkeypatch):
+    products = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(1) or mm(*a, **k))
+    x, W = randn(100, 20), randn(2000, 20, seed=1)
+    with forced("dots"):
+        truth = encode(x, W, torch.zeros(2000))
+    with forced("bound", 0.2, TILE=1):
+        assert_same_bits(truth, encode(x, W, torch.zeros(2000)))
+        assert len(products) == 1
+        encode(x, W, torch.full((2000,), -10.0))
+    assert len(products) == 1 + 8, "of a sparse one it is taken of each"
 
 
 # ---- Candidates -------------------------------------------------------------------------------------------------------
@@ -432,8 +468,8 @@ def test_the_sign_test_keeps_what_is_not_at_most_zero(shift, isa):
     assert torch.equal(u.nan_to_num(nan=-1.0), tile[0].float()[want].nan_to_num(nan=-1.0))
 
 
-@screened
-@pytest.mark.parametrize("ways", [("screen", 2.0), ("screen", 0.2), ("screen", 0.0), ("dots", 2.0)], ids=str)
+@built
+@pytest.mark.parametrize("ways", [*((w, above) for w in BOUNDED for above in (2.0, 0.2, 0.0)), ("dots", 2.0)], ids=str)
 def test_no_buffer_overflows(ways, isa):
     """Tiles of few entries, then of all: the lists of candidates, of entries and the block of dots all have to grow."""
     x, W = randn(257, 20), randn(2000, 20, seed=1)
@@ -465,7 +501,7 @@ def problem(activation: str) -> dict:
     return kwargs
 
 
-@screened
+@built
 @pytest.mark.parametrize("slack", [0.0, 0.3])
 @pytest.mark.parametrize("activation", ["gated", "relu", "jumprelu"])
 def test_routes_chunks_threads_and_shadows_change_no_bit(activation, slack):
@@ -476,7 +512,7 @@ def test_routes_chunks_threads_and_shadows_change_no_bit(activation, slack):
     chunks = [  # ROWS, TILE; a shadow or none; threads
         (2048, 2**21, None, 1), (2048, 2**21, shadow, 3), (100, 1, shadow, 2), (64, 2**15, None, 2), (1, 1, None, 3),
     ]  # fmt: skip
-    ways = [("screen", above, *chunk) for above in (0.0, 0.2, 2.0) for chunk in chunks]
+    ways = [(way, above, *chunk) for way in BOUNDED for above in (0.0, 0.2, 2.0) for chunk in chunks]
     ways += [("dots", 0.2, 70, 2**13, None, 1), ("dots", 0.2, 70, 2**13, shadow, 3)]
     for way, dense_above, rows, tile, kept, threads in ways:
         torch.set_num_threads(threads)
@@ -487,7 +523,7 @@ def test_routes_chunks_threads_and_shadows_change_no_bit(activation, slack):
     assert_same_bits(truth, ops.encode(**kwargs))  # by whatever way it takes by itself
 
 
-@screened
+@built
 @pytest.mark.parametrize("few", [0, 10**6], ids=["screen", "dots"])
 @pytest.mark.parametrize("B", [1, 3, 4, 5, 63, 64, 65])
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(B, few, monkeypatch):
@@ -500,22 +536,31 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(B, few, monkeypatch):
 
 
 @built
-def test_without_a_bfloat16_product_every_entry_is_dotted(monkeypatch, caplog):
+@pytest.mark.parametrize("rows, matmul", [(300, "highest"), (47, "highest"), (300, "high")])
+def test_without_a_bfloat16_product_torchs_is_the_bound_or_every_entry_is_dotted(rows, matmul, monkeypatch, caplog):
     kwargs = problem("gated")
-    expected = ops.encode(**kwargs)
+    kwargs["x"], shadow = kwargs["x"][:rows], ops.make_shadow(kwargs["W_enc"])
+    with forced("dots"):
+        expected = ops.encode(**kwargs)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmul)
     monkeypatch.setattr(_screen, "unavailable", lambda: "this is a test")
     monkeypatch.setattr(_dispatch, "_logged", set())
     with caplog.at_level("DEBUG", logger="sae_fast"):
         for precision in ("exact", "bf16"):
-            assert_same_bits(expected, ops.encode(**kwargs, precision=precision))
+            assert_same_bits(expected, ops.encode(**kwargs, precision=precision, shadow=shadow))
     assert [r.message for r in caplog.records if "this is a test" in r.message] == [
-        "encode: not screened: this is a test; fp32 dots are taken for every entry"
+        "encode: not screened: this is a test; "
+        + {
+            (300, "highest"): "torch's fp32 product is the bound",
+            (47, "highest"): "fp32 dots of every entry: fewer than 48 rows",
+            (300, "high"): "fp32 dots of every entry: torch's matmul precision is not 'highest'",
+        }[rows, matmul]
     ]
     assert ops.KeptShadow().of(kwargs["W_enc"]) is None
 
 
 @built
-@pytest.mark.parametrize("way", [pytest.param("screen", marks=screened), "dots"])
+@pytest.mark.parametrize("way", [*BOUNDED, "dots"])
 @pytest.mark.parametrize("shape", [(257, 100, 300), (64, 769, 70), (65, 1, 33), (70, 15, 31)], ids=str)
 def test_instruction_sets_with_the_same_lanes_have_the_same_bits_and_the_plain_one_up_to_rounding(shape, way):
     p = make_inputs(*shape)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sae_fast import ops, use_backend
 from sae_fast.code import SparseCode
-from sae_fast.ops import _largest, _screen, _support
+from sae_fast.ops import _bound, _largest, _screen, _support
 from sae_fast.ops._dispatch import _C
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension sae_fast._C is not built")
@@ -44,17 +44,17 @@ def forced(way: str, without: dict[str, float] | None = None, dense_above: float
     """Every batch takes one route.  The screen's product runs anywhere, if slowly, and sums in float32."""
     if way == "screen" and _screen._sums_in_bf16() is not None:
         pytest.skip(f"no screen: {_screen._sums_in_bf16()}")
-    rows = {"screen": 0, "dots": 2**62, "bound": 2**62}[way]
+    rows = 2**62 if way == "dots" else 0
     terms = torch.ones(len(TERMS), dtype=torch.float64)
     for term, factor in (without or {}).items():
         terms[TERMS.index(term)] = factor
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_screen, "unavailable", lambda: None)
+        patch.setattr(_screen, "unavailable", lambda: "not here" if way == "bound" else None)
+        patch.setattr(_bound, "ROWS", 0)
         patch.setattr(_screen, "TERMS", terms)
         patch.setattr(_support, "FEW_ROWS", {"shadow": rows, "no shadow": rows})
         patch.setattr(_support, "DENSE_ABOVE", dense_above)
         patch.setattr(_largest, "DENSE_ABOVE", 2.0)
-        patch.setattr(_largest, "BOUND_ROWS", 0 if way == "bound" else 2**62)
         for name, value in settings.items():
             patch.setattr(_largest if name == "ROOM" else _support, name, value)
         yield
@@ -471,7 +471,7 @@ def test_a_float_product_without_its_margin_loses_the_best():
     with forced("bound", TILE=1, ROOM=0):
         assert bool((encode(x, W, bias, "topk", 1).indices == 300).all())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_largest, "MARGIN", 0.0)
+            patch.setattr(_bound, "MARGIN", 0.0)
             assert not bool((encode(x, W, bias, "topk", 1).indices == 300).any())
 
 

@@ -1,7 +1,8 @@
 """The C++ engine's ways to the support of a block of rows: tile by tile, so that the [B, F] pre-activations never exist.
 
   screen    bfloat16 product as an upper bound, what passes it decided by fixed-order fp32 dots (precision "exact")
-  dots      the same dots for every entry: the same result, for few rows or without a bfloat16 product
+  bound     torch's fp32 product in its place, where the processor has no bfloat16 one
+  dots      the same dots for every entry: the same result, for few rows
   product   torch's fp32 product decides (precision "fp32")
   rounded   the bfloat16 product decides (precision "bf16")
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow
-from sae_fast.ops import _screen
+from sae_fast.ops import _bound, _screen
 from sae_fast.ops._dispatch import log_once
 from sae_fast.ops._native import _C, address, threads
 
@@ -37,8 +38,10 @@ def route(precision: str, rows: int, shadow: Shadow | None) -> str:
         return "dots"
     reason = _screen.unavailable()
     if reason is not None:
-        log_once("encode", f"not screened: {reason}; fp32 dots are taken for every entry")
-        return "dots"
+        no_bound = _bound.unavailable() if rows >= _bound.ROWS else f"fewer than {_bound.ROWS} rows"
+        instead = "torch's fp32 product is the bound" if no_bound is None else f"fp32 dots of every entry: {no_bound}"
+        log_once("encode", f"not screened: {reason}; {instead}")
+        return "bound" if no_bound is None else "dots"
     return "screen" if precision == "exact" else "rounded"
 
 
@@ -87,6 +90,8 @@ def fill(
     layer = _C.Layer(address(rows), address(W), W.shape[1], address(bias), address(cut))
     if way in ("screen", "rounded"):
         _screened(compactor, layer, _screen.Operands(rows, W, shadow, bias, cut, margins=way == "screen", test=test))
+    elif way == "bound":
+        _bounded(compactor, layer, _bound.Bound(W, bias, cut, shadow), rows)
     elif way == "dots":
         _dotted(compactor, layer, rows, W)
     else:
@@ -98,7 +103,7 @@ def _screened(compactor, layer, operands: _screen.Operands) -> None:
     rows, K = operands.rows.shape
     features = operands.W.shape[0]
     weights = torch.empty(_width(rows, features), K, dtype=torch.bfloat16)
-    for first, last, tile in _tiles(rows, features, torch.bfloat16):
+    for first, last, tile in tiles(rows, features, torch.bfloat16):
         operand = operands.weights(first, last, weights)
         torch.mm(operands.rows, operand.T, out=tile)
         if operands.margins:
@@ -110,14 +115,26 @@ def _screened(compactor, layer, operands: _screen.Operands) -> None:
             compactor.add_rounded_tile(layer, address(tile), last - first, first, threads())
 
 
-def _dotted(compactor, layer, x: Tensor, W: Tensor) -> None:
+def _bounded(compactor, layer, bound: _bound.Bound, x: Tensor) -> None:
+    features = bound.W.shape[0]
+    for first, last, tile, margins in bound.tiles(x, tiles(x.shape[0], features, torch.float32)):
+        margins = margins.float()
+        compactor.add_bounded_tile(
+            layer, address(tile), address(bound.open[first:last]), address(margins), last - first, first, DENSE_ABOVE,
+            threads(),
+        )  # fmt: skip
+        if compactor.nnz() > DENSE_ABOVE * last * x.shape[0]:  # a dense batch: the product spares few dots
+            return _dotted(compactor, layer, x, bound.W, last)
+
+
+def _dotted(compactor, layer, x: Tensor, W: Tensor, start: int = 0) -> None:
     width = _width(x.shape[0], W.shape[0])
-    for first in range(0, W.shape[0], width):
+    for first in range(start, W.shape[0], width):
         compactor.add_dense(layer, min(width, W.shape[0] - first), first, threads())
 
 
 def _multiplied(compactor, layer, x: Tensor, W: Tensor) -> None:
-    for first, last, tile in _tiles(x.shape[0], W.shape[0], torch.float32):
+    for first, last, tile in tiles(x.shape[0], W.shape[0], torch.float32):
         torch.mm(x, W[first:last].T, out=tile)
         compactor.add_tile(layer, address(tile), last - first, first, threads())
 
@@ -126,7 +143,7 @@ def _width(rows: int, features: int) -> int:
     return min(features, WIDEST, max(256, TILE // rows))
 
 
-def _tiles(rows: int, features: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+def tiles(rows: int, features: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """(first, last, memory for [rows, last − first]) of each run of features."""
     width = _width(rows, features)
     buffer = torch.empty(rows * width, dtype=dtype)

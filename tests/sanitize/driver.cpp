@@ -493,6 +493,13 @@ const std::map<std::string, void (*)(Engine&, Arguments&)> kReplay = {
        e.compactor->add_dense(e.k, layer, width, static_cast<int32_t>(first), e.threads);
        e.rows->add_dense(layer, width, static_cast<int32_t>(first));
      }},
+    {"Compactor.add_bounded_tile", [](Engine& e, Arguments& a) {
+       const Compactor::Layer layer = a.layer();
+       const float *tile = a.in<float>(), *bias = a.in<float>(), *margins = a.in<float>();
+       const int64_t width = a.integer(), first = a.integer();
+       e.compactor->add_bounded_tile(e.k, layer, tile, bias, margins, width, static_cast<int32_t>(first), a.real(), e.threads);
+       e.rows->add_dense(layer, width, static_cast<int32_t>(first));
+     }},
     {"Compactor.nnz", [](Engine& e, Arguments& a) {
        a.result(e.compactor->nnz());
        if (e.compactor->candidates() < 0) fail("candidates", "a negative number");

@@ -30,7 +30,7 @@ from torch import Tensor
 import sae_fast.ops
 from sae_fast import _C, ops
 from sae_fast.code import RowGradient, SparseCode
-from sae_fast.ops import _dense, _largest, _native, _screen, _support
+from sae_fast.ops import _bound, _dense, _largest, _native, _screen, _support
 
 DTYPES = {torch.bfloat16: "h", torch.int32: "i", torch.int64: "l", torch.float32: "f", torch.float64: "d"}
 LONG = 2 * 2048 + 57  # rows: more than two runs (kRun) of a feature that is active on each
@@ -219,6 +219,14 @@ def record_encode(B: int, d: int, F: int) -> None:
     for dense_above in (0.0, 1.0):  # all candidates dotted densely; none
         with patch.object(_support, "DENSE_ABOVE", dense_above):
             ops.encode(x, W, bias, **activations[0])
+    for activation in activations:
+        for dense_above in (0.2, 2.0):
+            with (
+                patch.object(_screen, "unavailable", lambda: "torch's product is the bound"),
+                patch.multiple(_support, TILE=1, ROWS=20, FEW_ROWS={"shadow": 0, "no shadow": 0}, DENSE_ABOVE=dense_above),
+                patch.object(_bound, "ROWS", 0),
+            ):
+                ops.encode(x, W, bias, **activation)
     with patch.object(_support, "FEW_ROWS", {"shadow": 10**9, "no shadow": 10**9}):
         ops.encode(x, W, bias, **activations[0])
         ops.encode(x, W, bias + 10.0**6, activation="relu")  # all active
@@ -239,10 +247,11 @@ def record_largest(B: int, d: int, F: int) -> None:
                 ops.encode(x, W, often, **kind, precision=precision)
         with patch.object(_largest, "DENSE_ABOVE", -1.0):
             ops.encode(x, W, bias, **kind)
-        few = {"shadow": 10**9, "no shadow": 10**9}
         with (
-            patch.multiple(_support, TILE=1, ROWS=20, FEW_ROWS=few),
-            patch.multiple(_largest, ROOM=0, DENSE_ABOVE=2.0, BOUND_ROWS=0),
+            patch.object(_screen, "unavailable", lambda: "torch's product is the bound"),
+            patch.multiple(_support, TILE=1, ROWS=20, FEW_ROWS={"shadow": 0, "no shadow": 0}),
+            patch.multiple(_largest, ROOM=0, DENSE_ABOVE=2.0),
+            patch.object(_bound, "ROWS", 0),
         ):
             ops.encode(x, W, often, **kind)
 

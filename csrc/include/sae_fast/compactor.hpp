@@ -50,12 +50,27 @@ class Compactor {
         if (found[r + 1] > dense_above * static_cast<double>(n * width))
           return add_dense_block(kernels, layer, part, b, n, width, first, counts);
       }
-      part.screened += found[n];
-      part.reserve(part.size + found[n] + kSlack);
-      for (int64_t r = 0; r < n; ++r)
-        counts[r] = part.take(kernels.verify(layer.x + (b + r) * layer.d, layer.W, layer.d, layer.bias, layer.cut,
-                                             part.candidates.data() + found[r], found[r + 1] - found[r],
-                                             part.next_index(), part.next_u()));
+      verify_found(kernels, layer, part, b, n, found, counts);
+    });
+  }
+
+  // The same from a tile [rows, width] of float u that is off by at most margins [rows]; bias [width] is the layer's, or NaN
+  // where that does not hold.
+  void add_bounded_tile(const Kernels& kernels, const Layer& layer, const float* tile, const float* bias, const float* margins,
+                        int64_t width, int32_t first, double dense_above, int threads) {
+    add(width, threads, [&](Part& part, int64_t b, int64_t n, int32_t* counts) {
+      part.candidates.reserve(n * width + kSlack);
+      part.block.reserve(2 * width + kSlack);
+      float *cut = part.block.data(), *unused = cut + width;
+      int64_t found[kBlock + 1] = {0};
+      for (int64_t r = 0; r < n; ++r) {
+        for (int64_t i = 0; i < width; ++i) cut[i] = (layer.cut ? layer.cut[first + i] : 0.0f) - margins[b + r];
+        found[r + 1] = found[r] + kernels.compact(tile + (b + r) * width, bias, cut, width, first,
+                                                  part.candidates.data() + found[r], unused);
+        if (found[r + 1] > dense_above * static_cast<double>(n * width))
+          return add_dense_block(kernels, layer, part, b, n, width, first, counts);
+      }
+      verify_found(kernels, layer, part, b, n, found, counts);
     });
   }
 
@@ -159,6 +174,17 @@ class Compactor {
   }
 
   static const float* from(const float* vector, int64_t first) { return vector ? vector + first : nullptr; }
+
+  // The dots of the candidates found[r] .. found[r + 1] of each row.
+  void verify_found(const Kernels& kernels, const Layer& layer, Part& part, int64_t b, int64_t n, const int64_t* found,
+                    int32_t* counts) {
+    part.screened += found[n];
+    part.reserve(part.size + found[n] + kSlack);
+    for (int64_t r = 0; r < n; ++r)
+      counts[r] = part.take(kernels.verify(layer.x + (b + r) * layer.d, layer.W, layer.d, layer.bias, layer.cut,
+                                           part.candidates.data() + found[r], found[r + 1] - found[r], part.next_index(),
+                                           part.next_u()));
+  }
 
   void add_dense_block(const Kernels& kernels, const Layer& layer, Part& part, int64_t b, int64_t n, int64_t width,
                        int32_t first, int32_t* counts) {

@@ -1,0 +1,49 @@
+"""torch's fp32 product as the bound, where there is no bfloat16 product: so near to the dots that few entries more than
+there are members have to be dotted.  docs/screen.md, "Without a bfloat16 product"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import Shadow
+
+ROWS = 48  # below, reading W once is all there is to it
+MARGIN = 1.0  # times what a product may be off by: a test puts less there
+
+
+def unavailable() -> str | None:
+    """Why torch's fp32 product is no bound, or None."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return "torch's matmul precision is not 'highest'"
+    return None
+
+
+class Bound:
+    """What a product with the rows of W [F, d] may be off by.  ``open`` [F]: bias, or NaN for a feature that has no bound,
+    which passes any test."""
+
+    def __init__(self, W: Tensor, bias: Tensor, cut: Tensor | None, shadow: Shadow | None):
+        self.W = W
+        norms = torch.linalg.vector_norm(W, dim=1, dtype=torch.float64) if shadow is None else shadow.norms[:, 0]
+        sizes = bias.abs() if cut is None else bias.abs() + cut.abs()
+        sound = _in_range(norms) & (sizes <= 2.0**100)
+        self.norms, self.sizes = (torch.where(sound, t.double(), 0) for t in (norms, sizes))
+        self.open = torch.where(sound, bias, torch.nan)
+
+    def tiles(self, rows: Tensor, tiles: Iterator[tuple[int, int, Tensor]]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Fills ``tiles`` (first, last, memory) with the product of rows [n, d]; adds the margins [n] float64 of each."""
+        d = rows.shape[1]
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        norms = torch.where(_in_range(norms), norms, torch.nan)
+        gamma = (d + 8) * 2.0**-23
+        for first, last, tile in tiles:
+            torch.mm(rows, self.W[first:last].T, out=tile)
+            sums, size = norms * self.norms[first:last].max(), self.sizes[first:last].max()
+            yield first, last, tile, MARGIN * (2.1 * gamma * sums + 2.0**-20 * (sums + size)) * (1 + 2.0**-16) + 2.0**-100
+
+
+def _in_range(norms: Tensor) -> Tensor:
+    return (norms == 0) | ((norms >= 2.0**-40) & (norms <= 2.0**40))
