@@ -191,7 +191,10 @@ def test_quick_prints_the_table_and_writes_the_csv(tmp_path):
         "case", "provider", "mode", "metric", "unit", "x", "p50", "p20", "p80", "device", "versions", "commit", "time",
     ]  # fmt: skip
     timed = {(row["case"], row["provider"]) for row in rows if row["metric"] == "time"}
-    assert timed == {(name, p) for name in ("decode", "encode") for p in CASES[name].choose(quick=True)}
+    wanted = {(name, p) for name in ("decode", "encode") for p in CASES[name].choose(quick=True)}
+    if _screen.unavailable():
+        wanted.remove(("encode", "bf16_product"))  # a floor that this processor does not have
+    assert timed == wanted
     for row in rows:
         assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
         assert row["unit"] == results.UNITS[row["metric"]]

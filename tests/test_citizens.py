@@ -817,11 +817,18 @@ def test_gradients_to_x_have_its_shape(layer, lead):
 # ---- Two processes --------------------------------------------------------------------------------------------------
 
 
+def with_threshold(*args, **kwargs) -> sf.BatchTopKSAE:
+    """Without one, what the whole batch chooses is not what its halves do."""
+    sae = sf.BatchTopKSAE(*args, k=8, **kwargs)
+    sae.threshold.fill_(0.5)
+    return sae
+
+
 def ddp_cases() -> dict[str, tuple[Callable, str]]:
     """By name: a layer and what is wrapped, its loss or itself."""
     found = {}
     for case in LAYERS:
-        layer = case.values[0]
+        layer = with_threshold if case.id == "BatchTopKSAE" else case.values[0]
         found[f"{case.id}, outside loss"] = (layer, "outside")
         if hasattr(layer, "loss"):
             found[f"{case.id}, own loss"] = (layer, "own")
