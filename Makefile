@@ -55,6 +55,8 @@ bench-peers: $(PEERS)/.built
 	OMP_WAIT_POLICY=passive $(PEERS)/bin/python -m pytest tests/peers/test_peer_benchmarks.py
 	$(PEERS)/bin/python -m benchmarks.peers
 	$(PEERS)/bin/python -m benchmarks.peers.quality
+	$(PEERS)/bin/python -m benchmarks.peers.dictionary_learning_loop
+	$(PEERS)/bin/python -m benchmarks.peers.saelens_loop
 
 # torch is named again, or what the peers require would bring in a later one.  nnsight asks for torchvision, which nothing here
 # uses; where its build is not torch's, transformers fails over it, so it goes.

@@ -69,9 +69,7 @@ def _takes(trainer: str, dict_class: type, known: type) -> None:
         raise ValueError(f"dict_class: got {dict_class!r}, want {known.__name__}, the class that {trainer} trains")
     changed = [name for name in names if getattr(dict_class, name) is not getattr(known, name)]
     if changed:
-        raise ValueError(
-            f"dict_class: {dict_class.__name__} has a {', '.join(changed)} of its own, want {known.__name__}'s"
-        )
+        raise ValueError(f"dict_class: {dict_class.__name__} has its own {', '.join(changed)}, want {known.__name__}'s")
 
 
 class _OnEngine:

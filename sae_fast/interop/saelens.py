@@ -119,7 +119,7 @@ class _Forward(torch.autograd.Function):
 
 def _precision(x: Tensor) -> str:
     """Of ops.encode.  SAELens takes torch's fp32 product; so is it done here by a processor that has no bfloat16 product to
-    screen with, where ``exact`` would take twice as long."""
+    screen with, where ``exact`` would take half as long again."""
     return "fp32" if x.device.type == "cpu" and _screen.unavailable() else "exact"
 
 

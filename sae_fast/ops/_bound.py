@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_fast.code import Shadow
 
 ROWS = 48  # below, reading W once is all there is to it
+LEAST = 2.0**-40  # a smaller norm is taken for this
 MARGIN = 1.0  # times what a product may be off by: a test puts less there
 
 
@@ -27,17 +28,17 @@ class Bound:
 
     def __init__(self, W: Tensor, bias: Tensor, cut: Tensor | None, shadow: Shadow | None):
         self.W = W
-        norms = torch.linalg.vector_norm(W, dim=1, dtype=torch.float64) if shadow is None else shadow.norms[:, 0]
+        norms = _norms(W) if shadow is None else shadow.norms[:, 0].clamp(min=LEAST)
         sizes = bias.abs() if cut is None else bias.abs() + cut.abs()
-        sound = _in_range(norms) & (sizes <= 2.0**100)
+        sound = (norms <= 2.0**40) & (sizes <= 2.0**100)
         self.norms, self.sizes = (torch.where(sound, t.double(), 0) for t in (norms, sizes))
         self.open = torch.where(sound, bias, torch.nan)
 
     def tiles(self, rows: Tensor, tiles: Iterator[tuple[int, int, Tensor]]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Fills ``tiles`` (first, last, memory) with the product of rows [n, d]; adds the margins [n] float64 of each."""
         d = rows.shape[1]
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        norms = torch.where(_in_range(norms), norms, torch.nan)
+        norms = _norms(rows)
+        norms = torch.where(norms <= 2.0**40, norms, torch.nan)
         gamma = (d + 8) * 2.0**-23
         for first, last, tile in tiles:
             torch.mm(rows, self.W[first:last].T, out=tile)
@@ -45,5 +46,6 @@ class Bound:
             yield first, last, tile, MARGIN * (2.1 * gamma * sums + 2.0**-20 * (sums + size)) * (1 + 2.0**-16) + 2.0**-100
 
 
-def _in_range(norms: Tensor) -> Tensor:
-    return (norms == 0) | ((norms >= 2.0**-40) & (norms <= 2.0**40))
+def _norms(A: Tensor) -> Tensor:
+    """[n] float64, no less than the rows' norms.  Summed in float32, whose squares vanish below ``LEAST``."""
+    return torch.linalg.vector_norm(A, dim=1).double().clamp(min=LEAST) * (1 + A.shape[1] * 2.0**-22)

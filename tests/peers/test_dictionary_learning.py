@@ -318,7 +318,7 @@ class Same(GatedAutoEncoder):
 def test_a_dictionary_of_another_kind_is_refused_by_name():
     with pytest.raises(ValueError, match=r"dict_class: got .*AutoEncoder.*want GatedAutoEncoder"):
         make(ours.GatedSAETrainer, dict_class=AutoEncoder)
-    with pytest.raises(ValueError, match=r"dict_class: Other has a encode of its own"):
+    with pytest.raises(ValueError, match=r"dict_class: Other has its own encode, want GatedAutoEncoder's"):
         make(ours.GatedSAETrainer, dict_class=Other)
     with pytest.raises(ValueError, match=r"dict_class: got .*want AutoEncoder"):
         make(ours.StandardTrainer, dict_class=GatedAutoEncoder)
