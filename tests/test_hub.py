@@ -57,10 +57,10 @@ urls = [interop.push_to_hub(sae, "user/saes", f, folder=f, **about) for f in for
 print(json.dumps([str(u) for u in urls]))
 """
 LOAD = """
-import sys
 x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 wanted = sf.GatedSAE(8, 20, seed=3)
 places = ["user/saes/sae_fast", "user/saes/saelens", "user/saes/saebench/ae.pt", "user/saes/saelens@main"]
+assert sf.load(places[2]).metadata["layer"] == 2, "its config came along"
 loaded = [sf.load(p) for p in places]
 print(json.dumps([all(torch.equal(a, b) for a, b in zip(s.parameters(), wanted.parameters())) for s in loaded]))
 """
@@ -80,13 +80,19 @@ def test_what_is_pushed_is_loaded_from_another_process(server, tmp_path):
     assert all(url.startswith(f"{server.url}/user/saes/commit/") for url in urls)
     assert sorted(p.name for p in (tmp_path / "hub/user/saes/saelens").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     (tmp_path / "hub/user/saes/README.bin").write_text("not an SAE")
+    below = tmp_path / "hub/user/saes/saelens/checkpoints"
+    below.mkdir()
+    (below / "sae_weights.safetensors").write_text("another")
     server.log.clear()
     assert client(server, tmp_path, LOAD) == [True] * 4
-    assert not [line for line in server.log if "README.bin" in line], "only what is needed is fetched"
+    fetched = {line.partition("/resolve/")[2].partition("/")[2] for line in server.log if "/resolve/" in line}
+    assert {f.partition("/")[0] for f in fetched} == {"sae_fast", "saelens", "saebench"}
+    assert not [f for f in fetched if "checkpoints" in f or "README" in f], "only what is needed is fetched"
+    (below / "sae_weights.safetensors").unlink()
     repo, folder, several = client(server, tmp_path, FAIL)
     assert repo.startswith("FileNotFoundError: path: there is no 'user/none' here, and the Hub gave no 'user/none'")
-    assert folder == "FileNotFoundError: path: user/saes on the Hub holds no 'nowhere'"
-    assert "there are weights in sae_fast, saebench, saelens" in several
+    assert folder.startswith("FileNotFoundError: path: user/saes on the Hub holds no SAE in 'nowhere'")
+    assert "there are weights in sae_fast, saebench, saelens: name one of them" in several
 
 
 def test_a_folder_here_comes_before_one_there(tmp_path, monkeypatch):

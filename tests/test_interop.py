@@ -125,11 +125,15 @@ def test_folding_decoder_norms_keeps_the_function_and_unfolding_restores_the_bit
         sae.threshold.fill_(0.5)
     before = {n: t.clone() for n, t in sae.state_dict().items()}
     x = torch.randn(65, D, generator=torch.Generator().manual_seed(2)).to(dtype)
-    wanted = sae(x) if kind not in ("topk", "batchtopk") else None  # whose choice depends on the norms
-    how = _norms.fold(sae)
+    wanted, chooses = sae(x), kind in ("topk", "batchtopk")
+    if chooses:
+        with pytest.raises(ValueError, match="rows are not unit: folded, it would choose others"):
+            _norms.fold(sae)
+        assert all(same_bits(t, before[n]) for n, t in sae.state_dict().items())
+    how = _norms.fold(sae, chosen_with_norms=chooses)
     norms = sae.W_dec.double().norm(dim=1)
     assert norms[3] == 0 and ((norms[norms > 0] - 1).abs() <= _norms.tolerance(dtype)).all()
-    if wanted is not None and dtype == torch.float32:
+    if not chooses and dtype == torch.float32:
         torch.testing.assert_close(sae(x), wanted, rtol=1e-4, atol=1e-2)
     _norms.unfold(sae, _norms.Unfold.of_tensors(how.tensors(), how.digest))
     for name, t in sae.state_dict().items():
@@ -141,6 +145,22 @@ def test_folding_decoder_norms_keeps_the_function_and_unfolding_restores_the_bit
 def test_folding_float64_is_refused():
     with pytest.raises(ValueError, match="float64, want a narrower"):
         _norms.fold(make("gated", dtype=torch.float64))
+
+
+@pytest.mark.parametrize("format", ["dictionary_learning", "saelens"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_what_chooses_features_by_comparing_them_keeps_its_norms(kind, format, tmp_path):
+    sae = make(kind)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.logspace(-1, 1, F)[:, None])
+        if kind == "batchtopk":
+            sae.threshold.fill_(0.7)
+    interop.save(sae, tmp_path, format)
+    assert same(sae, sf.load(tmp_path))
+    with pytest.raises(ValueError, match="folded, it would choose others"):
+        sf.load(tmp_path, fold_decoder_norm=True)
+    with pytest.raises(ValueError, match="rows are not unit"):
+        interop.save(sae, tmp_path / "b", "saebench", layer=1, model_name="m")
 
 
 # ---- What a format cannot hold --------------------------------------------------------------------------------------
@@ -166,6 +186,7 @@ REFUSED = {
     "gated in sparsify": ("gated", {}, "sparsify", "TopK without groups only"),
     "grouped in sparsify": ("topk", GROUPS, "sparsify", "TopK without groups only"),
     "no pre-bias in sparsify": ("topk", dict(apply_b_dec_to_input=False), "sparsify", "apply_b_dec_to_input: got False"),
+    "saebench without pre-bias": ("relu", dict(apply_b_dec_to_input=False), "saebench", "apply_b_dec_to_input: got False"),
     "saebench without a layer": ("gated", {}, "saebench", "layer: got None"),
 }
 
@@ -173,8 +194,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_format_cannot_hold_is_named_and_nothing_is_written(case, tmp_path):
     kind, options, format, message = REFUSED[case]
+    about = {} if "without a layer" in case else dict(layer=1, model_name="m")
     with pytest.raises(ValueError, match=rf"sae: {format} cannot hold this .*SAE: .*{message}"):
-        interop.save(make(kind, **options), tmp_path / "folder", format)
+        interop.save(make(kind, **options), tmp_path / "folder", format, **about)
     assert not (tmp_path / "folder").exists()
 
 
@@ -256,6 +278,12 @@ CONFIGS = {
         "dictionary_learning", "gated", lambda c: c["trainer"].update(dict_class="CrossCoder"),
         "trainer.dict_class: got 'CrossCoder', want one of",
     ),
+    "no trainer": ("dictionary_learning", "gated", lambda c: c.update(trainer=None), "trainer: got None, want dict"),
+    "classes": (
+        "dictionary_learning", "gated", lambda c: c["trainer"].update(dict_class=["x"]), r"trainer.dict_class: got \['x'\]"
+    ),
+    "architectures": ("saelens", "gated", lambda c: c.update(architecture=["gated"]), r"architecture: got \['gated'\]"),
+    "no sizes": ("sparsify", "topk", lambda c: c.update(num_latents=0, expansion_factor=None), "num_latents: got 0"),
     "another k": (
         "dictionary_learning", "topk", lambda c: c["trainer"].update(k=7), "trainer.k: got 7, but .* holds k = 4"
     ),
@@ -347,7 +375,7 @@ def test_a_skip_matrix_is_refused(tmp_path):
         sf.load(tmp_path)
 
 
-@pytest.mark.parametrize("factor", ["1", -2.0, True])
+@pytest.mark.parametrize("factor", ["1", -2.0, True, float("inf"), float("nan")])
 def test_a_backup_with_a_wrong_factor_is_refused(factor, tmp_path):
     interop.save(make("gated"), tmp_path, "dictionary_learning")
     state = torch.load(tmp_path / "ae.pt")
@@ -465,6 +493,36 @@ def test_a_folder_of_folders_says_what_is_in_it(tmp_path):
     (tmp_path / "other" / "model.bin").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"holds no config.json or other sign of an SAE, but model.bin; want"):
         sf.load(tmp_path / "other")
+
+
+def test_a_folder_holds_an_sae_of_one_format(tmp_path):
+    old, new = make("gated"), sf.GatedSAE(D, F, seed=9)
+    interop.save(old, tmp_path / "a", "dictionary_learning")
+    for format in ("saelens", "sae_fast"):
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="holds an SAE of dictionary_learning; want a folder of its own"):
+                interop.save(new, tmp_path / "a", format, overwrite=overwrite)
+    interop.save(new, tmp_path / "a", "saebench", overwrite=True, layer=1, model_name="m")
+    assert same(new, sf.load(tmp_path / "a")), "which are the same files"
+    sf.save(old, tmp_path / "a")  # which knows of no other format
+    with pytest.raises(ValueError, match="holds SAEs of dictionary_learning and sae_fast; want a folder of one"):
+        sf.load(tmp_path / "a")
+
+
+def test_what_we_keep_in_another_packages_config_may_be_anything(tmp_path):
+    for format in ("dictionary_learning", "saelens"):
+        interop.save(make("gated"), tmp_path / format, format)
+        edit(tmp_path / format, lambda c: c.get("metadata", c).update(sae_fast=3))
+        assert same(make("gated"), sf.load(tmp_path / format))
+
+
+def test_a_threshold_is_that_of_the_tensors_and_one_never_set_is_said(tmp_path):
+    interop.save(make("topk"), tmp_path / "a", "dictionary_learning")
+    edit_tensors(tmp_path / "a", lambda t: t.update(threshold=torch.tensor(0.25)))
+    assert sf.load(tmp_path / "a").metadata["threshold"] == 0.25
+    interop.save(make("batchtopk"), tmp_path / "b", "dictionary_learning")
+    with pytest.warns(UserWarning, match="threshold: it was never set"):
+        sf.load(tmp_path / "b")
 
 
 def test_a_path_that_is_nothing_says_so():

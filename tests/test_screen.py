@@ -396,6 +396,20 @@ def test_a_bound_by_torchs_product_without_its_margin_loses_members():
 
 
 @built
+def test_matmul_precision_by_its_newer_names_is_no_bound_and_no_error(monkeypatch):
+    def raises():
+        raise RuntimeError("mixed names")
+
+    kwargs = problem("relu")
+    with forced("dots"):
+        truth = ops.encode(**kwargs)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
+    monkeypatch.setattr(_screen, "unavailable", lambda: "this is a test")
+    assert "newer names" in str(_bound.unavailable())
+    assert_same_bits(truth, ops.encode(**kwargs))
+
+
+@built
 def test_of_a_dense_batch_the_product_is_taken_of_one_tile_only(monkeypatch):
     products = []
     mm = torch.mm

@@ -106,7 +106,9 @@ def _global(reason: str) -> str:
 
 
 def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], overwrite: bool) -> None:
-    """Writes the files into the folder, all or none; each value writes its file to the path that it is given.
+    """Writes the files into the folder; each value writes its file to the path that it is given.  An error leaves what was
+    there.  The last file, which says how to read the others, goes before they are replaced and comes back after: a kill in
+    between leaves a folder that does not load, not one of old and new.
 
     ``FileExistsError`` when the folder has one of them and ``overwrite`` is not given.
     """
@@ -121,6 +123,7 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], over
             write(made[name])
             with open(made[name], "rb+") as handle:
                 os.fsync(handle.fileno())
+        (folder / list(files)[-1]).unlink(missing_ok=True)
         for name, path in made.items():
             os.replace(path, folder / name)
     finally:

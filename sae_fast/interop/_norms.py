@@ -2,7 +2,7 @@
 
 The function of an SAE does not change when W_dec's row i is divided by n_i and W_enc's row and the biases of feature i are
 multiplied by it; f_i becomes n_i times as large.  Exact in the reals, rounded in floats.  ``Unfold`` keeps what it takes to
-undo the roundings too.
+undo the roundings too.  Where features are chosen by comparing them (TopK, BatchTopK) others would be: there it is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_fast.nn import SparseAutoencoder
+from sae_fast.nn import BatchTopKSAE, SparseAutoencoder, TopKSAE
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of an element's size
 
@@ -26,6 +26,11 @@ def tolerance(dtype: torch.dtype) -> float:
 def norms(sae: SparseAutoencoder) -> Tensor:
     """[F] in the dtype of W_dec, summed in float64."""
     return sae.W_dec.detach().double().norm(dim=1).to(sae.W_dec.dtype)
+
+
+def chooses(sae: SparseAutoencoder) -> bool:
+    """Whether features are compared with each other, or with one threshold."""
+    return isinstance(sae, (TopKSAE, BatchTopKSAE))
 
 
 def is_unit(sae: SparseAutoencoder) -> bool:
@@ -51,13 +56,18 @@ class Unfold:
 
     @staticmethod
     def of_tensors(tensors: dict[str, Tensor], digest: str) -> Unfold:
+        if "norms" not in tensors:
+            raise ValueError("norms: missing among what undoes a folding")
         ulps = {name.removeprefix("ulps."): t for name, t in tensors.items() if name.startswith("ulps.")}
         return Unfold(tensors["norms"], ulps, digest)
 
 
 @torch.no_grad()
-def fold(sae: SparseAutoencoder) -> Unfold:
-    """Makes W_dec's rows unit, in place.  A row of norm 0 stays as it is."""
+def fold(sae: SparseAutoencoder, chosen_with_norms: bool = False) -> Unfold:
+    """Makes W_dec's rows unit, in place.  A row of norm 0 stays as it is.  ``chosen_with_norms``: of a TopK or BatchTopK
+    SAE that is meant to choose by π_i ‖d_i‖, which it does from then on."""
+    if chooses(sae) and not chosen_with_norms and not is_unit(sae):
+        raise ValueError(f"sae: got a {type(sae).__name__} whose decoder rows are not unit: folded, it would choose others")
     if sae.W_enc.dtype == torch.float64:
         raise ValueError("sae: got torch.float64, want a narrower dtype to fold decoder norms in")
     n = norms(sae)

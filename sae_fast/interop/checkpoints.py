@@ -15,6 +15,7 @@ from sae_fast.interop.formats import FORMATS, Loaded, find
 from sae_fast.nn import GatedSAE, SparseAutoencoder
 
 UNIT = ("dictionary_learning", "saebench")  # whose SAEs have unit decoder rows
+SHARED = {"saebench": {"dictionary_learning"}}  # the format in whose files another one is
 
 
 def load(
@@ -56,8 +57,8 @@ def save(
     ``ValueError`` names the key or tensor that a format cannot hold; ``FileExistsError`` when the folder has such files
     already and ``overwrite`` is not given.  ``fold_decoder_norm``: whether decoder rows are made unit (see :func:`load`).
     By default that is done for formats whose own SAEs are so, dictionary_learning's and SAEBench's, where this SAE's rows
-    are not; what came from dictionary_learning goes back as it was.  Such a folder also gets what it takes to undo the
-    folding bit for bit.
+    are not; what came from dictionary_learning goes back as it was, and TopK and BatchTopK, which would choose other
+    features, stay as they are.  Such a folder also gets what it takes to undo the folding bit for bit.
     """
     _write(sae, path, format, overwrite, fold_decoder_norm, dict(model_name=model_name, layer=layer, hook_name=hook_name))
 
@@ -124,11 +125,13 @@ def _write(
 ) -> SparseAutoencoder:
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}, want one of {sorted(FORMATS)}")
+    if others := {name for name, f in FORMATS.items() if f.finds(Path(path))} - SHARED.get(format, {format}):
+        raise FileExistsError(f"path: {path} holds an SAE of {', '.join(sorted(others))}; want a folder of its own")
     sae = copy.deepcopy(sae)
     sae.metadata |= {name: value for name, value in about.items() if value is not None}
     if fold is None:
         came_so = format == "dictionary_learning" and "dictionary_learning" in sae.metadata.get("configs", {})
-        fold = format in UNIT and not came_so and not _norms.is_unit(sae)
+        fold = format in UNIT and not came_so and not _norms.is_unit(sae) and not _norms.chooses(sae)
     FORMATS[format].write(sae, Path(path), overwrite, _norms.fold(sae) if fold else None)
     return sae
 

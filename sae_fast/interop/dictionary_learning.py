@@ -208,6 +208,7 @@ class StandardTrainer(_OnEngine, standard.StandardTrainer):
         print(f"resampling {int(deads.sum())} neurons")
         sae, state = self._sae, self.optimizer.state
         sae.settle()
+        activations = activations.to(sae.W_enc.dtype)
         errors = (activations - sae(activations)).norm(dim=-1)
         n = min(int(deads.sum()), errors.shape[0])
         drawn = activations[torch.multinomial(errors, num_samples=n, replacement=False)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sae_fast.extras import require
@@ -21,18 +22,41 @@ def fetch(place: str) -> Path:
         raise FileNotFoundError(
             f"path: there is no {place!r}, and it is no place on the Hub (user/repo/folder@revision) either"
         )
-    repo, inside, revision = found["repo"], found["inside"], found["revision"]
+    repo, inside, revision = found["repo"], found["inside"] or "", found["revision"]
     hub = require("huggingface_hub", extra="hub")
-    patterns = [f"{inside}/{name}" for name in WANTED] + [f"{inside}"] if inside else list(WANTED)
+    wanted, unwanted = _patterns(inside)
     try:
-        root = hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+        root = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise FileNotFoundError(f"path: there is no {place!r} here, and the Hub gave no {repo!r}: {reason}") from error
-    local = Path(root, inside) if inside else Path(root)
-    if not local.exists():
-        raise FileNotFoundError(f"path: {repo} on the Hub holds no {inside!r}")
-    return local
+    local = root / inside
+    if local.is_file() or (local.is_dir() and any(p.suffix in (".pt", ".safetensors") for p in local.iterdir())):
+        return local
+    raise FileNotFoundError(
+        f"path: {repo} on the Hub holds no SAE in {inside or 'its root'!r}{_instead(hub, repo, revision)}"
+    )
+
+
+def _patterns(inside: str) -> tuple[list[str], list[str]]:
+    """What to fetch and what not: the files of a folder, not of the folders in it; of a file also the config that goes with
+    it.  A * of the Hub's patterns goes across folders."""
+    here = glob.escape(inside)
+    if inside.endswith(".pt"):
+        folders = [str(p) for p in list(PurePosixPath(here).parents)[:2]]
+        return [here, *(f"{folder}/config.json".removeprefix("./") for folder in folders)], []
+    here = f"{here}/" if here else ""
+    return [f"{here}{name}" for name in WANTED], [f"{here}*/*"]
+
+
+def _instead(hub: Any, repo: str, revision: str | None) -> str:
+    try:
+        files = hub.HfApi().list_repo_files(repo, revision=revision)
+    except (hub.errors.HfHubHTTPError, OSError):
+        return ""
+    folders = sorted({str(PurePosixPath(f).parent) for f in files if f.endswith((".pt", ".safetensors"))} - {"."})
+    some = ", ".join(folders[:5]) + (" …" if len(folders) > 5 else "")
+    return f"; there are weights in {some}: name one of them" if folders else ""
 
 
 def push_to_hub(

@@ -107,7 +107,9 @@ class _Forward(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, needed, strict=True)]
                 outputs = step.outputs(*leaves)
-            chosen = [i for i in range(len(outputs)) if grads[i] is not None]
+            chosen = [i for i, output in enumerate(outputs) if grads[i] is not None and output.requires_grad]
+            if not chosen:
+                return (None, *[None] * len(needed))
             found = iter(
                 torch.autograd.grad(
                     [outputs[i] for i in chosen], [leaf for leaf in leaves if leaf.requires_grad],
@@ -317,11 +319,11 @@ class OnTheEngine:
         if magnitude:
             bias = bias.detach()  # a gate's step has no gradient, in SAELens not even one of 0
         step = _Step(self._activation, sae.cfg.apply_b_dec_to_input, 0.0, False)
-        rows = x.to(torch.float32).reshape(-1, x.shape[-1])
+        rows = x.to(torch.float32).reshape(x.shape[:-1].numel(), x.shape[-1])
         with without_autocast():
             _, code = step.code(rows, sae.W_enc.T, sae.b_dec, bias, *magnitude)
             dense = code.to_dense() if code.values.requires_grad else _to_dense(code)
-        return dense.reshape(*x.shape[:-1], -1)
+        return dense.reshape(*x.shape[:-1], dense.shape[-1])
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sae_fast import ops
 from sae_fast.code import SparseCode
 from sae_fast.nn.base import SparseAutoencoder
+from sae_fast.ops._dispatch import without_autocast
 
 
 class GroupedSAE(SparseAutoencoder):
@@ -77,7 +78,8 @@ class GroupedSAE(SparseAutoencoder):
             parts = ops.decode(f, self.W_dec, groups=bounds).reshape(-1, *f.shape[:-1], self.d_in)
         else:
             f = f.to(self.W_dec.dtype)
-            parts = torch.stack([f[..., a:b] @ self.W_dec[a:b] for a, b in pairwise(bounds)])
+            with without_autocast():
+                parts = torch.stack([f[..., a:b] @ self.W_dec[a:b] for a, b in pairwise(bounds)])
         return parts.cumsum(0) + b_dec
 
     def _code(self, x_c: Tensor, shadow: ops.Shadow | None = None, **choice: Any) -> SparseCode:

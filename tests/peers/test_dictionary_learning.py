@@ -256,6 +256,16 @@ def test_dead_neurons_are_counted_and_resampled_as_in_the_package(capsys):
     torch.testing.assert_close(ours_moment, moments[(D_IN, D_SAE)].T, rtol=1e-3, atol=1e-6)
 
 
+def test_resampling_takes_activations_in_sixteen_bits(capsys):
+    mine = make(ours.StandardTrainer, resample_steps=10, lr=1e-3, warmup_steps=5)
+    x = torch.randn(40, D_IN, generator=torch.Generator().manual_seed(0))
+    mine.update(0, x.bfloat16())
+    deads = torch.arange(D_SAE) < 7
+    mine.resample_neurons(deads, x.bfloat16())
+    assert "resampling 7 neurons" in capsys.readouterr().out
+    torch.testing.assert_close(mine.ae.decoder.weight[:, :7].norm(dim=0), torch.ones(7))
+
+
 def test_no_resampling_without_dead_neurons_or_when_all_examples_are_fewer(capsys):
     mine = make(ours.StandardTrainer, resample_steps=10, lr=1e-3, warmup_steps=5)
     mine.resample_neurons(torch.zeros(D_SAE, dtype=torch.bool), torch.randn(5, D_IN))

@@ -307,6 +307,24 @@ def test_a_scaled_loss_a_second_backward_and_frozen_parameters(kind):
             torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_a_frozen_encoder_leaves_an_output_that_is_a_constant(kind):
+    x, _, theirs, ours = problem(kind, 50, 20, 200, density=0.01, apply_b_dec_to_input=False)
+    for sae in (theirs, ours):
+        for name, p in sae.named_parameters():
+            p.requires_grad_(name in ("W_dec", "b_dec"))
+        out = sae.training_forward_pass(step_input(x))
+        acts = out.feature_acts.to_dense() if out.feature_acts.is_sparse else out.feature_acts
+        (out.loss + acts.sum()).backward()
+    for name in ("W_dec", "b_dec"):
+        torch.testing.assert_close(ours.get_parameter(name).grad, theirs.get_parameter(name).grad)
+
+
+def test_an_empty_batch_encodes_to_an_empty_code(kind):
+    ours, theirs = new(kind, True), new(kind, False)
+    for shape in ((0, 16), (3, 0, 16)):
+        assert ours.encode(torch.zeros(shape)).shape == theirs.encode(torch.zeros(shape)).shape
+
+
 def test_without_gradients_only_losses_are_computed(kind):
     x, _, theirs, ours = problem(kind, 50, 20, 200)
     with torch.no_grad(), Seen() as seen:

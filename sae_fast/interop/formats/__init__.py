@@ -14,9 +14,13 @@ FORMATS: dict[str, Format] = {module.NAME: cast(Format, module) for module in _M
 
 def find(path: Path) -> Format:
     """The format of a folder or file, or ``FileNotFoundError`` that says what is there instead."""
-    found = next((f for f in FORMATS.values() if f.finds(path)), None)
-    if found is not None:
-        return found
+    found = [f for f in FORMATS.values() if f.finds(path)]
+    if len(found) > 1:
+        raise ValueError(f"path: {path} holds SAEs of {' and '.join(f.NAME for f in found)}; want a folder of one")
+    if found:
+        return found[0]
+    if (path / "config.json").is_file():
+        return FORMATS["sae_fast"]  # which says what is wrong with it
     if path.is_file():
         raise ValueError(f"path: got the file {path}, want a folder, or a .pt file of dictionary_learning")
     inside = sorted(

@@ -81,8 +81,8 @@ def to_keep(sae: SparseAutoencoder, name: str, **more: Any) -> dict[str, Any]:
 
 
 def layer_of(hook_name: str | None) -> int | None:
-    """3 of "blocks.3.hook_resid_post"."""
-    found = re.search(r"(?:^|\.)(\d+)\.", hook_name or "")
+    """3 of "blocks.3.hook_resid_post" or "layers.3"."""
+    found = re.search(r"\.(\d+)(?:\.|$)", hook_name or "")
     return int(found.group(1)) if found else None
 
 

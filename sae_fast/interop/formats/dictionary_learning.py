@@ -6,6 +6,7 @@ those for normalised activations.  Classes and keys: those of the package at 0.1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sae_fast.interop import _norms
 from sae_fast.interop._files import (
     Tensors,
     json_writer,
+    key,
     pt_writer,
     read_json,
     read_pt,
@@ -41,6 +43,7 @@ def finds(path: Path) -> bool:
 def read(path: Path) -> Loaded:
     file = path if path.is_file() else path / WEIGHTS
     config, config_file = _config(file)
+    trainer = key(config, config_file, dict, "trainer") if "trainer" in config else {}
     state, factor = _state(file)
     tensors = Tensors(file, state)
     if OLDEST in tensors:
@@ -51,15 +54,14 @@ def read(path: Path) -> Loaded:
     name = _class(config, config_file, tensors)
     sae = READERS[name](tensors, config, config_file)
     tensors.finish()
-    sae.metadata |= kept(config, NAME)
-    trainer = config.get("trainer", {})
+    sae.metadata = kept(config, NAME) | sae.metadata
     for ours, theirs in (("model_name", "lm_name"), ("layer", "layer")):
         if trainer.get(theirs) not in (None, ""):
             sae.metadata[ours] = trainer[theirs]
     if factor is not None:  # a backup of a run on normalised activations: as its trainer scales at the end
         _scale_biases(sae, factor)
         sae.metadata["norm_factor"] = factor
-    return Loaded(sae, _unfold(file.parent, config), notes=_notes(sae, name))
+    return Loaded(sae, _unfold(file.parent, sae, config), notes=_notes(sae, name))
 
 
 def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
@@ -68,10 +70,11 @@ def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold 
     trainer = dict(config.get("trainer", {}))
     if trainer.get("dict_class") != name:
         trainer = {"dict_class": name, "trainer_class": TRAINERS[name]}
+    trainer.setdefault("trainer_class", TRAINERS[name])
     trainer |= {"activation_dim": sae.d_in, "dict_size": sae.d_sae}
     layer = sae.metadata.get("layer", layer_of(sae.metadata.get("hook_name")))
     about = {"layer": layer, "lm_name": sae.metadata.get("model_name"), "k": getattr(sae, "k", None)}
-    trainer |= {key: value for key, value in about.items() if value is not None}
+    trainer |= {name: value for name, value in about.items() if value is not None}
     config["trainer"] = trainer
     config[KEY] = to_keep(sae, NAME, **({"unfold": unfold.digest} if unfold else {}))
     files: dict[str, Callable[[Path], None]] = {WEIGHTS: pt_writer(tensors)}
@@ -100,15 +103,16 @@ def _state(file: Path) -> tuple[dict[str, Tensor], float | None]:
         return value, None
     factor = value.get("norm_factor")
     factor = factor.item() if isinstance(factor, Tensor) and factor.numel() == 1 else factor
-    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0):
+    if factor is not None and (
+        isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf
+    ):
         raise ValueError(f"{file}: norm_factor: got {factor!r}, want a positive number or None")
     return value["ae"], factor
 
 
 def _class(config: dict[str, Any], file: Path, tensors: Tensors) -> str:
-    trainer = config.get("trainer", {})
-    if isinstance(trainer, dict) and "dict_class" in trainer:
-        name = trainer["dict_class"]
+    if "dict_class" in config.get("trainer", {}):
+        name = key(config, file, str, "trainer", "dict_class")
         if name not in READERS:
             raise ValueError(f"{file}: trainer.dict_class: got {name!r}, want one of {sorted(READERS)}")
         return name
@@ -211,6 +215,10 @@ def _scale_biases(sae: SparseAutoencoder, factor: float) -> None:
 
 
 def _notes(sae: SparseAutoencoder, name: str) -> list[str]:
+    if isinstance(sae, nn.BatchTopKSAE) and not sae.has_threshold():
+        return [
+            "threshold: it was never set; here the k largest a row of the batch are taken, the package takes all of ReLU"
+        ]
     if name not in ("GatedAutoEncoder", "AutoEncoder") or _norms.is_unit(sae):
         return []
     when = (
@@ -223,13 +231,14 @@ def _notes(sae: SparseAutoencoder, name: str) -> list[str]:
     ]
 
 
-def _unfold(folder: Path, config: dict[str, Any]) -> Unfold | None:
-    digest = config.get(KEY, {}).get("unfold")
+def _unfold(folder: Path, sae: SparseAutoencoder, config: dict[str, Any]) -> Unfold | None:
+    own = config.get(KEY)
+    digest = own.get("unfold") if isinstance(own, dict) else None
     if digest is None or not (folder / UNFOLD).is_file():
         return None
     tensors = read_safetensors(folder / UNFOLD)
     matrices = ("ulps.W_enc", "ulps.W_dec")
-    taken = {name: tensors.take(name, *[None] * (2 if name in matrices else 1)) for name in tensors.names()}
+    taken = {name: tensors.take(name, sae.d_sae, *[sae.d_in] * (name in matrices)) for name in sorted(tensors.names())}
     return Unfold.of_tensors(taken, digest)
 
 

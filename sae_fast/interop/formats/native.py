@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from sae_fast.interop._norms import Unfold
@@ -13,7 +14,10 @@ NAME = "sae_fast"
 
 
 def finds(path: Path) -> bool:
-    return (path / checkpoint.MANIFEST).is_file()  # whatever is in it: reading says what is wrong
+    try:
+        return json.loads((path / checkpoint.MANIFEST).read_bytes())["format"] == checkpoint.FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read(path: Path) -> Loaded:

@@ -9,7 +9,7 @@ from sae_fast.interop import _norms
 from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats import dictionary_learning
 from sae_fast.interop.formats._common import Loaded, layer_of, refuse
-from sae_fast.nn import SparseAutoencoder
+from sae_fast.nn import ReluSAE, SparseAutoencoder
 
 NAME = "saebench"
 
@@ -30,6 +30,8 @@ def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold 
         raise refuse(NAME, sae, "model_name: missing; want it in sae.metadata or as an argument (--model-name)")
     if not _norms.is_unit(sae):
         raise refuse(NAME, sae, "W_dec: its rows are not unit; want fold_decoder_norm")
+    if isinstance(sae, ReluSAE) and not sae.apply_b_dec_to_input:
+        raise refuse(NAME, sae, "apply_b_dec_to_input: got False, and its ReLU class always subtracts b_dec")
     if sae.d_sae < sae.d_in:
         raise refuse(NAME, sae, f"d_sae: got {sae.d_sae}, want at least d_in = {sae.d_in}")
     dictionary_learning.write(sae, folder, overwrite, unfold)

@@ -42,7 +42,7 @@ def read(path: Path) -> Loaded:
     file, tensors = path / CONFIG, read_safetensors(path / WEIGHTS)
     stored = read_json(file)
     config = _of_version_6(stored, file)
-    said = config.get("architecture", "standard")
+    said = key(config, file, str, "architecture") if "architecture" in config else "standard"
     if said not in ARCHITECTURES:
         raise ValueError(f"{file}: architecture: got {said!r}, want one of {sorted(ARCHITECTURES)}")
     _refuse_what_scales(config, file, tensors)
@@ -52,7 +52,8 @@ def read(path: Path) -> Loaded:
         if key(config, file, int, name) != want:
             raise ValueError(f"{file}: {name}: got {config[name]}, but {WEIGHTS} holds {want}")
     metadata = config.get("metadata", {})
-    own = metadata.get(KEY, {}) if isinstance(metadata, dict) else {}
+    own = metadata.get(KEY)
+    own = own if isinstance(own, dict) else {}
     sae = _as_it_was(sae, own.get("class"), own.get("options", {}))
     sae.metadata |= kept({**stored, KEY: own}, NAME)
     for name in ("model_name", "hook_name"):
@@ -163,12 +164,14 @@ def _layer(architecture: str, tensors: Tensors, config: dict, file: Path) -> tup
         if "matryoshka_widths" in config:
             widths = key(config, file, list, "matryoshka_widths")
             options["group_sizes"] = [b - a for a, b in zip([0, *widths], widths, strict=False)]
+            if not widths or widths[-1] != F or not all(n > 0 for n in options["group_sizes"]):
+                raise ValueError(f"{file}: matryoshka_widths: got {widths}, want them ascending to d_sae = {F}")
     sae = cls(d, F, dtype=dtype_of(tensors.file, **values), seed=0, **options)
     fill(sae, **values, **buffers)
     if not config.get("rescale_acts_by_decoder_norm", False):
         return sae, []
     unit = _norms.is_unit(sae)
-    _norms.fold(sae)  # it chooses and counts features times these norms: that is what folding does
+    _norms.fold(sae, chosen_with_norms=True)  # it chooses and counts features times these norms: that is what folding does
     said = "rescale_acts_by_decoder_norm: the decoder's norms were folded into the encoder, to rounding"
     return sae, [] if unit else [said]
 

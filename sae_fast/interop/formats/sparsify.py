@@ -8,7 +8,7 @@ from typing import Any
 from sae_fast import nn
 from sae_fast.interop._files import json_writer, key, read_json, read_safetensors, safetensors_writer, write_folder
 from sae_fast.interop._norms import Unfold
-from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, refuse, to_keep
+from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
 from sae_fast.nn import SparseAutoencoder
 
 NAME = "sparsify"
@@ -38,7 +38,7 @@ def read(path: Path) -> Loaded:
     tensors.finish()
     if key(config, file, int, "d_in") != d:
         raise ValueError(f"{file}: d_in: got {config['d_in']}, but {WEIGHTS} holds {d}")
-    if F not in (config.get("num_latents"), d * config.get("expansion_factor", 0)):
+    if F not in (config.get("num_latents"), d * (config.get("expansion_factor") or 0)):
         raise ValueError(f"{file}: num_latents: got {config.get('num_latents')!r}, but {WEIGHTS} holds {F}")
     transcode = config.get("transcode", False)
     sae = nn.TopKSAE(
@@ -47,7 +47,8 @@ def read(path: Path) -> Loaded:
     )  # fmt: skip
     fill(sae, **values)
     sae.metadata |= kept(config, NAME)
-    sae.metadata.setdefault("hook_name", path.resolve().name)
+    if layer_of(path.resolve().name) is not None:  # else it is no hookpoint's folder
+        sae.metadata.setdefault("hook_name", path.resolve().name)
     notes = ["transcode: this is a transcoder: what it gives is another place's activation"] if transcode else []
     return Loaded(sae, notes=notes)
 
