@@ -183,8 +183,9 @@ REFUSED = {
     "grouped topk": ("topk", GROUPS, "dictionary_learning", "group_sizes"),
     "grouped topk, saelens": ("topk", GROUPS, "saelens", "group_sizes"),
     "no threshold": ("batchtopk", {}, "saelens", "threshold: it is not set"),
-    "gated in sparsify": ("gated", {}, "sparsify", "TopK without groups only"),
-    "grouped in sparsify": ("topk", GROUPS, "sparsify", "TopK without groups only"),
+    "gated in sparsify": ("gated", {}, "sparsify", "it holds TopKSAE only"),
+    "batchtopk in sparsify": ("batchtopk", {}, "sparsify", "it holds TopKSAE only"),
+    "grouped in sparsify": ("topk", GROUPS, "sparsify", "group_sizes: it has no groups"),
     "no pre-bias in sparsify": ("topk", dict(apply_b_dec_to_input=False), "sparsify", "apply_b_dec_to_input: got False"),
     "saebench without pre-bias": ("relu", dict(apply_b_dec_to_input=False), "saebench", "apply_b_dec_to_input: got False"),
     "saebench without a layer": ("gated", {}, "saebench", "layer: got None"),
@@ -461,6 +462,12 @@ def test_a_full_disk_leaves_what_was_there(format, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_what_is_written_twice_is_the_same_bytes(tmp_path):
+    for name in "ab":
+        interop.save(make("gated"), tmp_path / name, "dictionary_learning")
+    assert (tmp_path / "a" / "ae.pt").read_bytes() == (tmp_path / "b" / "ae.pt").read_bytes()
+
+
 def test_metadata_that_json_cannot_hold_is_found_before_anything_is_written(tmp_path):
     sae = make("gated")
     sae.metadata["tensor"] = torch.zeros(1)
@@ -489,6 +496,11 @@ def test_a_folder_of_folders_says_what_is_in_it(tmp_path):
         interop.save(make("topk"), tmp_path / "run" / name, "sparsify")
     with pytest.raises(FileNotFoundError, match=r"run holds no SAE itself; there are weights in layers.0, layers.3"):
         sf.load(tmp_path / "run")
+    interop.save(make("gated"), tmp_path / "b" / "checkpoints", "dictionary_learning")
+    (tmp_path / "b" / "checkpoints" / "ae.pt").rename(tmp_path / "b" / "checkpoints" / "ae_20.pt")
+    (tmp_path / "b" / "checkpoints" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"checkpoints holds ae_20.pt: name one of these files"):
+        sf.load(tmp_path / "b" / "checkpoints")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.bin").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"holds no config.json or other sign of an SAE, but model.bin; want"):
@@ -548,6 +560,10 @@ def test_the_command_converts(tmp_path):
     code, _, error = run(tmp_path / "a", tmp_path / "b", "--to", "saelens")
     assert code == 1 and "error: " in error and "--overwrite" in error
     assert run(tmp_path / "a", tmp_path / "b", "--to", "saelens", "--overwrite")[0] == 0
+    assert run(tmp_path / "b", tmp_path / "d", "--to", "sae_fast")[1].startswith(
+        "GatedSAE, 30 features of 12 dimensions: saelens"
+    )
+    assert "sae_fast → saelens" in run(tmp_path / "d", tmp_path / "e", "--to", "saelens")[1]
     code, _, _ = run(tmp_path / "a", tmp_path / "c", "--to", "saelens", "--as-jumprelu")
     assert code == 0 and isinstance(sf.load(tmp_path / "c"), sf.JumpReluSAE)
 

@@ -147,4 +147,9 @@ def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
 
 def pt_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    return lambda path: torch.save(plain, path)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # by its name torch.save would put the temporary one into the file
+            torch.save(plain, file)
+
+    return write

@@ -99,7 +99,9 @@ def _read(path: str | os.PathLike, scale: float | None, fold: bool, stacklevel: 
     place = Path(path)
     if not place.exists():
         place = hub.fetch(os.fspath(path))
-    loaded = find(place).read(place)
+    format = find(place)
+    loaded = format.read(place)
+    loaded.sae.metadata["format"] = format.NAME
     if loaded.unfold is not None and _norms.digest(loaded.sae) != loaded.unfold.digest:
         loaded.unfold = None  # it was trained on since
     if loaded.unscaled is not None and scale is None:

@@ -23,6 +23,8 @@ def find(path: Path) -> Format:
         return FORMATS["sae_fast"]  # which says what is wrong with it
     if path.is_file():
         raise ValueError(f"path: got the file {path}, want a folder, or a .pt file of dictionary_learning")
+    if files := sorted(p.name for p in path.glob("*.pt")):
+        raise FileNotFoundError(f"path: {path} holds {', '.join(files[:5])}: name one of these files")
     inside = sorted(
         {p.parent.relative_to(path) for n in ("*.pt", "*.safetensors") for p in path.glob(f"**/{n}")} - {Path(".")}
     )

@@ -66,7 +66,7 @@ def kept(config: dict[str, Any], name: str) -> dict[str, Any]:
     metadata = dict(own.get("metadata", {})) if isinstance(own, dict) else {}
     configs = dict(metadata.get("configs", {}))
     configs[name] = {k: v for k, v in config.items() if k != KEY}
-    return {**metadata, "format": name, "configs": configs}
+    return {**metadata, "configs": configs}
 
 
 def config_of(sae: SparseAutoencoder, name: str) -> dict[str, Any]:

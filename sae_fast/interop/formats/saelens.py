@@ -208,7 +208,9 @@ def _architecture(sae: SparseAutoencoder) -> tuple[str, dict[str, Any]]:
             raise refuse(NAME, sae, "group_sizes: its TopK class has no groups")
         return "topk", {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     if isinstance(sae, nn.BatchTopKSAE) and not float(sae.threshold) >= 0:
-        raise refuse(NAME, sae, "threshold: it is not set, and for inference the package has BatchTopK as JumpReLU only")
+        raise refuse(
+            NAME, sae, "threshold: it is not set (sae.threshold.fill_(value)), and for inference its BatchTopK is JumpReLU"
+        )
     names: list[tuple[Callable, str]] = [
         (nn.GatedSAE, "gated"), (nn.ReluSAE, "standard"), (nn.JumpReluSAE, "jumprelu"), (nn.BatchTopKSAE, "jumprelu"),
     ]  # fmt: skip

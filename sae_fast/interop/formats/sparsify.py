@@ -54,8 +54,10 @@ def read(path: Path) -> Loaded:
 
 
 def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
-    if not isinstance(sae, nn.TopKSAE) or sae.group_sizes is not None:
-        raise refuse(NAME, sae, "it holds TopK without groups only")
+    if not isinstance(sae, nn.TopKSAE):
+        raise refuse(NAME, sae, "it holds TopKSAE only")
+    if sae.group_sizes is not None:
+        raise refuse(NAME, sae, "group_sizes: it has no groups")
     config: dict[str, Any] = config_of(sae, NAME)
     transcode = bool(config.get("transcode", False))
     if not sae.apply_b_dec_to_input and not transcode:
