@@ -7,6 +7,7 @@ import os
 # Before torch starts OpenMP: thousands of tiny parallel regions, whose threads would spin for each other, several times
 # slower where the cores are shared with anything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # one of the peers, read on its import: its kernels want a GPU
 
 import pytest
 import torch
