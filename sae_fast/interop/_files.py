@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_fast.train.checkpoint import sync
+
 
 class Tensors:
     """The tensors of a file: each is taken once, with the shape that it has to have; what is left over is an error."""
@@ -58,17 +60,6 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file}: got {type(value).__name__}, want an object")
-    return value
-
-
-def key(config: Mapping[str, Any], file: Path, kind: type | tuple[type, ...], *path: str) -> Any:
-    """The value at these nested keys, or ``ValueError`` that names them."""
-    value: Any = config
-    for part in path:
-        value = value.get(part) if isinstance(value, Mapping) else None
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise ValueError(f"{file}: {'.'.join(path)}: got {value!r}, want {' or '.join(k.__name__ for k in kinds)}")
     return value
 
 
@@ -121,11 +112,11 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], over
     try:
         for name, write in files.items():
             write(made[name])
-            with open(made[name], "rb+") as handle:
-                os.fsync(handle.fileno())
+            sync(made[name])
         (folder / list(files)[-1]).unlink(missing_ok=True)
         for name, path in made.items():
             os.replace(path, folder / name)
+        sync(folder)
     finally:
         for path in made.values():
             path.unlink(missing_ok=True)

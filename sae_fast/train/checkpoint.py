@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, 
     try:
         for group, contents in tensors.items():
             save_file({k: t.detach().cpu().contiguous().clone() for k, t in contents.items()}, folder / files[group])
-            _sync(folder / files[group])
+            sync(folder / files[group])
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, folder / MANIFEST)
     except BaseException:
         current = folder / MANIFEST
@@ -100,7 +101,7 @@ def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, 
             for leftover in [temporary, *(folder / name for name in files.values())]:
                 leftover.unlink(missing_ok=True)
         raise
-    _sync(folder)
+    sync(folder)
     for group in GROUPS:
         for old in folder.glob(f"{group}-*.safetensors"):
             if old.name not in files.values():
@@ -139,15 +140,22 @@ def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, An
 
 def entry(manifest: dict[str, Any], kind: type, *keys: str) -> Any:
     """The value at these nested keys of a manifest, or ``ValueError`` that names them."""
-    value: Any = manifest
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{MANIFEST}: {'.'.join(keys)}: got {value!r}, want {kind.__name__}")
+    return key(manifest, MANIFEST, kind, *keys)
+
+
+def key(config: Mapping[str, Any], file: str | os.PathLike, kind: type | tuple[type, ...], *path: str) -> Any:
+    """The value at these nested keys of what a JSON file holds, or ``ValueError`` that names file and keys."""
+    value: Any = config
+    for part in path:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"{file}: {'.'.join(path)}: got {value!r}, want {' or '.join(k.__name__ for k in kinds)}")
     return value
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """To the disk: a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -19,7 +19,6 @@ from sae_fast.interop import _norms
 from sae_fast.interop._files import (
     Tensors,
     json_writer,
-    key,
     pt_writer,
     read_json,
     read_pt,
@@ -30,6 +29,7 @@ from sae_fast.interop._files import (
 from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.train.checkpoint import key
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG, UNFOLD = "ae.pt", "config.json", "sae_fast_unfold.safetensors"

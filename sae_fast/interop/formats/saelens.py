@@ -14,10 +14,11 @@ import torch
 
 from sae_fast import nn
 from sae_fast.interop import _norms
-from sae_fast.interop._files import Tensors, json_writer, key, read_json, read_safetensors, safetensors_writer, write_folder
+from sae_fast.interop._files import Tensors, json_writer, read_json, read_safetensors, safetensors_writer, write_folder
 from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.train.checkpoint import key
 
 NAME = "saelens"
 WEIGHTS, CONFIG, VERSION = "sae_weights.safetensors", "cfg.json", "6.0.0"

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast import nn
-from sae_fast.interop._files import json_writer, key, read_json, read_safetensors, safetensors_writer, write_folder
+from sae_fast.interop._files import json_writer, read_json, read_safetensors, safetensors_writer, write_folder
 from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.train.checkpoint import key
 
 NAME = "sparsify"
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
