@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast import functional, nn
+from sae_fast import functional, nn, ops
 from sae_fast.extras import require
 from sae_fast.train import Trainer
 
@@ -124,11 +124,12 @@ class _OnEngine:
         if not logging:
             return self._loss(x, l1).total
         with torch.no_grad():
-            code = self._sae.encode_sparse(x)
-            x_hat = self._sae.decode(code)
-            loss = self._loss(x, l1)
-            losses = {"mse_loss": loss.reconstruction, "sparsity_loss": self._sparsity(code), "loss": loss.total}
-            losses |= self._logged(loss, x - x_hat)
+            sae = self._sae
+            code = sae.encode_sparse(x)
+            x_hat, weight = sae.decode(code), functional.sparsity_weight(sae.W_dec, l1, "paper")
+            terms = ops.decode_loss(code, sae.W_dec, sae.b_dec, sae.check_input(x), weight, code.batch).losses
+            losses = {"mse_loss": terms[0], "sparsity_loss": self._sparsity(code), "loss": terms.sum()}
+            losses |= self._logged(terms, x - x_hat)
             return LossLog(x, x_hat, code.to_dense(), {name: value.item() for name, value in losses.items()})
 
     def _count(self, x: Tensor) -> None:
@@ -138,7 +139,7 @@ class _OnEngine:
         """Σ of the last value set, λ left out, as a mean over the examples."""
         return code.values[-1].sum() / max(code.batch, 1)
 
-    def _logged(self, loss: Any, residual: Tensor) -> dict[str, Tensor]:
+    def _logged(self, terms: Tensor, residual: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def _loss(self, x: Tensor, l1: float) -> Any:
@@ -168,8 +169,8 @@ class GatedSAETrainer(_OnEngine, gdm.GatedSAETrainer):
             rows, ae.encoder.weight, ae.gate_bias, ae.mag_bias, ae.r_mag, ae.decoder.weight.T, ae.decoder_bias, l1
         )
 
-    def _logged(self, loss: Any, residual: Tensor) -> dict[str, Tensor]:
-        return {"aux_loss": loss.auxiliary}
+    def _logged(self, terms: Tensor, residual: Tensor) -> dict[str, Tensor]:
+        return {"aux_loss": terms[2]}
 
 
 class StandardTrainer(_OnEngine, standard.StandardTrainer):
@@ -225,7 +226,7 @@ class StandardTrainer(_OnEngine, standard.StandardTrainer):
         ae, rows = self.ae, self._sae.check_input(x)
         return functional.relu_loss(rows, ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.bias, l1)
 
-    def _logged(self, loss: Any, residual: Tensor) -> dict[str, Tensor]:
+    def _logged(self, terms: Tensor, residual: Tensor) -> dict[str, Tensor]:
         return {"l2_loss": residual.norm(dim=-1).mean()}
 
 

@@ -112,9 +112,7 @@ class SparseAutoencoder(nn.Module):
         self.check_code(f)
         if isinstance(f, SparseCode):
             return (ops.decode(f, self.W_dec) + self.b_dec).reshape(*f.shape[:-1], self.d_in)
-        if not torch.is_autocast_enabled(f.device.type):
-            return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
-        with torch.autocast(f.device.type, enabled=False):  # as from a SparseCode, in the dtype of the parameters
+        with without_autocast():  # as from a SparseCode, in the dtype of the parameters
             return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def check_code(self, f: Tensor | SparseCode) -> None:
