@@ -61,6 +61,11 @@ class Others:
         return sum(ticks) / rate, (ticks[3] + ticks[4]) / rate, time.process_time()
 
 
+def about() -> dict[str, str]:
+    """What a file of figures says of where they come from."""
+    return {"device": device(), "versions": versions(), "commit": commit()}
+
+
 def cache_bytes() -> int:
     """The size of the largest cache (64 MiB where it is unknown), at most 1 GiB."""
     sizes = [0]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from tqdm.auto import tqdm
 
 from benchmarks import machine
 from benchmarks.data import QUICK, Shape, Superposition
+from benchmarks.peers.loop import close
 from benchmarks.registry import OURS
 from sae_fast import demo
 from sae_fast.interop import dictionary_learning as ours
@@ -187,11 +187,7 @@ def main(
                 "ours_last_third_median_s": statistics.median(result.ours[2 * len(result.ours) // 3 :]),
             }
         )
-    if others.share() > 0.05:
-        console.print(f"others took {others.share():.0%} of this machine: ratios hold better than times", style="yellow")
-    if out is not None:
-        about = {"device": machine.device(), "versions": machine.versions(), "commit": machine.commit()}
-        out.write_text(json.dumps({"about": about, "results": found}, indent=2) + "\n")
+    close(console, others, found, out)
 
 
 if __name__ == "__main__":

@@ -295,8 +295,7 @@ def main(
         show(console, pair)
     if others.share() > 0.05:
         console.print(f"others took {others.share():.0%} of this machine: these times are too high", style="yellow")
-    about = {"device": machine.device(), "versions": machine.versions(), "commit": machine.commit()}
-    write(runs, about | {"recipe": dataclasses.asdict(recipe)}, out)
+    write(runs, machine.about() | {"recipe": dataclasses.asdict(recipe)}, out)
     console.print(f"written to {os.path.relpath(out)}: quality.csv, quality.json, quality.png")
 
 

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import io
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -35,6 +34,7 @@ from torch import Tensor
 import sae_fast as sf
 from benchmarks import machine
 from benchmarks.data import DIRECTIONS, FULL, QUICK, Shape, Superposition
+from benchmarks.peers.loop import close
 from benchmarks.registry import OURS
 from sae_fast import demo
 from sae_fast.interop import saelens
@@ -231,11 +231,7 @@ def main(
         results = [race(task, k, start) for k in kinds for start in (OWN, CALIBRATED)]
         show(console, task, results)
         found += [{**asdict(r), "ratios": r.ratios, "processor_ratio": r.processor_ratio} for r in results]
-    if others.share() > 0.05:
-        console.print(f"others took {others.share():.0%} of this machine: ratios hold better than times", style="yellow")
-    if out is not None:
-        about = {"device": machine.device(), "versions": machine.versions(), "commit": machine.commit()}
-        out.write_text(json.dumps({"about": about, "results": found}, indent=2) + "\n")
+    close(console, others, found, out)
 
 
 if __name__ == "__main__":
