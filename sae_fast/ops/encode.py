@@ -53,8 +53,7 @@ def encode(
     ``precision``, of u and of the support on the engines (the reference has that of its arguments):
       ``exact``   every member, and u, by fp32 dots in one fixed order: bitwise the same for any chunking, number of threads
                   or route.  Candidates come from a 16-bit product with a proven bound (docs/screen.md); on a CPU that has
-                  none every entry is dotted (for ``topk`` and ``batch_topk`` an fp32 product gives the candidates), on a
-                  GPU a dense block of rows takes torch's fp32 product.
+                  none, from torch's fp32 product with one; on a GPU a dense block of rows takes torch's fp32 product.
       ``fp32``    torch's fp32 product decides
       ``tf32``    the same with TF32 operands, on a GPU that has them
       ``bf16``    a 16-bit product decides and nothing is verified: entries near the threshold come and go, and u is of

@@ -1,6 +1,6 @@
 """Each peer passes the gate, one that is set up wrongly does not, and the trainings of the time to quality agree.
 
-Only in the environment that `make bench-peers` builds.
+Only in the environment that `make test` builds for the peers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make bench-peers")
+pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make test builds it")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import gate, machine

@@ -1,6 +1,6 @@
 """SAELens' training classes on the engine, against SAELens itself: its classes, its trainer, its runner, its files.
 
-Only in the environment that `make bench-peers` builds.
+Only in the environment that `make test` builds for the peers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("sae_lens", reason="the peers are in an environment of their own: make bench-peers")
+pytest.importorskip("sae_lens", reason="the peers are in an environment of their own: make test builds it")
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
