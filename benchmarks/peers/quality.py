@@ -15,7 +15,6 @@ import copy
 import csv
 import dataclasses
 import itertools
-import json
 import math
 import os
 import sys
@@ -34,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import sae_fast as sf
-from benchmarks import machine
+from benchmarks import jsonfile, machine
 from benchmarks.peers.dictionary_learning import trainer_of
 from benchmarks.registry import OURS
 from sae_fast import demo, reference
@@ -221,8 +220,7 @@ def write(runs: Sequence[Run], about: dict[str, Any], out: Path) -> None:
         for pair in pairs(runs)
     }
     ends = {run.name: run.curve[-1]._asdict() for run in runs}
-    result = _finite({"about": about, "ends": ends, "pairs": found})
-    (out / "quality.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    jsonfile.write(out / "quality.json", {"about": about, "ends": ends, "pairs": found})
     draw(runs, out / "quality.png")
 
 
@@ -258,15 +256,6 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     figure.axes[0].legend(frameon=False)
     figure.suptitle("The same Gated SAE, batches, λ and schedule; held-out tokens", color=INK)
     figure.savefig(path, dpi=130)
-
-
-def _finite(value: Any) -> Any:
-    """As JSON has it: null for what was not reached."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 app = typer.Typer(add_completion=False)
