@@ -11,7 +11,7 @@ x_hat = sae(x)
 
 import torch  # noqa: F401  (before the extension: both must share torch's OpenMP runtime)
 
-from sae_fast import interop, metrics, ops, reference
+from sae_fast import analysis, interop, metrics, ops, reference
 from sae_fast.code import RowGradient, SparseCode, Transposed
 from sae_fast.interop import load
 from sae_fast.nn import BatchTopKSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
@@ -32,6 +32,7 @@ __all__ = [
     "TopKSAE",
     "Trainer",
     "Transposed",
+    "analysis",
     "interop",
     "load",
     "metrics",

@@ -1,0 +1,146 @@
+"""splice: run a model with an SAE in the place of what one of its modules computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sae_fast.analysis import sites
+from sae_fast.code import SparseCode
+from sae_fast.nn import SparseAutoencoder
+
+ERRORS = ("keep", "recompute", "drop")
+Edit = Callable[[SparseCode], SparseCode | Tensor]
+
+
+class Spliced:
+    """What `splice` gives: the SAE at its site, and what it last saw there.  All None before the first pass.
+
+    x [..., d]        what came to the SAE: of a pass, the positions that ``where`` takes
+    code              its SparseCode, before ``edit``
+    x_hat [..., d]    its reconstruction
+    residual [..., d] the error that was added to the decoded code; None with error="drop"
+
+    ``edit`` and ``where`` may be changed between passes.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, error: str, edit: Edit | None, where: Tensor | None):
+        self.sae, self.kind, self.edit, self.where = sae, error, edit, where
+        self.x: Tensor | None = None
+        self.code: SparseCode | None = None
+        self.x_hat: Tensor | None = None
+        self.residual: Tensor | None = None
+        self._held: Tensor | None = None
+
+    def hold(self) -> None:
+        """From now on the error that is kept is that of the last pass, whatever comes (error="keep" only)."""
+        if self.kind != "keep" or self.residual is None:
+            raise ValueError(f'hold: got error="{self.kind}" and {self._passes()}, want error="keep" after a pass')
+        self._held = self.residual
+
+    def release(self) -> None:
+        """Every pass keeps its own error again."""
+        self._held = None
+
+    def _passes(self) -> str:
+        return "no pass yet" if self.x is None else "a pass"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the model goes on with in the place of x [..., d]."""
+        mask = check_where(self.where, x)
+        if mask is None:
+            return self._through(x)
+        out = x.clone()
+        out[mask] = self._through(x[mask])
+        return out
+
+    def _through(self, x: Tensor) -> Tensor:
+        code = self.sae.encode_sparse(x)
+        x_hat = self.sae.decode(code)
+        decoded = x_hat if self.edit is None else self.sae.decode(self._edited(code))
+        self.x, self.code, self.x_hat = x, code, x_hat
+        if self.kind == "drop":
+            return decoded.to(x.dtype)
+        if self.kind == "recompute":
+            self.residual = x - x_hat
+            return x if self.edit is None else (x + (decoded - x_hat)).to(x.dtype)
+        if self._held is not None and self._held.shape != x.shape:
+            got, want = tuple(x.shape), tuple(self._held.shape)
+            raise ValueError(f"splice: got activations {got}, want {want}, the shape of the error that is held")
+        self.residual = (x - x_hat).detach() if self._held is None else self._held
+        return (decoded + self.residual).to(x.dtype)
+
+    def _edited(self, code: SparseCode) -> SparseCode | Tensor:
+        assert self.edit is not None
+        edited = self.edit(code)
+        self.sae.check_code(edited)
+        if edited.shape != code.shape:
+            raise ValueError(f"edit: got a code of shape {tuple(edited.shape)}, want {tuple(code.shape)}")
+        return edited
+
+
+@contextmanager
+def splice(
+    model: nn.Module,
+    site: str | nn.Module,
+    sae: SparseAutoencoder,
+    error: str = "keep",
+    *,
+    edit: Edit | None = None,
+    where: Tensor | None = None,
+) -> Iterator[Spliced]:
+    """In the block, what ``model`` computes at ``site`` goes through the SAE.  With f the code of x and f′ = edit(f):
+
+    error         the model goes on with    gradients reach x
+    "keep"        x̂(f′) + ε                 through the code alone; ε is a constant
+    "recompute"   x̂(f′) + (x − x̂(f))        through the code and the error: the identity where f′ = f
+    "drop"        x̂(f′)                     through the code
+
+    ε is x − x̂(f) of the same pass, so "keep" and "recompute" give the same values (without an edit: x), until
+    `Spliced.hold` makes it that of a chosen pass: then later passes are x̂ + ε of that one, and jump where a gate opens.
+
+    site: the name of a module, for its output (the first, if it gives several), or with ":input" for what it is given; or
+    the module.  edit: SparseCode → SparseCode or dense [..., F], such as `ablate([3, 17])`.  where: bool, broadcastable to
+    x.shape[:-1]: the positions that go through the SAE, others stay as they are; the code is then that of the rows taken.
+
+    >>> with splice(model, "encoder.layer.2", sae, edit=ablate([17])) as spliced:
+    ...     model(input_ids)
+    ...     spliced.code.l0()
+
+    Blocks nest.  ValueError for a site that does not exist (it lists the near names) and for what does not fit the SAE.
+    """
+    if error not in ERRORS:
+        raise ValueError(f"error: got {error!r}, want one of {ERRORS}")
+    spliced = Spliced(sae, error, edit, where)
+    with sites.changed(sites.find(model, site), spliced):
+        yield spliced
+
+
+def ablate(features: Sequence[int]) -> Edit:
+    """An edit that sets these features to 0."""
+
+    def edit(code: SparseCode) -> SparseCode:
+        for feature in features:
+            if not 0 <= feature < code.d_sae:
+                raise ValueError(f"features: got {feature}, want 0 to {code.d_sae - 1}")
+        off = torch.zeros(code.d_sae, dtype=torch.bool, device=code.indices.device)
+        off[list(features)] = True
+        return code.with_values(torch.where(off[code.indices.long()], 0, code.values))
+
+    return edit
+
+
+def check_where(where: Tensor | None, x: Tensor) -> Tensor | None:
+    """``where`` as a bool mask of shape x.shape[:-1], or None; ValueError if it does not fit."""
+    if where is None:
+        return None
+    if not isinstance(where, Tensor) or where.dtype != torch.bool:
+        raise ValueError(f"where: got {getattr(where, 'dtype', type(where).__name__)}, want a bool tensor")
+    try:
+        return where.to(x.device).expand(x.shape[:-1])
+    except RuntimeError:
+        want = f"one that broadcasts to {tuple(x.shape[:-1])}, the positions at the site"
+        raise ValueError(f"where: got shape {tuple(where.shape)}, want {want}") from None
