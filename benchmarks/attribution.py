@@ -1,0 +1,115 @@
+"""Integrated gradients over all features of a site: attribution.patch against the dense formulation, in turns.
+
+`python -m benchmarks.attribution`.  512 tokens, d = 768, F = 24 576, N = 10 points.  The dense formulation is what the
+method says, written well: [512, F] codes, a decoder product and a gradient with respect to every feature at each point.
+Behind the site is a readout, alone or after transformer blocks: what they cost is the same on both sides.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks import jsonfile, machine
+from benchmarks.data import Shape, world
+from sae_fast import GatedSAE, reference
+from sae_fast.analysis import attribution
+
+TOKENS, CONTEXT, STEPS = 512, 128, 10
+AGREE = 1e-5  # the largest difference, relative to the largest effect
+
+
+class Behind(nn.Module):
+    """Identity (the site), ``blocks`` transformer blocks, and one number an example."""
+
+    def __init__(self, d: int, blocks: int):
+        super().__init__()
+        self.site = nn.Identity()
+        layer = dict(nhead=12, dim_feedforward=4 * d, dropout=0.0, batch_first=True, norm_first=True, activation="gelu")
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(d, **layer) for _ in range(blocks)))
+        self.readout = nn.Linear(d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.readout(self.blocks(self.site(x)))).sum((1, 2))
+
+
+def dense(model: Behind, sae: GatedSAE, clean: Tensor, patch: Tensor, steps: int) -> Tensor:
+    """[R, F]: integrated gradients by the midpoint rule, error kept, from dense codes."""
+    parameters = (sae.W_enc, sae.b_gate, sae.b_mag, sae.r_mag, sae.b_dec)
+    with torch.no_grad():
+        f, f_patch = (reference.gated_encode(x.flatten(0, 1), *parameters).f for x in (clean, patch))
+        rest = clean.flatten(0, 1) - f @ sae.W_dec
+        mean = torch.zeros_like(f)
+    for k in range(steps):
+        with torch.no_grad():
+            point = torch.lerp(f, f_patch, (k + 0.5) / steps)
+        point.requires_grad_()
+        value = model((point @ sae.W_dec.detach() + rest).view_as(clean)).sum()
+        (gradient,) = torch.autograd.grad(value, point)
+        mean += gradient
+    return mean.mul_(f_patch - f).div_(steps)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Of each formulation, in turns.")] = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="A small shape: a test, not a measurement.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The JSON; by default in benchmarks/results/<machine>.")] = None,
+) -> None:
+    """Times both formulations with 0, 1 and 6 blocks behind the site; exits with 1 if they disagree."""
+    shape = Shape(B=TOKENS, d=48, F=1024, l0=16) if quick else Shape(B=TOKENS, d=768, F=24576, l0=46)
+    data = world(shape, n_batches=2)
+    clean, patch = (x.view(-1, CONTEXT, shape.d) for x in data.batches)
+    sae = data.sae
+    table = Table(title=f"integrated gradients, N = {STEPS}, at {shape}", title_justify="left")
+    for heading in ("blocks behind", "dense", "sae_fast", "times faster", "largest difference"):
+        table.add_column(heading, justify="right")
+    others, results = machine.Others(), []
+    for blocks in (0, 1) if quick else (0, 1, 6):
+        torch.manual_seed(0)
+        model = Behind(shape.d, blocks).eval().requires_grad_(False)
+
+        def theirs(model: Behind = model) -> Tensor:
+            return dense(model, sae, clean, patch, STEPS)
+
+        def ours(model: Behind = model) -> attribution.Effects:
+            return attribution.patch(model, "site", sae, clean, patch, metric=lambda m: m, steps=STEPS)
+
+        wanted = theirs()
+        difference = float((ours().to_dense() - wanted).abs().max() / wanted.abs().max())
+        times = [(seconds_of(theirs), seconds_of(ours)) for _ in range(rounds)]
+        slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
+        results.append(
+            {"blocks": blocks, "dense_s": slow, "sae_fast_s": fast, "times_faster": slow / fast, "difference": difference}
+        )
+        table.add_row(str(blocks), f"{slow:.3f} s", f"{fast:.3f} s", f"{slow / fast:.1f}×", f"{difference:.1e}")
+    console = Console()
+    console.print(table)
+    if others.share() > 0.05:
+        console.print(f"others took {others.share():.0%} of this machine: ratios hold better than times", style="yellow")
+    if not quick or out:
+        path = out or Path(__file__).parent / "results" / machine.slug() / "attribution.json"
+        jsonfile.write(path, {"about": machine.about(), "shape": str(shape), "steps": STEPS, "results": results})
+    raise typer.Exit(int(any(result["difference"] > AGREE for result in results)))
+
+
+if __name__ == "__main__":
+    app()
