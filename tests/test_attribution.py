@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from analysis_models import KINDS, Chain, identity, random_ends, random_sae
@@ -345,6 +347,14 @@ def test_an_sae_whose_features_compete_has_no_path_of_its_own(model):
         attribution.patch(model, "c", sae, clean, patch, metric=identity, vary="input")
 
 
+def test_a_model_that_draws_lots_is_refused(model):
+    sae, (clean, patch) = random_sae("gated", 8, 32), random_ends()
+    model.tail.insert(0, nn.Dropout(0.1))
+    with pytest.raises(ValueError, match=r"model: 'tail\.0' is a Dropout in training mode, want model\.eval\(\)"):
+        attribution.patch(model, "c", sae, clean, patch, metric=identity)
+    attribution.patch(model.eval(), "c", sae, clean, patch, metric=identity)
+
+
 def test_a_model_that_computes_without_gradients(model):
     sae, (clean, patch) = random_sae("gated", 8, 32), random_ends()
 
@@ -355,3 +365,18 @@ def test_a_model_that_computes_without_gradients(model):
 
     with pytest.raises(ValueError, match="carries no gradient"):
         attribution.patch(Quiet(), "c", sae, clean, patch, metric=identity)
+
+
+def test_the_benchmark_checks_both_formulations_against_each_other(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from benchmarks import attribution as benchmark
+
+    out = tmp_path / "attribution.json"
+    arguments = ["--quick", "--rounds", "1", "--out", str(out)]
+    assert CliRunner().invoke(benchmark.app, arguments, catch_exceptions=False).exit_code == 0
+    results = json.loads(out.read_text())["results"]
+    assert [r["blocks"] for r in results] == [0, 1] and all(0 <= r["difference"] < 1e-5 for r in results)
+    dense = benchmark.dense
+    monkeypatch.setattr(benchmark, "dense", lambda *arguments: dense(*arguments) * 1.001)
+    assert CliRunner().invoke(benchmark.app, arguments).exit_code == 1

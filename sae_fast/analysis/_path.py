@@ -86,6 +86,7 @@ class Downstream:
     where: Tensor | None
 
     def __post_init__(self) -> None:
+        _check_repeatable(self.model)
         self.x, output = sites.read(self.model, self.site, self.inputs)
         self._told = _takes_two(self.metric)
         if self.x.dim() < 2:
@@ -218,6 +219,16 @@ def jumps(sae: SparseAutoencoder, indices: Tensor) -> tuple[Tensor, Tensor]:
     if "threshold" in parameters:
         return parameters["threshold"] - parameters["b_enc"], torch.relu(parameters["threshold"])
     return -parameters["b_enc"], torch.zeros_like(parameters["b_enc"])
+
+
+def _check_repeatable(model: nn.Module) -> None:
+    """ValueError where the metric of one example would depend on chance, or on what else is in its batch."""
+    for name, module in model.named_modules():
+        chance = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if module.training and (chance or isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            raise ValueError(
+                f"model: {name!r} is a {type(module).__name__} in training mode, want model.eval() before attribution"
+            )
 
 
 def _takes_two(metric: Callable[..., Tensor]) -> bool:

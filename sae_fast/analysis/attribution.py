@@ -92,7 +92,8 @@ def patch(
     """Effects of moving the features at ``site`` from their activations a on ``clean`` to a′ on ``patch``.
 
     clean, patch      inputs of the model: a tensor, a dict of keyword arguments or a tuple, of the same shapes; patch None:
-                      a′ = 0.  All else in the model stays as on ``clean``.
+                      a′ = 0.  All else in the model stays as on ``clean``.  Tensors with N rows are taken to have one an
+                      example: points of the path that share a pass repeat them
     metric(output)    [N], one number an example, or one number in all; with [N] many points of the path share a pass, and
                       the batch may come in pieces: metric(output, examples) is told of which examples, [n] int64
     method  "exact"   m(a with this one entry patched) − m(a): a forward pass an entry
