@@ -87,7 +87,7 @@ def test_exact_is_a_forward_pass_an_entry(model, per_example, masked):
         changed = x.clone()
         at = where.nonzero()[row]
         changed[at[0], at[1]] += (f_patch - f)[row, feature] * sae.W_dec[feature].detach()
-        wanted = (model.tail(changed).sum((1, 2)) - model(clean)).sum()
+        wanted = (model.tail(changed).sum((1, 2)) - model(clean)).sum().detach()
         assert float(got.effects[j]) == pytest.approx(float(wanted), rel=1e-9, abs=1e-13)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -136,7 +137,7 @@ def patch(
         if patched is None and vary == "input":
             raise ValueError('patch: got None with vary="input", want inputs to go to: only features can go to 0')
         walk = (_FeatureWalk if vary == "features" else _InputWalk)(m, sae, patched, features, error, progress)
-        first, last = walk.at_the_ends()
+        first, last = walk.metrics
         corrections = None
         if method == "exact":
             effects = walk.single_effects()
@@ -170,16 +171,20 @@ class _Walk:
         with sae.frozen():
             clean = sae.encode_sparse(m.rows)
             self.support = _path.union(clean, None if patched is None else sae.encode_sparse(patched), moving)
-        self.rows = m.rows.to(sae.W_dec.dtype)
         self.f, self.f_patched = self.support.values[:2]
         self.W_dec = sae.W_dec.detach()
-        # Rows are base + (f on the support) W_dec: the base is all that is not on the way, the error or b_dec included.
-        whole = self.rows if error == "keep" else sae.decode(clean)
-        self.base = whole - _path.decoded(self.support, sae, self.f[None])[0]
+        self.start = m.rows.to(self.W_dec.dtype) if error == "keep" else sae.decode(clean)  # [R, d]
+        self.end = self.start + _path.decoded(self.support, sae, (self.f_patched - self.f)[None])[0]
 
-    def at_the_ends(self) -> tuple[Tensor, Tensor]:
-        ends = self.rows_of(torch.stack([self.f, self.f_patched]))
-        return self.m.values(ends[:1])[0], self.m.values(ends[1:])[0]
+    @cached_property
+    def metrics(self) -> tuple[Tensor, Tensor]:
+        """The metric at either end, [N] or []."""
+        return self.m.values(self.start[None])[0], self.m.values(self.end[None])[0]
+
+    @cached_property
+    def base(self) -> Tensor:
+        """[R, d]: what rows have besides the support's part: the error, b_dec, features that do not move."""
+        return self.start - _path.decoded(self.support, self.sae, self.f[None])[0]
 
     def rows_of(self, f: Tensor) -> Tensor:
         """[r, R, d] of activations f [r, nnz] on the support."""
@@ -194,36 +199,28 @@ class _Walk:
         raise NotImplementedError
 
     def single_effects(self) -> Tensor:
-        """[nnz]: the metric with one entry patched, less the metric."""
-        where = self.support.row_ids()
-        change = (self.f_patched - self.f)[:, None] * self.W_dec[self.support.indices.long()]
-        return self._one_row_changed(where, self.rows_of(self.f[None])[0], change) - self._clean_of(where)
+        """[nnz]: the metric with one entry patched, less the metric.
 
-    def _clean_of(self, rows: Tensor) -> Tensor:
-        clean, _ = self.at_the_ends()
-        return clean[self.m.example[rows]] if self.m.by_example else clean.expand(len(rows))
-
-    def _one_row_changed(self, rows: Tensor, base: Tensor, change: Tensor) -> Tensor:
-        """[n]: for each of n, the metric of base [R, d] with change [n, d] added to one of ``rows`` [n].
-
-        Of its example, where examples have metrics of their own; examples of as many rows as the first share passes."""
-        m, out = self.m, change.new_empty(len(rows))
+        Examples that have metrics of their own, and as many rows each, share passes: of each only the patched one runs."""
+        m, row, out = self.m, self.support.row_ids(), torch.empty_like(self.f)
+        clean = self.metrics[0]
         counts = torch.bincount(m.example, minlength=m.batch)
         alike = m.by_example and bool((counts == counts[0]).all())
         share = max(1, _path.TOKENS_PER_PASS // int(counts[0])) if alike else 1
-        begins = counts.cumsum(0) - counts
-        for chunk in self._chunks(range(len(rows)), share, "patches"):
-            n = torch.tensor(chunk, device=rows.device)
+        for chunk in self._chunks(range(len(out)), share, "patches"):
+            entries = torch.tensor(chunk, device=row.device)
+            rows, example = row[entries], m.example[row[entries]]
+            change = (self.f_patched - self.f)[entries, None] * self.W_dec[self.support.indices[entries].long()]
             if alike:
-                example = m.example[rows[n]]
-                whole = base.reshape(m.batch, int(counts[0]), -1)[example]
-                whole[torch.arange(len(n), device=n.device), rows[n] - begins[example]] += change[n]
-                out[n] = m.values(whole, example).to(out.dtype)
+                whole = self.start.reshape(m.batch, int(counts[0]), -1)[example]
+                whole[torch.arange(len(entries), device=row.device), rows - example * counts[0]] += change
+                value = m.values(whole, example)
             else:
-                whole = base.clone()
-                whole[rows[n]] += change[n]
+                whole = self.start.clone()
+                whole[rows] += change
                 value = m.values(whole[None])[0]
-                out[n] = (value[m.example[rows[n]]] if m.by_example else value).to(out.dtype)
+                value = value[example] if m.by_example else value
+            out[entries] = (value - (clean[example] if m.by_example else clean)).to(out.dtype)
         return out
 
     def _chunks(self, items: Sequence[Any], size: int, what: str) -> Iterator[list[Any]]:
@@ -239,11 +236,10 @@ class _FeatureWalk(_Walk):
     """R1: the features run straight, so the rows do, and one product turns the mean gradient of them into effects."""
 
     def integrated(self, alphas: Sequence[float]) -> Tensor:
-        start, end = self.rows_of(torch.stack([self.f, self.f_patched]))
-        mean = torch.zeros_like(start)
+        mean = torch.zeros_like(self.start)
         for chunk in self._chunks(alphas, self.m.share, "points"):
-            alpha = start.new_tensor(chunk)[:, None, None]
-            _, g = self.m.gradient(start + alpha * (end - start))
+            alpha = self.start.new_tensor(chunk)[:, None, None]
+            _, g = self.m.gradient(torch.lerp(self.start, self.end, alpha))
             mean += g.sum(0).to(mean.dtype)
         return self.dots(mean[None] / len(alphas), self.f[None])[0] * (self.f_patched - self.f)
 
@@ -261,7 +257,7 @@ class _InputWalk(_Walk):
             torch.where(
                 known.isnan(), ops.sampled_dots(self.support, sae.centred(rows.to(W_enc.dtype)).detach(), W_enc), known
             )
-            for known, rows in zip(self.support.values[2:], (self.rows, self.patched), strict=True)
+            for known, rows in zip(self.support.values[2:], (self.m.rows, self.patched), strict=True)
         )
         self.du = self.du - self.u
         self.opens_at, self.height = _path.jumps(sae, indices)
@@ -318,7 +314,7 @@ class _InputWalk(_Walk):
                 rows = (
                     (m.example == group).nonzero()[:, 0]
                     if m.by_example
-                    else torch.arange(len(self.rows), device=row.device)
+                    else torch.arange(len(self.start), device=row.device)
                 )
                 if len(jumping) == 0:
                     continue
