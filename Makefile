@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 # The peers' own packages live in an environment of their own: nnsight, which one of them imports, patches torch for its process.
 PEERS := .venv-peers
 ENGINE := $(VENV)/.built
-.PHONY: demo test lint bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread clean
+.PHONY: demo test lint claims bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread clean
 
 # Threads that wait asleep: a little slower alone, many times faster beside other work on the same cores.
-demo test: export OMP_WAIT_POLICY ?= passive
+demo test claims: export OMP_WAIT_POLICY ?= passive
 
 demo: $(ENGINE)
 	$(BIN)/sae-fast demo
@@ -22,6 +22,10 @@ lint: $(ENGINE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The paper's claims and the critique's: a table, results and pictures into out/.  QUICK=1 is a test of the programs only.
+claims: $(ENGINE)
+	$(BIN)/python -m benchmarks.claims $(if $(QUICK),--quick)
 
 bench: $(ENGINE)
 	$(BIN)/python -m benchmarks

@@ -10,6 +10,7 @@ A claim is a module with
 
     TITLE                            a line
     SEEDS, QUICK_SEEDS               how many seeds the full and the quick run take
+    prepare(quick)                   optional: what all seeds need, before the first
     measure(seed, quick) -> dict     what one seed shows: plain JSON; kept on disk, so an interrupted run goes on after it
     conclude(results) -> [Row]       the rows of the table, from the results of all seeds
     draw(results, figure)            the picture, on a matplotlib figure

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+
+# Before torch starts OpenMP: beside other work on the same cores, threads that spin for each other take many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import sys
 import time
 from pathlib import Path
@@ -11,13 +15,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from tqdm.auto import tqdm
 
 from benchmarks import jsonfile, machine
-from benchmarks.claims import NAMES, _claim, _page
+from benchmarks.claims import NAMES, _claim, _page, _seeds
 from sae_fast.extras import require
 
-HERE, OUT = Path(__file__).parent, Path("out")
+OUT = Path("out")
 COLORS = {_claim.HOLDS: "green", _claim.CONDITION: "yellow", _claim.FAILS: "red"}
 app = typer.Typer(add_completion=False)
 
@@ -28,18 +31,20 @@ def main(
     out: Annotated[Path, typer.Option(help="The folder for claims.md, and in it claims/, results and pictures.")] = OUT,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few seeds: a test of the programs only.")] = False,
     seeds: Annotated[int | None, typer.Option(min=2, help="Seeds of each claim; by default its own number.")] = None,
-    work: Annotated[Path, typer.Option(help="Where what each seed measured is kept.")] = OUT / "claims-seeds",
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds at a time, a process each.")] = os.cpu_count() or 1,
+    work: Annotated[Path, typer.Option(help="Where what each seed measured is kept.")] = _seeds.folder,
 ) -> None:
-    """Runs the claims, one seed after another.  An interrupted run goes on where it was: give the same command again."""
+    """Runs the claims.  An interrupted run goes on after the seeds that are done: give the same command again."""
     unknown = sorted(set(names or []) - set(NAMES))
     if unknown:
         raise typer.BadParameter(f"got {', '.join(unknown)}, want some of {', '.join(NAMES)}")
     require("matplotlib", extra="demo")
+    _seeds.folder = work.absolute()
     console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
     for name in names or NAMES:
         claim = importlib.import_module(f"benchmarks.claims.{name}")
         start = time.perf_counter()
-        results = measure(name, claim, quick, seeds, work)
+        results = _seeds.measure(name, claim, quick, seeds, jobs)
         rows = claim.conclude(results)
         about = machine.about() | {"quick": quick, "seeds": len(results), "seconds": round(time.perf_counter() - start, 1)}
         report = {"claim": name, "title": claim.TITLE, "about": about}
@@ -51,14 +56,6 @@ def main(
             console.print(f"[{COLORS[row.verdict]}]●[/] {row.sentence}", highlight=False)
     page = _page.write(out)
     console.print(f"\nwritten to {os.path.relpath(page)}, with pictures and results in {os.path.relpath(out / 'claims')}")
-
-
-def measure(name: str, claim: Any, quick: bool, seeds: int | None, work: Path) -> list[dict[str, Any]]:
-    """What each seed of a claim shows, from ``work`` where an earlier run has measured it."""
-    count = seeds or (claim.QUICK_SEEDS if quick else claim.SEEDS)
-    sources = [HERE / f"{name}.py", *HERE.glob("_*.py")]
-    bar = tqdm(range(count), desc=name, unit="seed", dynamic_ncols=True, leave=False)
-    return [_claim.kept(work / name, claim.measure, seed, quick, sources) for seed in bar]
 
 
 def draw(claim: Any, results: list[dict[str, Any]], path: Path) -> None:

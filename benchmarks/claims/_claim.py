@@ -1,18 +1,13 @@
-"""What a claim's result is, and how it is kept: rows with intervals, and one file a seed."""
+"""What a claim's result is: rows, with intervals."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
-
-from benchmarks import jsonfile
 
 HOLDS, CONDITION, FAILS = "holds", "holds with condition", "does not hold here"
 PAPER, CRITIQUE = "paper", "critique"
@@ -54,18 +49,3 @@ def interval(values: Iterable[float]) -> Interval:
         raise ValueError(f"values: got {x.tolist()}, want at least two, all finite")
     half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
-
-
-def kept(folder: Path, of: Callable[..., Any], seed: int, quick: bool, sources: Iterable[Path]) -> dict[str, Any]:
-    """of(seed, quick), from ``folder`` if it is there, else computed and written there whole.
-
-    The file's name carries a hash of ``sources``, the programs that made it, so that what an older program measured is not
-    taken for what this one would.
-    """
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:12]
-    path = folder / f"{'quick' if quick else 'full'}-{digest}-seed-{seed}.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    result = of(seed, quick)
-    jsonfile.write(path, result)
-    return json.loads(path.read_text())  # as a later run will see it

@@ -11,8 +11,8 @@ from benchmarks.claims import NAMES
 HEAD = """\
 # The paper's claims and the critique's, checked
 
-Every row is a program in [`benchmarks/claims/`](../benchmarks/claims) that states, measures and draws it. `make claims` runs
-them all on two CPU cores; an interrupted run goes on where it was. *The paper* is Rajamanoharan et al. 2024
+Every row is a program in [`benchmarks/claims/`](../benchmarks/claims) that states, measures and draws it. `make claims`
+runs them all on two CPU cores; an interrupted run goes on where it was. *The paper* is Rajamanoharan et al. 2024
 ([arXiv 2404.16014](https://arxiv.org/abs/2404.16014)), *the critique* S. Marks' comments on
 [its announcement](https://www.lesswrong.com/posts/vdoiWXeouGsZEYgrg) and what followed from them. Brackets are 95 %
 confidence intervals over seeds (Student's t). Sizes are those of two CPU cores, not the paper's: a verdict says what

