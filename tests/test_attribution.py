@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -271,6 +272,95 @@ def test_sums_and_the_largest(model):
     assert effects.total == pytest.approx(float((effects.patched - effects.clean).sum()))
 
 
+# ---- What models do -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["exact", "atp", "ig", "jump_corrected_ig"])
+def test_what_comes_after_the_site_may_write_in_place(model, method):
+    sae, (clean, patch) = random_sae("gated", 8, 32), random_ends()
+    model.tail.insert(0, nn.ReLU())
+    plain = attribution.patch(model, "c", sae, clean, patch, metric=identity, method=method)
+    model.tail[0].inplace = True
+    written = attribution.patch(model, "c", sae, clean, patch, metric=identity, method=method)
+    assert torch.equal(plain.effects, written.effects) and torch.equal(plain.patched, written.patched)
+
+
+@pytest.mark.parametrize("method", ["exact", "ig", "jump_corrected_ig"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["one position", "pooled site"])
+def test_a_pass_holds_no_more_positions_than_allowed(model, monkeypatch, method, pooled):
+    class Counted(Chain):
+        most = 0
+
+        def forward(self, x):
+            Counted.most = max(Counted.most, x.shape[0] * x.shape[1])
+            if pooled:
+                return self.tail(self.c(torch.tanh(self.a(x)).mean(1))).sum(1)
+            return super().forward(x)
+
+    monkeypatch.setattr(attribution._path, "TOKENS_PER_PASS", 64)
+    sae, (clean, patch) = random_sae("gated", 8, 32), random_ends(2, 16)
+    where = None if pooled else torch.arange(16) == 3
+    attribution.patch(Counted(), "c", sae, clean, patch, metric=identity, method=method, steps=50, where=where)
+    assert 32 < Counted.most <= 64
+
+
+def test_gates_that_open_at_one_point_add_up_one_after_the_other():
+    """Two equal rows, whose gates open together, and a metric in which they multiply."""
+    sae = sf.GatedSAE(1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for name, value in {"W_enc": 1, "W_dec": 1, "b_gate": -1}.items():
+            sae.get_parameter(name).fill_(value)
+    site = nn.Sequential(nn.Identity())
+    for ends in ((0.0, 2.0), (2.0, 0.0)):
+        clean, patch = (torch.full((1, 2, 1), end).double() for end in ends)
+        common = {"metric": lambda x: x.sum((1, 2)) ** 2, "method": "jump_corrected_ig", "steps": 2000}
+        effects = attribution.patch(site, "0", sae, clean, patch, **common)
+        assert float(effects.effects.sum()) == pytest.approx(effects.total, rel=1e-3)
+        assert abs(effects.total) == pytest.approx(16)
+
+
+def test_examples_of_which_no_position_is_taken_have_no_effect(model):
+    sae, (clean, patch) = random_sae("gated", 8, 32), random_ends()
+    where = torch.ones(3, 4).bool()
+    where[2] = False
+    for method in ("exact", "ig", "jump_corrected_ig"):
+        effects = attribution.patch(model, "c", sae, clean, patch, metric=identity, method=method, where=where, steps=3)
+        assert effects.by_example().shape == (3,) and effects.by_example()[2] == 0
+        assert effects.clean[2] == effects.patched[2]
+
+
+def test_a_metric_may_be_a_module_and_inputs_a_named_tuple(model):
+    class Weighted(nn.Module):
+        def forward(self, output, examples):
+            return output * (1 + examples)
+
+    class Named(NamedTuple):
+        x: torch.Tensor
+
+    sae, (clean, patch) = random_sae("gated", 8, 32), random_ends()
+    got = attribution.patch(model, "c", sae, Named(clean), Named(patch), metric=Weighted())
+    wanted = attribution.patch(model, "c", sae, clean, patch, metric=lambda m, n: m * (1 + n))
+    assert torch.equal(got.effects, wanted.effects)
+
+
+def test_a_module_that_has_two_names_is_found_by_both(model):
+    model.alias = model.c
+    sae, (clean, patch) = random_sae("gated", 8, 32), random_ends()
+    effects = [attribution.patch(model, name, sae, clean, patch, metric=identity).effects for name in ("c", "alias")]
+    assert torch.equal(*effects)
+
+
+def test_linear_jumps_take_no_passes_of_their_own(model):
+    calls = []
+    model.c.register_forward_hook(lambda *_: calls.append(1))
+    sae, (clean, patch) = random_sae("gated", 8, 32), random_ends()
+    for options in ({"vary": "input"}, {"method": "jump_corrected_ig", "jumps": "linear"}):
+        attribution.patch(model, "c", sae, clean, patch, metric=torch.sum, **options)
+        calls.append(0)
+    first = calls.index(0)
+    assert len(calls) == 2 * (first + 1)
+
+
 # ---- What does not fit ----------------------------------------------------------------------------------------------
 
 
@@ -287,6 +377,8 @@ def test_sums_and_the_largest(model):
         ({"method": "jump_corrected_ig", "vary": "features"}, r"features that move do not jump"),
         ({"vary": "input", "patch": None}, r'patch: got None with vary="input"'),
         ({"features": [0, 32]}, r"features: got 32, want 0 to 31"),
+        ({"features": [5, 5]}, r"features: got 5 twice, want each once"),
+        ({"features": [3.7]}, r"features: got 3\.7, want feature numbers"),
         ({"where": torch.zeros(4).bool()}, r"where: got a mask that takes no position"),
         ({"where": torch.ones(5).bool()}, r"where: got shape \(5,\)"),
         ({"site": "d"}, r"site: the model has no module 'd'; near names: "),
@@ -353,6 +445,17 @@ def test_a_model_that_draws_lots_is_refused(model):
     with pytest.raises(ValueError, match=r"model: 'tail\.0' is a Dropout in training mode, want model\.eval\(\)"):
         attribution.patch(model, "c", sae, clean, patch, metric=identity)
     attribution.patch(model.eval(), "c", sae, clean, patch, metric=identity)
+
+
+def test_a_model_that_draws_lots_unseen_is_refused(model):
+    class Drawn(Chain):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    sae, (clean, patch) = random_sae("gated", 8, 32), random_ends(8)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"model: got a metric of .* and then of .* on the same inputs"):
+        attribution.patch(Drawn(), "c", sae, clean, patch, metric=identity)
 
 
 def test_a_model_that_computes_without_gradients(model):

@@ -110,6 +110,18 @@ def test_the_zero_baseline(model, saes):
     torch.testing.assert_close(e.effects.sum(1), e.exact, rtol=1e-2, atol=1e-3)
 
 
+def test_in_half_precision_many_steps_do_not_round_away(model, saes):
+    (up, down), (clean, patch) = saes, random_ends()
+    up, down, model = up.float(), down.float(), model.float()
+    wanted = edges(model, ("a", up), ("c", down), clean.float(), patch.float(), method="ig", steps=600, features=range(6))
+    model = model.bfloat16()
+    got = edges(
+        model, ("a", up), ("c", down), clean.bfloat16(), patch.bfloat16(), method="ig", steps=600, features=range(6)
+    )
+    assert got.effects.dtype == torch.float32
+    assert float(got.effects.abs().sum() / wanted.effects.abs().sum()) == pytest.approx(1, abs=0.1)
+
+
 def test_what_does_not_fit(model, saes):
     (up, down), (clean, patch) = saes, random_ends()
     with pytest.raises(ValueError, match="method: got 'exact'"):
@@ -118,6 +130,8 @@ def test_what_does_not_fit(model, saes):
         edges(model, ("a", up), ("c", down), clean, patch, method="ig", steps=0)
     with pytest.raises(ValueError, match="features: got 32"):
         edges(model, ("a", up), ("c", down), clean, patch, features=[32])
+    with pytest.raises(ValueError, match="features: got 5 twice"):
+        edges(model, ("a", up), ("c", down), clean, patch, features=[5, 5])
     with pytest.raises(ValueError, match="want the same shapes"):
         edges(model, ("a", up), ("c", down), clean, patch[:2])
     with pytest.raises(ValueError, match="downstream: 'a' does not depend on 'c'"):

@@ -142,6 +142,51 @@ def test_in_transformers_whatever_their_blocks_give(kind):
     torch.testing.assert_close(kept, model(input_ids=ids).last_hidden_state, rtol=1e-4, atol=1e-5)
 
 
+def test_what_the_sae_saw_is_kept_from_what_writes_in_place(model, sae):
+    x, _ = random_ends()
+    model.tail.insert(0, nn.ReLU(inplace=True))
+    with splice(model, "c", sae, "recompute") as spliced:
+        model(x)
+    assert spliced.x.min() < 0
+    torch.testing.assert_close(spliced.residual, spliced.x - spliced.x_hat)
+
+
+def test_a_dict_that_comes_through_the_site_stays_the_callers(model):
+    class Inner(nn.Module):
+        def forward(self, batch):
+            return batch["x"].sum()
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, batch):
+            return self.inner(batch)
+
+    batch = {"x": torch.randn(3, 10, generator=torch.Generator().manual_seed(0)).double()}
+    before = batch["x"].clone()
+    with splice(Outer(), "inner:input", random_sae("gated", 10, 20), "drop"):
+        pass
+    outer = Outer()
+    with splice(outer, "inner:input", random_sae("gated", 10, 20), "drop"):
+        changed = outer(batch)
+    assert torch.equal(batch["x"], before) and changed != before.sum()
+
+
+@pytest.mark.parametrize("features", [[3, 17], (3, 17), iter([3, 17]), torch.tensor([3, 17]), range(3, 18, 14)])
+def test_ablate_takes_any_run_of_features_and_takes_it_more_than_once(model, sae, features):
+    x, _ = random_ends()
+    edit = ablate(features)
+    f = sae.encode(site_output(model, x))
+    wanted = f.clone()
+    wanted[..., [3, 17]] = 0
+    for _ in range(2):
+        with splice(model, "c", sae, "drop", edit=lambda code: edit(code)):
+            got = model(x)
+        torch.testing.assert_close(got, model.tail(sae.decode(wanted)).sum((1, 2)))
+
+
 # ---- What does not fit ----------------------------------------------------------------------------------------------
 
 
@@ -241,6 +286,28 @@ def test_fidelity_leaves_padding_out():
     padded, cut = (fidelity(model, "site", sae, [batch]) for batch in (whole, short))
     assert padded.predictions == cut.predictions == 12
     assert padded == pytest.approx(cut, rel=1e-6)
+
+
+def test_fidelity_predicts_nothing_from_padding_on_the_left():
+    model, sae = Words(), sf.ReluSAE(8, 24, seed=0)
+    ids = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    padded = fidelity(model, "site", sae, [{"input_ids": ids, "attention_mask": mask}])
+    cut = fidelity(model, "site", sae, [{"input_ids": ids[:, 2:]}])
+    assert padded.predictions == cut.predictions == 12
+    assert padded == pytest.approx(cut, rel=1e-6)
+
+
+def test_fidelity_of_impossible_tokens_and_of_models_that_draw_lots():
+    model, sae = Words(), sf.ReluSAE(8, 24, seed=0)
+    ids = torch.randint(10, (4, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.head.bias[10] = -torch.inf
+    assert math.isfinite(fidelity(model, "site", sae, [ids]).kl)
+    model.drop = nn.Dropout(0.5)
+    with pytest.raises(ValueError, match="model: 'drop' is a Dropout in training mode"):
+        fidelity(model, "site", sae, [ids])
 
 
 def test_fidelity_of_a_perfect_sae_and_of_none():

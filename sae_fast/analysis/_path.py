@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Downstream:
     where: Tensor | None
 
     def __post_init__(self) -> None:
-        _check_repeatable(self.model)
+        check_repeatable(self.model)
         self.x, output = sites.read(self.model, self.site, self.inputs)
         self._told = _takes_two(self.metric)
         if self.x.dim() < 2:
@@ -128,10 +129,15 @@ class Downstream:
         """Whether examples have numbers of their own, so that any number of them can share a pass."""
         return self.clean.dim() == 1
 
+    @cached_property
+    def examples_per_pass(self) -> int:
+        """How many examples share a pass: of as many positions, in the inputs or at the site, as TOKENS_PER_PASS."""
+        return max(1, TOKENS_PER_PASS // max(self.x[0, ..., 0].numel(), sites.positions(self.inputs, self.batch)))
+
     @property
     def share(self) -> int:
         """How many copies of the batch share a pass."""
-        return max(1, TOKENS_PER_PASS // len(self.rows)) if self.by_example else 1
+        return max(1, self.examples_per_pass // self.batch) if self.by_example else 1
 
     def values(self, rows: Tensor, examples: Tensor | None = None) -> Tensor:
         """The metric where the site gives ``rows`` instead, no gradients.
@@ -142,8 +148,8 @@ class Downstream:
         with torch.no_grad():
             return self._run(rows, examples)
 
-    def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(the metric, its gradient with respect to rows) for rows [r, R, d]: [r, N] or [r], and [r, R, d]."""
+    def gradient(self, rows: Tensor) -> Tensor:
+        """[r, R, d]: the metric's gradient with respect to rows [r, R, d]."""
         with torch.enable_grad(), sites.without_weight_gradients(self.model):
             leaf = rows.detach().requires_grad_()
             measured = self._run(leaf, None)
@@ -155,18 +161,18 @@ class Downstream:
             (gradient,) = torch.autograd.grad(measured.sum(), leaf, allow_unused=True)
         if gradient is None:
             raise ValueError(f"metric: it does not depend on the site {self.site.name!r}")
-        return measured.detach(), gradient
+        return gradient
 
     def _run(self, rows: Tensor, examples: Tensor | None) -> Tensor:
         copies = rows.shape[0]
         taken = torch.arange(self.batch, device=rows.device).repeat(copies) if examples is None else examples
         if examples is None and copies == 1:  # the batch as it came
-            replaced, inputs = self.with_rows(rows[0]), self.inputs
+            replaced, inputs = self.with_rows(rows[0]).clone(), self.inputs
         else:
             inputs = sites.repeated(self.inputs, taken, self.batch)
             flat = rows.reshape(-1, rows.shape[-1]).to(self.x.dtype)
             if self.mask is None:
-                replaced = flat.reshape(len(taken), *self.x.shape[1:])
+                replaced = flat.reshape(len(taken), *self.x.shape[1:]).clone()  # the model may write to it in place
             else:
                 replaced = self.x[taken]
                 replaced[self.mask[taken]] = flat
@@ -194,18 +200,21 @@ class Downstream:
         return measured
 
 
-def pre_and_slope(sae: SparseAutoencoder, u: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """(f, ∂f/∂u as autodiff sees it) of entries with u [..., nnz] of the features ``indices`` [nnz] (MATH.md §1)."""
+def value_and_slope(
+    sae: SparseAutoencoder, u: Tensor, indices: Tensor, open_: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(f, ∂f/∂u as autodiff sees it) of entries with u [..., nnz] of the features ``indices`` [nnz] (MATH.md §1).
+    ``open_``: whether their gates are open, where that is not what u says."""
     i = indices.long()
     parameters = {name: sae.get_parameter(name).detach()[i] for name in sae.per_feature}
     if sae.activation == "gated":
         scale = torch.exp(parameters["r_mag"])
-        pi, open_ = scale * u + parameters["b_mag"], u + parameters["b_gate"] > 0
+        pi, passes = scale * u + parameters["b_mag"], u + parameters["b_gate"] > 0
     else:
         scale = torch.ones_like(u)
         pi = u + parameters["b_enc"]
-        open_ = pi > parameters["threshold"] if "threshold" in parameters else pi > 0
-    fires = open_ & (pi > 0)
+        passes = pi > parameters["threshold"] if "threshold" in parameters else pi > 0
+    fires = (passes if open_ is None else open_) & (pi > 0)
     return torch.where(fires, pi, 0), torch.where(fires, scale, 0)
 
 
@@ -221,7 +230,7 @@ def jumps(sae: SparseAutoencoder, indices: Tensor) -> tuple[Tensor, Tensor]:
     return -parameters["b_enc"], torch.zeros_like(parameters["b_enc"])
 
 
-def _check_repeatable(model: nn.Module) -> None:
+def check_repeatable(model: nn.Module) -> None:
     """ValueError where the metric of one example would depend on chance, or on what else is in its batch."""
     for name, module in model.named_modules():
         chance = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
@@ -234,19 +243,12 @@ def _check_repeatable(model: nn.Module) -> None:
 def _takes_two(metric: Callable[..., Tensor]) -> bool:
     """Whether a metric can be called as metric(output, examples): its second positional parameter has no default."""
     try:
-        parameters = list(inspect.signature(metric).parameters.values())
+        called = metric.forward if isinstance(metric, nn.Module) else metric
+        parameters = list(inspect.signature(called).parameters.values())
     except (TypeError, ValueError):  # some built-in functions do not say
         return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 1 and positional[1].default is inspect.Parameter.empty
-
-
-def check_features(features: Sequence[int], sae: SparseAutoencoder) -> Tensor:
-    """[K] int64, or ValueError."""
-    bad = [i for i in features if not 0 <= i < sae.d_sae]
-    if bad:
-        raise ValueError(f"features: got {bad[0]}, want 0 to {sae.d_sae - 1}")
-    return torch.tensor(list(features), dtype=torch.int64, device=sae.W_enc.device)
 
 
 def decoded(code: SparseCode, sae: SparseAutoencoder, values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ entries that differ between the clean and the patched run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from sae_fast import ops
 from sae_fast.analysis import _path, sites
 from sae_fast.analysis._path import Downstream
+from sae_fast.analysis.splicing import check_features
 from sae_fast.code import SparseCode
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.nn.grouped import GroupedSAE
@@ -66,7 +67,7 @@ def edges(
     patch: Any = None,
     *,
     metric: Callable[..., Tensor] | None = None,
-    features: Sequence[int] | None = None,
+    features: Iterable[int] | None = None,
     method: str = "atp",
     steps: int = 10,
     rule: str = "midpoint",
@@ -82,7 +83,8 @@ def edges(
     features   downstream features; by default all that fire on clean or patch
     method     "atp": the gradient on the clean run.  "ig": its mean at ``steps`` points, by ``rule``.  Both see slopes.
                "jump_corrected_ig" takes, over each of ``steps`` pieces of the path, the downstream feature's secant in the
-               place of its slope: a gate that opens in a piece counts in full, as finite differences telescope (MATH.md §5)
+               place of its slope, so that a gate that opens in a piece counts: right as steps grow, by the midpoint
+               rule soon; with few steps a piece over which the feature's input turns back can be far off
     where      as in `splice`, at both sites
 
     ValueError as from `attribution.patch`, and if downstream does not depend on upstream.
@@ -112,18 +114,17 @@ def edges(
         if features is None:
             chosen = torch.unique(torch.cat([code.indices[code.magnitudes != 0] for code in codes])).long()
         else:
-            chosen = _path.check_features(features, sae_down)
+            chosen = torch.tensor(check_features(features, sae_down.d_sae), device=a.x.device)
         weights = sae_down.W_dec.new_ones(len(b.rows), len(chosen))
         if metric is not None:
-            _, g = b.gradient(b.rows[None])
-            weights = g[0].to(sae_down.W_dec.dtype) @ sae_down.W_dec[chosen].T
+            weights = b.gradient(b.rows[None])[0].to(sae_down.W_dec.dtype) @ sae_down.W_dec[chosen].T
         dense = [_columns(code, chosen) for code in codes]
         exact = (weights * (dense[1] - dense[0])).double().sum(0)
 
-        mean = a.rows.new_zeros(len(chosen), *a.rows.shape)
+        mean = a.rows.new_zeros(len(chosen), *a.rows.shape, dtype=sae_up.W_dec.dtype)
         for k, alpha in enumerate(tqdm(alphas, "points", disable=not progress, leave=False)):
             pieces = (k / len(alphas), (k + 1) / len(alphas)) if method == "jump_corrected_ig" else None
-            mean += segment.pulled_back(alpha, sae_down, chosen, weights, pieces)
+            segment.pull_back(mean, alpha, sae_down, chosen, weights, pieces)
         effects = torch.stack([
             ops.sampled_dots(support, (g / len(alphas)).to(sae_up.W_dec.dtype), sae_up.W_dec) * (f_end - f) for g in mean
         ]) if len(chosen) else f.new_zeros(0, support.nnz)  # fmt: skip
@@ -142,11 +143,17 @@ class _Segment:
         """[R, d_down] without a graph."""
         return self._run(self.a.rows + alpha * self.change)
 
-    def pulled_back(
-        self, alpha: float, sae: SparseAutoencoder, chosen: Tensor, weights: Tensor, piece: tuple[float, float] | None
-    ) -> Tensor:
-        """[K, R, d_up]: the gradient of each chosen feature's weighted sum with respect to the upstream rows; with a
-        ``piece`` of the path, with the features' secants over it for their slopes."""
+    def pull_back(
+        self,
+        into: Tensor,
+        alpha: float,
+        sae: SparseAutoencoder,
+        chosen: Tensor,
+        weights: Tensor,
+        piece: tuple[float, float] | None,
+    ) -> None:
+        """Adds to ``into`` [K, R, d_up] the gradient of each chosen feature's weighted sum with respect to the upstream
+        rows; with a ``piece`` of the path, with the features' secants over it for their slopes."""
         W_enc = sae.W_enc.detach()[chosen]
         with torch.enable_grad():
             leaf = (self.a.rows + alpha * self.change).detach().requires_grad_()
@@ -159,14 +166,12 @@ class _Segment:
             u, f = zip(*(_pre_and_values(sae, self.far_rows(end), chosen) for end in piece), strict=True)
             slope = torch.where(u[1] != u[0], (f[1] - f[0]) / (u[1] - u[0]), 0)
         cotangents = (weights * slope).T  # [K, R], each times a row of W_enc
-        out = torch.zeros(len(chosen), *self.a.rows.shape, dtype=self.a.rows.dtype, device=self.a.rows.device)
         for k in cotangents.any(1).nonzero()[:, 0].tolist():
             rows = (cotangents[k][:, None] * W_enc[k]).to(far.dtype)
             (g,) = torch.autograd.grad(far, leaf, rows, retain_graph=True, allow_unused=True)
             if g is None:
                 raise ValueError(f"downstream: {self.far.name!r} does not depend on {self.near.name!r}")
-            out[k] = g
-        return out
+            into[k] += g
 
     def _run(self, rows: Tensor) -> Tensor:
         x = self.a.with_rows(rows)
@@ -198,7 +203,7 @@ def _slopes(sae: SparseAutoencoder, code: SparseCode, chosen: Tensor) -> Tensor:
 def _pre_and_values(sae: SparseAutoencoder, rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(u, f) [R, K] of the chosen features."""
     u = sae.centred(rows.to(sae.W_enc.dtype)) @ sae.W_enc[chosen].T
-    return u, _path.pre_and_slope(sae, u, chosen)[0]
+    return u, _path.value_and_slope(sae, u, chosen)[0]
 
 
 def _nothing(_: Any) -> Tensor:

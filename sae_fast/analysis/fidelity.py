@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sae_fast.analysis import sites
+from sae_fast.analysis._path import check_repeatable
 from sae_fast.analysis.splicing import splice
 from sae_fast.nn import SparseAutoencoder
 
@@ -39,11 +40,11 @@ def logits_of(output: Any) -> Tensor:
 
 
 def next_token_loss(output: Any, batch: Any) -> Tensor:
-    """[n]: the cross-entropy of each next token of a causal language model; padding (attention_mask 0) is left out."""
+    """[n]: the cross-entropy of each next token of a causal language model, without padding (attention_mask 0)."""
     ids = batch["input_ids"] if isinstance(batch, Mapping) else batch[0] if isinstance(batch, (tuple, list)) else batch
     losses = F.cross_entropy(logits_of(output)[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return losses.flatten() if mask is None else losses[mask[:, 1:].bool()]
+    return losses.flatten() if mask is None else losses[(mask[:, :-1] & mask[:, 1:]).bool()]
 
 
 @torch.no_grad()
@@ -64,6 +65,7 @@ def fidelity(
     `splice`; it holds for the zeros too.
     """
     place = sites.find(model, site)
+    check_repeatable(model)
     sums = torch.zeros(4, dtype=torch.float64)  # clean, spliced, zero, kl
     predictions = compared = 0
 
@@ -82,7 +84,7 @@ def fidelity(
         if losses[0].dim() != 1 or len(losses[0]) == 0:
             raise ValueError(f"loss: got shape {tuple(losses[0].shape)}, want [n], one number a prediction")
         p, q = (F.log_softmax(logits(output).double(), dim=-1) for output in (clean, spliced))
-        kl = (p.exp() * (p - q)).sum(-1)
+        kl = torch.where(p.isneginf(), 0, p.exp() * (p - q)).sum(-1)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         kl = kl[mask.bool()] if mask is not None and mask.shape == kl.shape else kl.flatten()
         sums += torch.stack([*(each.sum() for each in losses), kl.sum()]).cpu()

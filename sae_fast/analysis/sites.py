@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ def find(model: nn.Module, site: str | nn.Module | Site) -> Site:
     for what the module is given; or the module itself.  ValueError with the near names if there is none."""
     if isinstance(site, Site):
         return site
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(site, nn.Module):
         name = next((name for name, module in modules.items() if module is site), None)
         if name is None:
@@ -85,7 +86,7 @@ def read(model: nn.Module, site: Site, inputs: Any) -> tuple[Tensor, Any]:
     seen: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
-        seen.append(x.detach())
+        seen.append(x.detach().clone())  # what comes next may write to it in place
         return x
 
     with torch.no_grad(), changed(site, keep):
@@ -128,27 +129,41 @@ def without_weight_gradients(*modules: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def positions(inputs: Any, batch: int) -> int:
+    """The most positions that a tensor of the inputs with ``batch`` rows has in one of them: ids, or vectors."""
+    if isinstance(inputs, Tensor):
+        if not inputs.dim() or inputs.shape[0] != batch:
+            return 1
+        return inputs[0].numel() if not inputs.is_floating_point() else inputs.shape[1:-1].numel()
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    return max((positions(value, batch) for value in values), default=1)
+
+
 def repeated(inputs: Any, examples: Tensor, batch: int) -> Any:
     """The inputs of a model with every tensor that has ``batch`` rows taken at ``examples`` [n] instead."""
     if isinstance(inputs, Tensor):
-        return inputs[examples] if inputs.dim() and inputs.shape[0] == batch else inputs
+        return inputs[examples.to(inputs.device)] if inputs.dim() and inputs.shape[0] == batch else inputs
     if isinstance(inputs, Mapping):
         return {name: repeated(value, examples, batch) for name, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(repeated(value, examples, batch) for value in inputs)
+        return _like(inputs, [repeated(value, examples, batch) for value in inputs])
     return inputs
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    """A tuple, named or not, or a list, with other items."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def _with_first(value: Any, change: Change, site: Site) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
         return change(value)
-    if isinstance(value, Mapping) and value:  # Hugging Face's outputs: written in place, so that their class stays
-        first = next(iter(value))
-        value[first] = _with_first(value[first], change, site)  # type: ignore[index]
+    if isinstance(value, Mapping) and value:  # Hugging Face's outputs among them, whose class stays
+        first, value = next(iter(value)), copy.copy(value)
+        value[first] = _with_first(value[first], change, site)
         return value
     if isinstance(value, (tuple, list)) and value:
-        rest = [_with_first(value[0], change, site), *value[1:]]
-        return type(value)(*rest) if hasattr(value, "_fields") else type(value)(rest)
+        return _like(value, [_with_first(value[0], change, site), *value[1:]])
     got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
     which = "is given" if site.at_input else "gives"
     raise ValueError(f"site: {site.name!r} {which} {got}, want activations [..., d], or a tuple that begins with them")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -66,7 +67,7 @@ class Spliced:
             return decoded.to(x.dtype)
         if self.kind == "recompute":
             self.residual = x - x_hat
-            return x if self.edit is None else (x + (decoded - x_hat)).to(x.dtype)
+            return x.clone() if self.edit is None else (x + (decoded - x_hat)).to(x.dtype)
         if self._held is not None and self._held.shape != x.shape:
             got, want = tuple(x.shape), tuple(self._held.shape)
             raise ValueError(f"splice: got activations {got}, want {want}, the shape of the error that is held")
@@ -119,18 +120,37 @@ def splice(
         yield spliced
 
 
-def ablate(features: Sequence[int]) -> Edit:
+def ablate(features: Iterable[int]) -> Edit:
     """An edit that sets these features to 0."""
 
+    chosen = as_features(features)
+
     def edit(code: SparseCode) -> SparseCode:
-        for feature in features:
-            if not 0 <= feature < code.d_sae:
-                raise ValueError(f"features: got {feature}, want 0 to {code.d_sae - 1}")
         off = torch.zeros(code.d_sae, dtype=torch.bool, device=code.indices.device)
-        off[list(features)] = True
+        off[check_features(chosen, code.d_sae)] = True
         return code.with_values(torch.where(off[code.indices.long()], 0, code.values))
 
     return edit
+
+
+def as_features(features: Iterable[int]) -> list[int]:
+    """Feature numbers as a list; ValueError for what are none."""
+    chosen = [f.item() if isinstance(f, Tensor) else f for f in features]
+    for feature in chosen:
+        if isinstance(feature, bool) or not isinstance(feature, numbers.Integral):
+            raise ValueError(f"features: got {feature!r}, want feature numbers")
+    return [int(feature) for feature in chosen]
+
+
+def check_features(features: Iterable[int], d_sae: int) -> list[int]:
+    """Feature numbers as a list; ValueError unless each is one of d_sae and is named once."""
+    chosen = as_features(features)
+    for k, feature in enumerate(chosen):
+        if not 0 <= feature < d_sae:
+            raise ValueError(f"features: got {feature}, want 0 to {d_sae - 1}")
+        if feature in chosen[:k]:
+            raise ValueError(f"features: got {feature} twice, want each once")
+    return chosen
 
 
 def check_where(where: Tensor | None, x: Tensor) -> Tensor | None:
