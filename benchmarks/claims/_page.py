@@ -23,25 +23,27 @@ QUICK = "**Made with `--quick`: a test of the programs, not a result.**\n"
 
 def write(out: Path) -> Path:
     """Writes OUT/claims.md from OUT/claims/*.json, in the order of NAMES."""
-    reports = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for name in NAMES
-        if (path := out / "claims" / f"{name}.json").is_file()
-    ]
-    lines = [HEAD.replace("CLAIMS", "../benchmarks/claims")]
+    paths = [path for name in NAMES if (path := out / "claims" / f"{name}.json").is_file()]
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    lines = [HEAD]
     if any(report["about"]["quick"] for report in reports):
         lines.append(QUICK)
-    lines += ["| claim | by | result | verdict | checked in |", "|---|---|---|---|---|"]
-    lines += [_row(row) for report in reports for row in report["rows"]]
+    lines += ["| claim | by | verdict | result | checked in | command |", "|---|---|---|---|---|---|"]
+    lines += [_row(report, row) for report in reports for row in report["rows"]]
     for report in reports:
-        lines += ["", f"## {report['title']}", "", f"```sh\npython -m benchmarks.claims {report['claim']}\n```", ""]
-        lines += [f"{report['about']['seeds']} seeds, {report['about']['device']}, {report['about']['versions']}.", ""]
-        lines += [f"![{report['title']}](claims/{report['claim']}.png)"]
+        about = report["about"]
+        lines += ["", f"## {report['title']}", "", f"![{report['title']}](claims/{report['claim']}.png)", ""]
+        lines += [f"{about['seeds']} seeds, on {about['device']}; {about['versions']}. What each seed measured:"]
+        lines += [f"[claims/{report['claim']}.json](claims/{report['claim']}.json)."]
     page = out / "claims.md"
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return page
 
 
-def _row(row: dict[str, Any]) -> str:
-    cells = (row["claim"], row["by"], row["result"], f"**{row['verdict']}**", row["checked"])
+def _command(report: dict[str, Any]) -> str:
+    return f"`python -m benchmarks.claims {report['claim']}`"
+
+
+def _row(report: dict[str, Any], row: dict[str, Any]) -> str:
+    cells = (row["claim"], row["by"], f"**{row['verdict']}**", row["result"], row["checked"], _command(report))
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
