@@ -88,6 +88,13 @@ def test_a_seed_is_measured_again_when_the_program_has_changed(here):
     assert len(asked) == 2
 
 
+def test_the_programs_behind_a_claim_are_those_that_it_names():
+    names = {name: {path.stem for path in _seeds.programs(_seeds.HERE / f"{name}.py")} for name in NAMES}
+    assert names["attribution"] == {"attribution", "_tasks"}
+    assert names["pareto"] == {"pareto", "_sweep", "_tasks"}
+    assert {"_identities", "_variants"} < names["loss_terms"] and "_sweep" not in names["loss_terms"]
+
+
 def test_seeds_in_processes_of_their_own_find_what_they_find_in_this_one(here):
     from benchmarks.claims import loss_terms
 

@@ -61,6 +61,9 @@ def test_a_learning_rate_that_fails_is_never_chosen():
     assert _sweep.climb(lambda lr: math.nan if lr > 1 else -lr, start=1.0)["lr"] == 1.0
     with pytest.raises(RuntimeError, match="still improving at 32"):
         _sweep.climb(lambda lr: -lr, start=1.0)
+    assert _sweep.climb(lambda lr: 1.0 if lr < 1 else math.inf, start=1.0)["lr"] == 0.5
+    with pytest.raises(RuntimeError, match="no score at 3 nor at its neighbours"):
+        _sweep.climb(lambda lr: math.nan, start=3.0)
 
 
 @pytest.mark.parametrize("l1", [0.1, 2.0, 30.0])
@@ -101,6 +104,21 @@ def test_a_wrong_formula_breaks_an_identity(shrinkage, name):
     assert bias.identity_error(shrinkage | {name: WRONG[name](shrinkage)}) > bias.EXACT
 
 
+@pytest.mark.parametrize("name", bias.MEASURES[:2])
+def test_gamma_and_c1_are_the_minimisers_and_another_is_not(shrinkage, name):
+    assert bias.off_minimum(shrinkage) == 0
+    assert bias.off_minimum(shrinkage | {name: 1.01 * shrinkage[name]}) == pytest.approx(0.01, abs=2e-4)
+
+
+@pytest.mark.parametrize(("changed", "verdict"), [("", _claim.HOLDS), ("γ", _claim.CONDITION), ("first", _claim.FAILS)])
+def test_the_verdict_on_the_formulas_follows_from_example_and_minimisers(shrinkage, changed, verdict):
+    off = {"relative_reconstruction_bias": 1.01 * shrinkage["relative_reconstruction_bias"]} if changed == "γ" else {}
+    example = dict(bias.EXAMPLE) | ({"legacy_bias": 0.5} if changed == "first" else {})
+    row = bias._formulas([{"runs": [{"raw": shrinkage | off, "identity_error": 0.0}], "example": example}])
+    assert row.verdict == verdict
+    assert ("off the minimisers" in row.result) == (changed == "γ")
+
+
 def result(gated, relu, gamma):
     """One seed's result: fronts L0 = factor · exp(−10 FVU), and γ of the baseline falling from ``gamma``."""
     runs = []
@@ -129,6 +147,62 @@ def test_the_verdict_on_half_as_many_features_follows_from_the_ratio(gated, verd
     assert rows[0].verdict == rows[1].verdict == verdict
     assert rows[0].result.startswith(f"{gated / 40:.3g} [")
     assert rows[2].verdict == (_claim.FAILS if gated > 40 else _claim.HOLDS)
+
+
+def test_noise_does_not_help_half_as_many():
+    results = [result(22 * noise, 40, 0.9) for noise in (0.8, 1.0, 1.2)]  # an interval around 0.55 that has 0.5 in it
+    row = pareto._half(results, REAL)
+    assert row.verdict == _claim.CONDITION and row.result.endswith("fewer at every FVU, half as many at neither end")
+    row = pareto._half([result(38 * noise, 40, 0.9) for noise in (0.8, 1.0, 1.2)], REAL)
+    assert row.verdict == _claim.FAILS and row.result.endswith("no difference can be told from none")
+
+
+def crossing(gated, data=(REAL, SYNTHETIC)):
+    """Results in which the Gated SAE's L0 at its largest FVU on ``data`` is ``gated`` times as large."""
+    results = [result(19 * noise, 40, 0.9) for noise in (0.99, 1.0, 1.01)]
+    for run in (run for one in results for run in one["runs"]):
+        if run["kind"] == GATED and run["data"] in data and run["fvu"] == 0.3:
+            run["l0"] *= gated
+    return results
+
+
+def test_a_worst_point_that_is_no_better_is_told():
+    for data, verdict in (((), _claim.HOLDS), ((REAL,), _claim.CONDITION), ((REAL, SYNTHETIC), _claim.CONDITION)):
+        row = pareto._beyond_shrinkage(crossing(2.2, data))
+        assert row.verdict == verdict
+        assert row.result.count("fewer on average only") == len(data)
+    assert pareto._half(crossing(2.2), REAL).result.endswith("fewer on average only, half as many at the lowest FVU only")
+    row = pareto._beyond_shrinkage([result(44, 40, 0.9)] * 2)
+    assert row.verdict == _claim.FAILS and row.result.count("not surely fewer") == 2
+
+
+@pytest.mark.parametrize(
+    ("cosine", "found", "noise", "verdict", "text"),
+    [
+        (0.0, 0.0, 0.001, _claim.HOLDS, "as well at equal L0, as well at equal FVU"),
+        (-0.01, -0.02, 0.001, _claim.HOLDS, "as well at equal L0"),  # surely worse, by less than the margin
+        (0.0, 0.0, 0.1, _claim.CONDITION, "undecided at equal L0"),  # an interval that covers none and the margin
+        (-0.05, 0.0, 0.001, _claim.FAILS, "worse at equal L0"),
+        (0.0, -0.1, 0.001, _claim.FAILS, "worse at equal L0"),
+    ],
+)
+def test_recovery_as_well_is_non_inferiority(cosine, found, noise, verdict, text):
+    results = [result(20, 40, 0.9) for _ in range(3)]
+    for one, sign in zip(results, (-1, 0, 1), strict=True):
+        for run in (run for run in one["runs"] if run["kind"] == GATED):
+            run["cosine"] += cosine + sign * noise
+            run["found"] += found + sign * noise
+    row = pareto._recovery(results)
+    assert row.verdict == verdict and text in row.result
+
+
+def test_recovery_as_well_at_one_of_the_two_is_a_condition():
+    results = [result(20, 40, 0.9) for _ in range(3)]
+    for run in (run for one in results for run in one["runs"]):
+        # One function of L0 for both kinds: at equal FVU, where the Gated SAE's L0 is half, it is lower.
+        run["cosine"], run["found"] = (0.9 + 0.1 * math.log(run["l0"]), 0.8)
+    row = pareto._recovery(results)
+    assert row.verdict == _claim.CONDITION and "as well at equal L0, worse at equal FVU" in row.result
 
 
 @pytest.mark.parametrize(("gamma", "verdict"), [(0.9, _claim.HOLDS), (1.3, _claim.FAILS)])

@@ -73,7 +73,7 @@ class Cost(NamedTuple):
 
     @property
     def verdict(self) -> tuple[str, str]:
-        """The verdict on "needs more L0", and what it depends on."""
+        """The verdict on "needs more L0", and what it depends on.  Without evidence for it, it does not hold."""
         halves = {"sparse": self.sparse, "dense": self.dense}
         more = [name for name, half in halves.items() if half.low > 0]
         less = [name for name, half in halves.items() if half.high < 0]
@@ -81,7 +81,7 @@ class Cost(NamedTuple):
             return HOLDS, ""
         if more:
             return CONDITION, f"; it is so in the {more[0]} half of the range of FVU alone"
-        return (FAILS, "") if self.whole.high < 0 or less else (CONDITION, "; no difference can be told from none")
+        return FAILS, "" if self.whole.high < 0 or less else "; no difference can be told from none"
 
 
 def times(x: Interval) -> str:

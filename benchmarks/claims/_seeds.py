@@ -8,6 +8,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
@@ -19,7 +20,8 @@ from tqdm.auto import tqdm
 
 from benchmarks import jsonfile
 
-HERE = Path(__file__).parent
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+ENGINE = ("sae_fast", "csrc")
 SHOWN = ("_claim", "_page", "_seeds")  # what is made of the seeds, and how they are kept: no part of what they measured
 folder = Path("out/claims-seeds")  # the runner's --work
 
@@ -27,19 +29,30 @@ folder = Path("out/claims-seeds")  # the runner's --work
 def kept(name: str, of: Callable[..., Any], seed: int, quick: bool, sources: Iterable[Path]) -> dict[str, Any]:
     """of(seed, quick), from the folder ``name`` if it is there, else computed and written there whole.
 
-    The file's name carries a hash of ``sources``, the programs that made it, so that what an older program measured is not
-    taken for what this one would.
+    The file's name carries a hash of the programs that made it, ``sources`` and the engine, so that what an older program
+    measured is not taken for what this one would.
     """
     size = "quick" if quick else "full"
-    path = folder / name / f"{size}-{_digest(tuple(sorted(sources)))}-seed-{seed}.json"
+    path = folder / name / f"{size}-{_digest(frozenset(sources))}-seed-{seed}.json"
     if not path.is_file():
         jsonfile.write(path, of(seed, quick))
     return json.loads(path.read_text(encoding="utf-8"))  # as a later run will see it
 
 
 @cache  # as the programs were when they were first asked for, whatever is written to them while they run
-def _digest(sources: tuple[Path, ...]) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+def _digest(sources: frozenset[Path]) -> str:
+    engine = [path for part in ENGINE for path in (ROOT / part).rglob("*") if path.suffix in (".py", ".cpp", ".hpp")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted({*sources, *engine}))).hexdigest()[:12]
+
+
+def programs(path: Path) -> set[Path]:
+    """A module of this folder, and the shared ones that it names, and those that these do."""
+    found, new = set(), {path}
+    while new:
+        found |= new
+        text = "".join(path.read_text(encoding="utf-8") for path in new)
+        new = {p for p in HERE.glob("_[a-z]*.py") if re.search(rf"\b{p.stem}\b", text) and p.stem not in SHOWN} - found
+    return found
 
 
 def measure(name: str, claim: Any, quick: bool, seeds: int | None = None, jobs: int = 1) -> list[dict[str, Any]]:
@@ -76,8 +89,7 @@ def measure(name: str, claim: Any, quick: bool, seeds: int | None = None, jobs: 
 
 
 def _of_seed(name: str, claim: Any, seed: int, quick: bool) -> dict[str, Any]:
-    shared = [path for path in HERE.glob("_[a-z]*.py") if path.stem not in SHOWN]
-    return kept(name, claim.measure, seed, quick, [HERE / f"{name}.py", *shared])
+    return kept(name, claim.measure, seed, quick, programs(HERE / f"{name}.py"))
 
 
 def _in_a_process(name: str, seed: int, quick: bool, work: Path, threads: int) -> dict[str, Any]:

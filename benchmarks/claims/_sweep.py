@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import sae_fast as sf
-from benchmarks import data as synthetic_data
 from benchmarks.claims import _seeds, _tasks
 from benchmarks.claims._tasks import Task
 from sae_fast.analysis.plots import ACCENT, TERMS
@@ -34,7 +33,7 @@ WIDER = 1.5
 TUNING_SEED = 1_000_003  # none of those reported
 FOUND = 0.9  # a true feature whose cosine with a decoder row is above this is found
 
-SOURCES = [Path(module) for module in (__file__, _tasks.__file__, synthetic_data.__file__)]
+SOURCES = _seeds.programs(Path(__file__))
 Value = Callable[[dict[str, Any]], float]  # a number of a run
 
 
@@ -105,7 +104,7 @@ def climb(score: Callable[[float], float], start: float, factor: float = 2.0, mo
     """The learning rate start·factor^i with the lowest score: from ``start`` to either side until the score is worse.
 
     So the best is never at the edge of what was tried; RuntimeError if it lies more than ``most`` factors away.  A score
-    that is not a number (training failed, or nothing fires) counts as infinitely bad.
+    that is not a number (training failed, or nothing fires) counts as infinitely bad; RuntimeError if all tried are so.
     """
     scores: dict[int, float] = {}
 
@@ -120,6 +119,8 @@ def climb(score: Callable[[float], float], start: float, factor: float = 2.0, mo
         best += step
         if abs(best) > most:
             raise RuntimeError(f"learning rate: still improving at {start * factor**best:g}, far from {start:g}")
+    if at(best) == math.inf:
+        raise RuntimeError(f"learning rate: no score at {start:g} nor at its neighbours: all are infinitely bad")
     return {"lr": start * factor**best, "tried": {f"{start * factor**i:g}": s for i, s in sorted(scores.items())}}
 
 

@@ -109,17 +109,23 @@ def conclude(results: list[Result]) -> list[Row]:
         RESCALE_AND_SHIFT: "A trained baseline, its features rescaled and shifted, does not reach the Gated SAE's front: "
         "that gains by more than an end to shrinkage",
     }
-    gap = _cost(results, BASELINE)
+    sized = {UNFROZEN_DECODER: (IMPORTANT, math.inf), UNTIED: (-math.inf, SLIGHT), NO_R_MAG: (-math.inf, SLIGHT)}
+    gap = _cost(results, BASELINE).whole
     rows = []
     for variant, claim in claims.items():
         found = _cost(results, variant)
         verdict, condition = found.verdict
-        share = found.whole.mean / gap.whole.mean
-        important, slight = variant is UNFROZEN_DECODER, variant in (UNTIED, NO_R_MAG)
-        if verdict == HOLDS and ((important and share < IMPORTANT) or (slight and share > SLIGHT)):
-            verdict, condition = CONDITION, "; in the direction claimed, not of the size"
-        text = f"{found} as the Gated SAE; its ln is {100 * share:.0f} % of the baseline's ({times(gap.whole)}){condition}"
-        rows.append(Row(claim, PAPER, "`_fronts.cost`", text, verdict))
+        if gap.low > 0:
+            share = found.whole.mean / gap.mean
+            size = f"its ln is {100 * share:.0f} % of the baseline's ({times(gap)})"
+            least, most = sized.get(variant, (-math.inf, math.inf))
+            if verdict == HOLDS and not least <= share <= most:
+                verdict, condition = CONDITION, "; in the direction claimed, not of the size"
+        else:  # a share of nothing
+            size = f"the baseline's ({times(gap)}) is not surely more, so there is none to measure its size by"
+            if verdict == HOLDS and variant in sized:
+                verdict, condition = CONDITION, "; in the direction claimed, of what size is not told"
+        rows.append(Row(claim, PAPER, "`_fronts.cost`", f"{found} as the Gated SAE; {size}{condition}", verdict))
     return [*rows, _shrinkage_row(results), _auxiliary_row(results)]
 
 
@@ -153,7 +159,7 @@ def _auxiliary_row(results: list[Result]) -> Row:
     most = interval(max(result[NO_AUXILIARY.name]["test l0"]) for result in results)
     common = Cost.of(results, NO_AUXILIARY.name, GATED.name)
     where = f"; where the fronts meet it takes {common}" if common else "; the fronts have no FVU in common"
-    worse = common is None or common.whole.low > 0
+    worse = common.whole.low > 0 if common else difference.low > 0
     verdict = HOLDS if difference.low > 0 and worse else CONDITION if difference.low > 0 or worse else FAILS
     low, high = l1_range(NO_AUXILIARY)
     text = f"{without} is the lowest FVU without it, {gated} with it; L0 is at most {most}"
