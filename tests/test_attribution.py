@@ -132,6 +132,15 @@ def test_points_that_share_a_pass_and_points_that_do_not_give_the_same(model, mo
         torch.testing.assert_close(together.effects, one.effects, rtol=1e-11, atol=1e-14)
 
 
+def test_a_metric_with_data_of_its_own_is_told_how_to_index_it(model):
+    sae, (clean, patch) = random_sae("gated", 8, 32), random_ends()
+    weights = torch.tensor([1.0, -2.0, 0.5]).double()
+    with pytest.raises(ValueError, match=r"the batch of 3 is repeated .* takes \(output, examples\)"):
+        attribution.patch(model, "c", sae, clean, patch, metric=lambda m: m[:3] * weights)
+    for metric in (lambda m, examples: m * weights[examples], lambda m, examples=None: m * weights[examples]):
+        attribution.patch(model, "c", sae, clean, patch, metric=metric)
+
+
 @pytest.mark.parametrize("method", ["exact", "atp", "ig", "jump_corrected_ig"])
 def test_a_metric_may_ask_which_examples_it_is_given(model, method):
     sae, (clean, patch) = random_sae("gated", 8, 32), random_ends()
@@ -258,7 +267,8 @@ def test_in_transformers_with_keywords_and_a_mask(kind):
         torch.testing.assert_close(effects.by_example(), effects.patched - effects.clean, rtol=0.02, atol=2e-4)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert all(p.grad is None for p in [*model.parameters(), *sae.parameters()])
-    assert set(found["ig"].example.tolist()) == {0, 1, 2, 3} and len(found["ig"].example) == 16
+    assert found["ig"].example.tolist() == [n for n in range(4) for _ in range(4)]
+    assert found["ig"].position.tolist() == [1, 2, 3, 4] * 4
 
 
 def test_sums_and_the_largest(model):
@@ -384,6 +394,7 @@ def test_linear_jumps_take_no_passes_of_their_own(model):
         ({"site": "d"}, r"site: the model has no module 'd'; near names: "),
         ({"metric": lambda m: m.detach()}, r"metric: the model's output, or .*, carries no gradient back .* 'c'"),
         ({"metric": lambda m: m[:2]}, r"metric: got torch\.float64 \(2,\), want a floating-point tensor \[N\]"),
+        ({"metric": None}, r"metric: got None, want a function"),
         ({"metric": lambda m: 3.0}, r"metric: got float, want"),
         ({"metric": lambda m: m.round().long()}, r"metric: got torch\.int64"),
         ({"metric": lambda m: m / 0}, r"metric: got .*, want finite values"),

@@ -122,6 +122,19 @@ def test_in_half_precision_many_steps_do_not_round_away(model, saes):
     assert float(got.effects.abs().sum() / wanted.effects.abs().sum()) == pytest.approx(1, abs=0.1)
 
 
+def test_what_comes_after_the_upstream_site_may_write_in_place(saes):
+    class Written(Chain):
+        def forward(self, x):
+            return self.tail(self.c(self.a(x).tanh_() * 2)).sum((1, 2))
+
+    (up, down), (clean, patch) = saes, random_ends()
+    for method in ("atp", "jump_corrected_ig"):
+        plain, written = (
+            edges(net, ("a", up), ("c", down), clean, patch, method=method, features=[1, 5]) for net in (Chain(), Written())
+        )
+        assert torch.equal(plain.effects, written.effects)
+
+
 def test_what_does_not_fit(model, saes):
     (up, down), (clean, patch) = saes, random_ends()
     with pytest.raises(ValueError, match="method: got 'exact'"):
@@ -136,6 +149,10 @@ def test_what_does_not_fit(model, saes):
         edges(model, ("a", up), ("c", down), clean, patch[:2])
     with pytest.raises(ValueError, match="downstream: 'a' does not depend on 'c'"):
         edges(model, ("c", down), ("a", up), clean, patch)
+    with pytest.raises(ValueError, match=r"upstream: got 'a', want \(site, sae\)"):
+        edges(model, "a", ("c", down), clean, patch)
+    with pytest.raises(ValueError, match="sae: its d_in is 8, want 10"):
+        edges(model, ("a", down), ("c", down), clean, patch)
     with pytest.raises(ValueError, match="near names"):
         edges(model, ("a", up), ("cc", down), clean, patch)
     with pytest.raises(ValueError, match="for a TopKSAE"):

@@ -211,7 +211,10 @@ def test_bad_arguments_of_splice(model, sae):
     x, _ = random_ends()
     with pytest.raises(ValueError, match="error: got 'kept'"), splice(model, "c", sae, "kept"):
         pass
-    with pytest.raises(ValueError, match="x: got shape"), splice(model, "a", sae):
+    with (
+        pytest.raises(ValueError, match=r"sae: its d_in is 8, want 10: the site gives \(3, 4, 10\)"),
+        splice(model, "a", sae),
+    ):
         model(x)
     with pytest.raises(ValueError, match="features: got 32, want 0 to 31"), splice(model, "c", sae, edit=ablate([32])):
         model(x)
@@ -233,6 +236,27 @@ def test_bad_arguments_of_splice(model, sae):
         spliced.hold()
         with pytest.raises(ValueError, match="the shape of the error that is held"):
             model(x[:2])
+
+
+def test_a_site_that_never_runs_is_no_silent_nothing(model, sae):
+    x, _ = random_ends()
+    model.blocks, model.aside = nn.ModuleList([nn.Identity()]), nn.Linear(8, 8)
+    with (
+        pytest.raises(ValueError, match=r"'blocks' is a list of modules, .* want one of them: blocks\.0"),
+        splice(model, "blocks", sae),
+    ):
+        pass
+    with pytest.raises(ValueError, match="site: 'aside' is not reached"), splice(model, "aside", sae):
+        model(x)
+    with splice(model, "aside", sae):
+        pass  # nothing ran: nothing to say
+    with pytest.raises(ValueError, match="near names: a, c"), splice(model, "", sae):
+        pass
+    with pytest.raises(ValueError, match="sae: got a Linear, want one of sae_fast's"), splice(model, "c", model.a):
+        pass
+    for features, message in ((3, "features: got 3, want a list"), ([-1], "features: got -1, want 0 to 31")):
+        with pytest.raises(ValueError, match=message), splice(model, "c", sae, edit=ablate(features)):
+            model(x)
 
 
 def test_a_module_that_gives_no_activations(sae):
@@ -288,6 +312,16 @@ def test_fidelity_leaves_padding_out():
     assert padded == pytest.approx(cut, rel=1e-6)
 
 
+def test_fidelity_takes_a_mask_for_each_batch():
+    model, sae = Words(), sf.ReluSAE(8, 24, seed=0)
+    ids = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(0))
+    parts = [ids[:2], ids[2:, :4]]
+    got = fidelity(model, "site", sae, parts, where=lambda batch: torch.arange(batch.shape[1]) > 0)
+    each = [fidelity(model, "site", sae, [b], where=torch.arange(b.shape[1]) > 0) for b in parts]
+    assert got.zero == pytest.approx((10 * each[0].zero + 6 * each[1].zero) / 16, rel=1e-6)
+    assert got.zero != pytest.approx(fidelity(model, "site", sae, parts).zero, rel=1e-3)
+
+
 def test_fidelity_predicts_nothing_from_padding_on_the_left():
     model, sae = Words(), sf.ReluSAE(8, 24, seed=0)
     ids = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -329,6 +363,11 @@ def test_fidelity_of_a_perfect_sae_and_of_none():
 def test_bad_arguments_of_fidelity():
     model, sae = Words(), sf.ReluSAE(8, 24, seed=0)
     ids = torch.zeros(2, 3, dtype=torch.long)
+    for batches in (ids, {"input_ids": ids}, "text"):
+        with pytest.raises(ValueError, match=r"batches: got a \w+, want a list of batches"):
+            fidelity(model, "site", sae, batches)
+    with pytest.raises(ValueError, match="inputs: got text"):
+        fidelity(model, "site", sae, [["some", "text"]])
     with pytest.raises(ValueError, match="batches: got none"):
         fidelity(model, "site", sae, [])
     with pytest.raises(ValueError, match=r"loss: got shape \(\), want \[n\]"):

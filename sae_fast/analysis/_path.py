@@ -87,6 +87,8 @@ class Downstream:
     where: Tensor | None
 
     def __post_init__(self) -> None:
+        if not callable(self.metric):
+            raise ValueError(f"metric: got {self.metric!r}, want a function of the model's output")
         check_repeatable(self.model)
         self.x, output = sites.read(self.model, self.site, self.inputs)
         self._told = _takes_two(self.metric)
@@ -96,7 +98,9 @@ class Downstream:
         self.clean = self._measured(output, torch.arange(self.batch, device=self.x.device)).detach()  # [N] or []
         self.rows = self.rows_of(self.x)
         examples = torch.arange(self.batch, device=self.x.device)
+        places = torch.arange(self.x[0, ..., 0].numel(), device=self.x.device).reshape(1, *self.x.shape[1:-1], 1)
         self.example = self.rows_of(examples.reshape(-1, *[1] * (self.x.dim() - 1)).expand(*self.x.shape[:-1], 1))[:, 0]
+        self.position = self.rows_of(places.expand(*self.x.shape[:-1], 1))[:, 0]
         if len(self.rows) == 0:
             raise ValueError("where: got a mask that takes no position")
 
@@ -113,9 +117,9 @@ class Downstream:
         return x.reshape(-1, x.shape[-1]) if self.mask is None else x[self.mask]
 
     def with_rows(self, rows: Tensor) -> Tensor:
-        """[N, ..., d]: x with other rows [R, d], in the graph of these."""
+        """[N, ..., d]: x with other rows [R, d], in the graph of these; a copy, for the model may write to it in place."""
         if self.mask is None:
-            return rows.to(self.x.dtype).reshape(self.x.shape)
+            return rows.to(self.x.dtype).reshape(self.x.shape).clone()
         x = self.x.clone()
         x[self.mask] = rows.to(x.dtype)
         return x
@@ -167,12 +171,12 @@ class Downstream:
         copies = rows.shape[0]
         taken = torch.arange(self.batch, device=rows.device).repeat(copies) if examples is None else examples
         if examples is None and copies == 1:  # the batch as it came
-            replaced, inputs = self.with_rows(rows[0]).clone(), self.inputs
+            replaced, inputs = self.with_rows(rows[0]), self.inputs
         else:
             inputs = sites.repeated(self.inputs, taken, self.batch)
             flat = rows.reshape(-1, rows.shape[-1]).to(self.x.dtype)
             if self.mask is None:
-                replaced = flat.reshape(len(taken), *self.x.shape[1:]).clone()  # the model may write to it in place
+                replaced = flat.reshape(len(taken), *self.x.shape[1:]).clone()
             else:
                 replaced = self.x[taken]
                 replaced[self.mask[taken]] = flat
@@ -192,9 +196,14 @@ class Downstream:
         measured, n = self.metric(output, examples) if self._told else self.metric(output), len(examples)
         if not isinstance(measured, Tensor) or not measured.is_floating_point() or measured.shape not in ((), (n,)):
             got = f"{measured.dtype} {tuple(measured.shape)}" if isinstance(measured, Tensor) else type(measured).__name__
-            raise ValueError(
-                f"metric: got {got}, want a floating-point tensor [N], one number for each of {n} examples, or []"
-            )
+            repeats = ""
+            if n != self.batch:
+                repeats = (
+                    f"; the batch of {self.batch} is repeated for points that share a pass: a metric with data of its own "
+                    "takes (output, examples), and indexes that data with examples [n]"
+                )
+            want = f"a floating-point tensor [N], one number for each of {n} examples, or []"
+            raise ValueError(f"metric: got {got}, want {want}{repeats}")
         if not measured.isfinite().all():
             raise ValueError(f"metric: got {measured.detach().flatten().tolist()[:4]}, want finite values")
         return measured
@@ -235,20 +244,19 @@ def check_repeatable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         chance = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         if module.training and (chance or isinstance(module, nn.modules.batchnorm._BatchNorm)):
-            raise ValueError(
-                f"model: {name!r} is a {type(module).__name__} in training mode, want model.eval() before attribution"
-            )
+            raise ValueError(f"model: {name!r} is a {type(module).__name__} in training mode, want model.eval()")
 
 
 def _takes_two(metric: Callable[..., Tensor]) -> bool:
-    """Whether a metric can be called as metric(output, examples): its second positional parameter has no default."""
+    """Whether a metric is to be called as metric(output, examples): it has a second positional parameter, without a default
+    or of that name."""
     try:
         called = metric.forward if isinstance(metric, nn.Module) else metric
         parameters = list(inspect.signature(called).parameters.values())
     except (TypeError, ValueError):  # some built-in functions do not say
         return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 and positional[1].default is inspect.Parameter.empty
+    return len(positional) > 1 and (positional[1].default is inspect.Parameter.empty or positional[1].name == "examples")
 
 
 def decoded(code: SparseCode, sae: SparseAutoencoder, values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sae_fast.analysis import _path, sites
 from sae_fast.analysis._path import Downstream
 from sae_fast.analysis._walks import FeatureWalk, InputWalk, Walk
+from sae_fast.analysis.splicing import check_sae, check_width
 from sae_fast.code import SparseCode
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.nn.grouped import GroupedSAE
@@ -31,7 +32,8 @@ class Effects:
 
     support           SparseCode [R, F] of the entries that differ; values [2, nnz]: clean and patched activation
     effects [nnz]     of each entry, in units of the metric, going from clean to patch
-    example [R]       int64: the example that each row belongs to
+    example [R]       int64: the example that each row of the support is of
+    position [R]      int64: which of the example's positions it is
     clean, patched    [N] or [], as the metric gives it: at either end of the path; ``total`` is the difference, summed
     n_examples        N
     jumps [nnz]       what jump_corrected_ig found at gates that open or close, included in ``effects``; else None
@@ -40,6 +42,7 @@ class Effects:
     support: SparseCode
     effects: Tensor
     example: Tensor
+    position: Tensor
     clean: Tensor
     patched: Tensor
     n_examples: int
@@ -128,10 +131,12 @@ def patch(
     if vary == "input" and isinstance(sae, GroupedSAE):
         raise ValueError(f'vary: got "input" for a {type(sae).__name__}, want an SAE whose features open by themselves')
     alphas = _path.points(steps, rule) if method != "atp" else [0.0]
+    check_sae(sae)
     place = sites.find(model, site)
     sae.settle()
     with torch.no_grad():
         m = Downstream(model, place, clean, metric, where)
+        check_width(sae, m.x)
         patched = None if patch is None else m.rows_on(patch)
         if patched is None and vary == "input":
             raise ValueError('patch: got None with vary="input", want inputs to go to: only features can go to 0')
@@ -153,7 +158,7 @@ def patch(
         else:
             effects = walk.integrated(alphas)
     support = walk.support.with_values(walk.support.values[:2])
-    return Effects(support, effects, m.example, first, last, m.batch, corrections)
+    return Effects(support, effects, m.example, m.position, first, last, m.batch, corrections)
 
 
 def _check_same(clean: Tensor, again: Tensor, patched: Tensor) -> None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from sae_fast import ops
 from sae_fast.analysis import _path, sites
 from sae_fast.analysis._path import Downstream
-from sae_fast.analysis.splicing import check_features
+from sae_fast.analysis.splicing import check_features, check_sae, check_width
 from sae_fast.code import SparseCode
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.nn.grouped import GroupedSAE
@@ -91,6 +91,10 @@ def edges(
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, want one of {METHODS}")
+    for name, pair in (("upstream", upstream), ("downstream", downstream)):
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ValueError(f"{name}: got {pair!r}, want (site, sae)")
+        check_sae(pair[1])
     (up, sae_up), (down, sae_down) = upstream, downstream
     if isinstance(sae_down, GroupedSAE) and method == "jump_corrected_ig":
         raise ValueError(
@@ -103,6 +107,8 @@ def edges(
     with torch.no_grad(), sites.without_weight_gradients(model, sae_up, sae_down):
         a = Downstream(model, near, clean, _nothing, where)
         b = Downstream(model, far, clean, metric or _nothing, where)
+        check_width(sae_up, a.x)
+        check_width(sae_down, b.x)
         end = None if patch is None else a.rows_on(patch)
         support = _path.union(sae_up.encode_sparse(a.rows), None if end is None else sae_up.encode_sparse(end))
         f, f_end = support.values[:2].to(sae_up.W_dec.dtype)

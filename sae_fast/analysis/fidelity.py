@@ -55,29 +55,31 @@ def fidelity(
     batches: Iterable[Any],
     loss: Callable[[Any, Any], Tensor] = next_token_loss,
     logits: Callable[[Any], Tensor] = logits_of,
-    where: Tensor | None = None,
+    where: Tensor | Callable[[Any], Tensor] | None = None,
     progress: bool = False,
 ) -> Fidelity:
     """Runs the model on every batch three times: as it is, with x̂ at the site, and with zeros there.
 
-    batches: each a tensor, a dict of keyword arguments or a tuple.  loss(output, batch): one number a prediction, [n].
-    logits(output): [..., V], for KL, which is over all positions but those with attention_mask 0.  where: as in
-    `splice`; it holds for the zeros too.
+    batches: each a tensor, a dict of keyword arguments or a tuple of positional ones.  loss(output, batch): one number a
+    prediction, [n].  logits(output): [..., V], for KL, which is over all positions but those with attention_mask 0.
+    where: as in `splice`, or a function of the batch that gives it; it holds for the zeros too.
     """
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise ValueError(f"batches: got a {type(batches).__name__}, want a list of batches: [batch] for one")
     place = sites.find(model, site)
     check_repeatable(model)
     sums = torch.zeros(4, dtype=torch.float64)  # clean, spliced, zero, kl
     predictions = compared = 0
 
-    def zero(x: Tensor) -> Tensor:
-        return torch.zeros_like(x) if where is None else x.masked_fill(where.to(x.device)[..., None], 0)
-
     for batch in tqdm(batches, "fidelity", unit="batch", disable=not progress):
+        mask = where(batch) if callable(where) else where
+
+        def zero(x: Tensor, mask: Tensor | None = mask) -> Tensor:
+            return torch.zeros_like(x) if mask is None else x.masked_fill(mask.to(x.device)[..., None], 0)
+
         clean = sites.run(model, batch)
-        with splice(model, site, sae, error="drop", where=where) as spliced_site:
+        with splice(model, site, sae, error="drop", where=mask):
             spliced = sites.run(model, batch)
-        if spliced_site.x is None:
-            raise ValueError(f"site: {place.name!r} is not reached when the model runs")
         with sites.changed(place, zero):
             zeroed = sites.run(model, batch)
         losses = [loss(output, batch).double() for output in (clean, spliced, zeroed)]
@@ -85,8 +87,8 @@ def fidelity(
             raise ValueError(f"loss: got shape {tuple(losses[0].shape)}, want [n], one number a prediction")
         p, q = (F.log_softmax(logits(output).double(), dim=-1) for output in (clean, spliced))
         kl = torch.where(p.isneginf(), 0, p.exp() * (p - q)).sum(-1)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        kl = kl[mask.bool()] if mask is not None and mask.shape == kl.shape else kl.flatten()
+        real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        kl = kl[real.bool()] if real is not None and real.shape == kl.shape else kl.flatten()
         sums += torch.stack([*(each.sum() for each in losses), kl.sum()]).cpu()
         predictions, compared = predictions + len(losses[0]), compared + len(kl)
     if predictions == 0:

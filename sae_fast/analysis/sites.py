@@ -39,10 +39,14 @@ def find(model: nn.Module, site: str | nn.Module | Site) -> Site:
     if colon and end not in ("input", "output"):
         raise ValueError(f"site: got {site!r}, want {name!r}, {name + ':output'!r} or {name + ':input'!r}")
     if name not in modules or not name:
-        near = difflib.get_close_matches(name, modules, n=5, cutoff=0.3) or [n for n in modules if n][:5]
+        names = [n for n in modules if n]
+        near = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
         raise ValueError(
             f"site: the model has no module {name!r}; near names: {', '.join(near) or 'none, it has no modules'}"
         )
+    if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
+        members = ", ".join(f"{name}.{member}" for member, _ in list(modules[name].named_children())[:3])
+        raise ValueError(f"site: {name!r} is a list of modules, which never runs itself, want one of them: {members} ...")
     return Site(name, modules[name], end == "input")
 
 
@@ -76,6 +80,8 @@ def run(model: nn.Module, inputs: Any) -> Any:
     """model(inputs): a mapping by keyword, a tuple or list by position, anything else as the one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
+    if isinstance(inputs, str) or (isinstance(inputs, (tuple, list)) and any(isinstance(each, str) for each in inputs)):
+        raise ValueError("inputs: got text, want what the model takes: tokenize first")
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)

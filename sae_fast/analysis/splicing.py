@@ -51,6 +51,7 @@ class Spliced:
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the model goes on with in the place of x [..., d]."""
+        check_width(self.sae, x)
         mask = check_where(self.where, x)
         if mask is None:
             return self._through(x)
@@ -115,9 +116,17 @@ def splice(
     """
     if error not in ERRORS:
         raise ValueError(f"error: got {error!r}, want one of {ERRORS}")
+    check_sae(sae)
+    place, ran = sites.find(model, site), []
     spliced = Spliced(sae, error, edit, where)
-    with sites.changed(sites.find(model, site), spliced):
-        yield spliced
+    watch = model.register_forward_pre_hook(lambda *_: ran.append(True))
+    try:
+        with sites.changed(place, spliced):
+            yield spliced
+    finally:
+        watch.remove()
+    if ran and spliced.x is None:
+        raise ValueError(f"site: {place.name!r} is not reached when the model runs")
 
 
 def ablate(features: Iterable[int]) -> Edit:
@@ -133,8 +142,24 @@ def ablate(features: Iterable[int]) -> Edit:
     return edit
 
 
+def check_sae(sae: SparseAutoencoder) -> None:
+    """ValueError unless it is one."""
+    if not isinstance(sae, SparseAutoencoder):
+        raise ValueError(
+            f"sae: got a {type(sae).__name__}, want one of sae_fast's SAEs (sae_fast.load reads other packages')"
+        )
+
+
+def check_width(sae: SparseAutoencoder, x: Tensor) -> None:
+    """ValueError unless what comes through a site is as wide as the SAE takes it."""
+    if x.shape[-1] != sae.d_in:
+        raise ValueError(f"sae: its d_in is {sae.d_in}, want {x.shape[-1]}: the site gives {tuple(x.shape)}")
+
+
 def as_features(features: Iterable[int]) -> list[int]:
     """Feature numbers as a list; ValueError for what are none."""
+    if not isinstance(features, Iterable):
+        raise ValueError(f"features: got {features!r}, want a list of feature numbers")
     chosen = [f.item() if isinstance(f, Tensor) else f for f in features]
     for feature in chosen:
         if isinstance(feature, bool) or not isinstance(feature, numbers.Integral):
