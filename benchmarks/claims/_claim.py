@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 HOLDS, CONDITION, FAILS = "holds", "holds with condition", "does not hold here"
-PAPER, CRITIQUE = "paper", "critique"
+PAPER, CRITIQUE, OURS = "the paper", "the critique", "sae_fast"
 
 
 class Row(NamedTuple):
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     @property
     def sentence(self) -> str:
         claim = self.claim.rstrip(".")
-        return f"The {self.by} says: {claim}. Here: {self.result.rstrip('.')}; {self.verdict}."
+        return f"{self.by[0].upper()}{self.by[1:]} says: {claim}. Here: {self.result.rstrip('.')}; {self.verdict}."
 
 
 class Interval(NamedTuple):
