@@ -123,6 +123,7 @@ def test_the_page_keeps_its_table_whole(here):
     report = {
         "claim": "bias",
         "title": "T",
+        "setting": "S",
         "about": {"quick": False, "seeds": 2, "seconds": 3.0, "device": "D", "versions": "V"},
     }
     (here / "claims").mkdir()

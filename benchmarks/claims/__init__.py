@@ -8,7 +8,7 @@ The critique: S. Marks' comments on its announcement (lesswrong.com/posts/vdoiWX
 
 A claim is a module with
 
-    TITLE                            a line
+    TITLE, SETTING                   a line; on what data and at what size, and what the verdicts ask for
     SEEDS, QUICK_SEEDS               how many seeds the full and the quick run take
     prepare(quick)                   optional: what all seeds need, before the first
     measure(seed, quick) -> dict     what one seed shows: plain JSON; kept on disk, so an interrupted run goes on after it

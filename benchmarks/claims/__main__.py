@@ -44,10 +44,16 @@ def main(
     for name in names or NAMES:
         claim = importlib.import_module(f"benchmarks.claims.{name}")
         start = time.perf_counter()
-        results = _seeds.measure(name, claim, quick, seeds, jobs)
+        try:
+            results = _seeds.measure(name, claim, quick, seeds, jobs)
+        except KeyboardInterrupt:
+            console.print(
+                f"[yellow]interrupted in {name}: the seeds that are done are kept; the same command goes on after them"
+            )
+            raise typer.Exit(130) from None
         rows = claim.conclude(results)
         about = machine.about() | {"quick": quick, "seeds": len(results), "seconds": round(time.perf_counter() - start, 1)}
-        report = {"claim": name, "title": claim.TITLE, "about": about}
+        report = {"claim": name, "title": claim.TITLE, "setting": claim.SETTING, "about": about}
         report |= {"rows": [row._asdict() | {"sentence": row.sentence} for row in rows], "results": results}
         jsonfile.write(out / "claims" / f"{name}.json", report)
         draw(claim, results, out / "claims" / f"{name}.png")

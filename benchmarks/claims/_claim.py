@@ -28,7 +28,8 @@ class Row(NamedTuple):
     @property
     def sentence(self) -> str:
         claim = self.claim.rstrip(".")
-        return f"{self.by[0].upper()}{self.by[1:]} says: {claim}. Here: {self.result.rstrip('.')}; {self.verdict}."
+        who = self.by if self.by == OURS else self.by[0].upper() + self.by[1:]
+        return f"{who} says: {claim}. Here: {self.result.rstrip('.')}; {self.verdict}."
 
 
 class Interval(NamedTuple):

@@ -32,7 +32,15 @@ def write(out: Path) -> Path:
     lines += [_row(report, row) for report in reports for row in report["rows"]]
     for report in reports:
         about = report["about"]
-        lines += ["", f"## {report['title']}", "", f"![{report['title']}](claims/{report['claim']}.png)", ""]
+        lines += [
+            "",
+            f"## {report['title']}",
+            "",
+            report["setting"],
+            "",
+            f"![{report['title']}](claims/{report['claim']}.png)",
+            "",
+        ]
         lines += [f"{about['seeds']} seeds, on {about['device']}; {about['versions']}. What each seed measured:"]
         lines += [f"[claims/{report['claim']}.json](claims/{report['claim']}.json)."]
     page = out / "claims.md"

@@ -22,6 +22,12 @@ from benchmarks.data import Superposition
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label, _plain_ticks
 
 TITLE = "The paper's ablations of the Gated SAE"
+SETTING = (
+    "Synthetic activations: 64 dimensions, 512 directions of which about 6 make an example; 256 features, 1 000 steps "
+    "of 128, three learning rates and six λs a variant. L0 at the same FVU is averaged over ln FVU where both fronts "
+    "reach; sparse and dense are the two halves of that range. *Important* is at least a tenth of what the baseline "
+    "ReLU SAE's front costs in ln L0, *slightly* and *mildly* at most a quarter."
+)
 SEEDS, QUICK_SEEDS = 5, 2
 LRS = (1e-3, 3e-3, 1e-2)
 TRAINED = (GATED, NO_R_MAG, UNTIED, UNFROZEN_DECODER, NO_AUXILIARY, BASELINE)
@@ -125,7 +131,11 @@ def conclude(results: list[Result]) -> list[Row]:
             size = f"the baseline's ({times(gap)}) is not surely more, so there is none to measure its size by"
             if verdict == HOLDS and variant in sized:
                 verdict, condition = CONDITION, "; in the direction claimed, of what size is not told"
-        rows.append(Row(claim, PAPER, "`_fronts.cost`", f"{found} as the Gated SAE; {size}{condition}", verdict))
+        lowest, gated = ([min(result[v.name]["test fvu"]) for result in results] for v in (variant, GATED))
+        ends = f"its lowest FVU is {interval(lowest)}, the Gated SAE's {interval(gated)}"
+        if verdict == HOLDS and interval(b - a for a, b in zip(gated, lowest, strict=True)).high < 0:
+            verdict, condition = CONDITION, "; so where both reach, but it reaches a lower FVU"
+        rows.append(Row(claim, PAPER, "`_fronts.cost`", f"{found} as the Gated SAE; {size}; {ends}{condition}", verdict))
     return [*rows, _shrinkage_row(results), _auxiliary_row(results)]
 
 

@@ -22,6 +22,12 @@ from sae_fast import metrics
 from sae_fast.analysis.plots import INK, _label, _plain_ticks
 
 TITLE = "Shrinkage of Gated SAEs and of a baseline, by the paper's measure and by the corrected one"
+SETTING = (
+    "Gated SAEs (1 024 features) and ReLU baselines (1 536) on layer 3 of MiniLM, and 256 and 384 on synthetic "
+    "activations (64 dimensions, 256 directions, about 5 an example), 500 steps each at four λs; measured on held-out "
+    "activations about their mean, where not said otherwise. γ of A = E‖x̂‖², B = E‖x‖², C = E[x̂·x], D = E‖x − x̂‖² "
+    "is A/C, c₁ is C/B, s is C/A, ρ² is C²/(AB) ([MATH.md §4](MATH.md)). γ is taken for 1 within 0.02."
+)
 SEEDS, QUICK_SEEDS = 5, 2
 NEAR = 0.02  # γ this near to 1 shows no shrinkage
 EXACT = 1e-12  # relative error of an identity in float64
@@ -130,7 +136,7 @@ def _alone(results: list[dict[str, Any]]) -> _claim.Row:
         )
     claim = (
         "γ without L0 and FVU beside it says nothing: an SAE that has collapsed to the mean of x has γ ≈ 1 as well, nearer "
-        "to 1 than baselines that work"
+        "to 1 than any baseline here that works"
     )
     verdict = _claim.HOLDS if fooled else _claim.FAILS
     return _claim.Row(claim, _claim.CRITIQUE, "`bias.measure`", "; ".join(said), verdict)
@@ -171,7 +177,17 @@ def _projection(results: list[dict[str, Any]]) -> _claim.Row:
     for result in results:
         trained = [run for run in result["runs"] if run["kind"] != COLLAPSED]
         largest = max(largest, *(run[view]["projection_bias"] for run in trained for view in ("raw", "centred")))
-    said.append(f"the largest c₁ of any SAE, centred or not, is {largest:.3f}")
+    beyond = {}
+    for kind in (GATED, RELU):
+        pairs = [
+            (_over_seeds(results, data, kind, MEASURES[1], "centred"), _over_seeds(results, data, kind, "fvu"))
+            for data in (REAL, SYNTHETIC)
+        ]
+        beyond[kind] = min(float((c1 / (1 - fvu)).min()) for c1, fvu in pairs)
+    said.append(
+        f"c₁ ÷ (1 − FVU), which leaves the shrinkage, is at least {beyond[GATED]:.2f} for Gated and falls to "
+        f"{beyond[RELU]:.2f} for the baseline; the largest c₁ of any SAE, centred or not, is {largest:.3f}"
+    )
     said.append(
         "c₁ = ρ²γ counts unexplained variance (1 − ρ²) as well as shrinkage, so any imperfect SAE with γ ≤ 1 has c₁ < 1 by "
         "arithmetic"
@@ -180,14 +196,15 @@ def _projection(results: list[dict[str, Any]]) -> _claim.Row:
         "By the corrected measure, the projection bias c₁, every SAE shrinks, Gated ones too: γ = 1 means c₁ = 1 − D/B, "
         "less than 1, which is why the paper's figure of γ shows no shrinkage"
     )
-    verdict = _claim.HOLDS if largest < 1 else _claim.FAILS
+    # That c₁ is below 1 is arithmetic for whatever has γ ≤ 1: a condition, not a finding.
+    verdict = _claim.CONDITION if largest < 1 else _claim.FAILS
     return _claim.Row(claim, _claim.CRITIQUE, "`bias.measure`", "; ".join(said), verdict)
 
 
 def draw(results: list[dict[str, Any]], figure: Any) -> None:
     """γ against λ with L0 and FVU at each point; c₁ against FVU; γ with and without the mean.  Thin lines are seeds."""
     gamma, projection, centring = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    for kind, name, beside in ((GATED, "Gated", (0, -7, "center", "top")), (RELU, "baseline", (5, 4, "left", "bottom"))):
+    for kind, name, beside in ((GATED, "Gated", (0, 6, "center", "bottom")), (RELU, "baseline", (-4, -4, "right", "top"))):
         curve(gamma, results, REAL, kind, _l1, lambda r: r["centred"][MEASURES[0]], label=name)
         for i, l1 in enumerate(_over_seeds(results, REAL, kind, "l1")[0]):
             note = _beside(results, REAL, kind, i).strip("()").replace(", ", "\n")
