@@ -36,7 +36,7 @@ SETTING = (
     "of 6 tokens. IG takes the gradient at N points from the clean end by the left rule; errors are of the sum of all "
     "effects, root mean square over examples. *R1*: features move, the SAE's error is kept. *R2*: an SAE downstream "
     "recomputes its error. *R3*: an SAE encodes anew what comes to it. *ΣJ*: the jumps of the metric where gates open "
-    "or close on the way; θ is the value to which a feature jumps ([MATH.md §5](MATH.md)). A slope of −1 is one "
+    "or close on the way; θ is the value to which a feature jumps ([MATH.md §5](../docs/MATH.md)). A slope of −1 is one "
     "within 0.1, a plateau at ΣJ one within 2 %."
 )
 SEEDS, QUICK_SEEDS = 6, 2

@@ -26,7 +26,7 @@ SETTING = (
     "Gated SAEs (1 024 features) and ReLU baselines (1 536) on layer 3 of MiniLM, and 256 and 384 on synthetic "
     "activations (64 dimensions, 256 directions, about 5 an example), 500 steps each at four λs; measured on held-out "
     "activations about their mean, where not said otherwise. γ of A = E‖x̂‖², B = E‖x‖², C = E[x̂·x], D = E‖x − x̂‖² "
-    "is A/C, c₁ is C/B, s is C/A, ρ² is C²/(AB) ([MATH.md §4](MATH.md)). γ is taken for 1 within 0.02."
+    "is A/C, c₁ is C/B, s is C/A, ρ² is C²/(AB) ([MATH.md §4](../docs/MATH.md)). γ is taken for 1 within 0.02."
 )
 SEEDS, QUICK_SEEDS = 5, 2
 NEAR = 0.02  # γ this near to 1 shows no shrinkage
@@ -204,7 +204,7 @@ def _projection(results: list[dict[str, Any]]) -> _claim.Row:
 def draw(results: list[dict[str, Any]], figure: Any) -> None:
     """γ against λ with L0 and FVU at each point; c₁ against FVU; γ with and without the mean.  Thin lines are seeds."""
     gamma, projection, centring = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    for kind, name, beside in ((GATED, "Gated", (0, 6, "center", "bottom")), (RELU, "baseline", (-4, -4, "right", "top"))):
+    for kind, name, beside in ((GATED, "Gated", (0, 6, "center", "bottom")), (RELU, "baseline", (5, 4, "left", "bottom"))):
         curve(gamma, results, REAL, kind, _l1, lambda r: r["centred"][MEASURES[0]], label=name)
         for i, l1 in enumerate(_over_seeds(results, REAL, kind, "l1")[0]):
             note = _beside(results, REAL, kind, i).strip("()").replace(", ", "\n")
