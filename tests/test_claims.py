@@ -124,7 +124,7 @@ def test_the_page_keeps_its_table_whole(here):
         "claim": "bias",
         "title": "T",
         "setting": "S",
-        "about": {"quick": False, "seeds": 2, "seconds": 3.0, "device": "D", "versions": "V"},
+        "about": {"quick": False, "seeds": 2, "device": "D", "versions": "V"},
     }
     (here / "claims").mkdir()
     (here / "claims" / "bias.json").write_text(json.dumps(report | {"rows": [row._asdict()]}))

@@ -52,12 +52,12 @@ def main(
             )
             raise typer.Exit(130) from None
         rows = claim.conclude(results)
-        about = machine.about() | {"quick": quick, "seeds": len(results), "seconds": round(time.perf_counter() - start, 1)}
+        about = machine.about() | {"quick": quick, "seeds": len(results)}
         report = {"claim": name, "title": claim.TITLE, "setting": claim.SETTING, "about": about}
         report |= {"rows": [row._asdict() | {"sentence": row.sentence} for row in rows], "results": results}
         jsonfile.write(out / "claims" / f"{name}.json", report)
         draw(claim, results, out / "claims" / f"{name}.png")
-        console.print(f"\n[bold]{claim.TITLE}[/bold]  ({about['seconds']:.0f} s, {len(results)} seeds)")
+        console.print(f"\n[bold]{claim.TITLE}[/bold]  ({time.perf_counter() - start:.0f} s, {len(results)} seeds)")
         for row in rows:
             console.print(f"[{COLORS[row.verdict]}]●[/] {row.sentence}", highlight=False)
     page = _page.write(out)
