@@ -41,6 +41,15 @@ def random_sae(kind: str, d: int, features: int, seed: int = 0):
     return sae
 
 
+def step_sae():
+    """One gated feature of one dimension: f = u where u > 1, else 0."""
+    sae = sf.GatedSAE(1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for name, value in {"W_enc": 1, "W_dec": 1, "b_gate": -1}.items():
+            sae.get_parameter(name).fill_(value)
+    return sae
+
+
 def random_ends(examples: int = 3, tokens: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
     return torch.randn(2, examples, tokens, 6, generator=torch.Generator().manual_seed(seed)).double().unbind()
 

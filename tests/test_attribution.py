@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from analysis_models import KINDS, Chain, identity, random_ends, random_sae
+from analysis_models import KINDS, Chain, identity, random_ends, random_sae, step_sae
 from tiny_models import tiny_model
 from torch import nn
 
@@ -206,10 +206,7 @@ def test_linear_jumps_are_exact_for_a_linear_metric_and_not_for_others(model):
 
 
 def test_atp_is_exact_where_ig_is_not():
-    sae = sf.GatedSAE(1, 1, dtype=torch.float64)
-    with torch.no_grad():
-        for name, value in {"W_enc": 1, "W_dec": 1, "b_gate": -1}.items():
-            sae.get_parameter(name).fill_(value)
+    sae = step_sae()
     model = nn.Sequential(nn.Identity())
     ends = torch.tensor([[2.0]]).double(), torch.tensor([[0.0]]).double()
     effects = {
@@ -316,10 +313,7 @@ def test_a_pass_holds_no_more_positions_than_allowed(model, monkeypatch, method,
 
 def test_gates_that_open_at_one_point_add_up_one_after_the_other():
     """Two equal rows, whose gates open together, and a metric in which they multiply."""
-    sae = sf.GatedSAE(1, 1, dtype=torch.float64)
-    with torch.no_grad():
-        for name, value in {"W_enc": 1, "W_dec": 1, "b_gate": -1}.items():
-            sae.get_parameter(name).fill_(value)
+    sae = step_sae()
     site = nn.Sequential(nn.Identity())
     for ends in ((0.0, 2.0), (2.0, 0.0)):
         clean, patch = (torch.full((1, 2, 1), end).double() for end in ends)

@@ -53,16 +53,6 @@ def union(a: SparseCode, b: SparseCode | None, features: Tensor | None = None) -
     return SparseCode(torch.Size((a.batch, width)), indptr, (where % width).int(), out[2], out)
 
 
-def tiled(code: SparseCode, times: int, values: Tensor) -> SparseCode:
-    """A code stacked ``times`` times, with the magnitudes [times, nnz]."""
-    nnz = code.nnz
-    starts = torch.arange(times, device=code.indptr.device)[:, None] * nnz
-    indptr = torch.cat([code.indptr[:1], (code.indptr[1:][None] + starts).flatten()])
-    shape = torch.Size((times * code.batch, code.d_sae))
-    flat = values.reshape(1, -1)
-    return SparseCode(shape, indptr, code.indices.repeat(times), flat[0], flat)
-
-
 def between(code: SparseCode, first: int, last: int) -> tuple[SparseCode, int]:
     """(the rows first .. last of a code, the number of entries before them)."""
     begin, end = int(code.indptr[first]), int(code.indptr[last])

@@ -13,6 +13,7 @@ from sae_fast import ops
 from sae_fast.analysis import _path
 from sae_fast.analysis._path import Downstream
 from sae_fast.analysis.splicing import check_features
+from sae_fast.code import SparseCode
 from sae_fast.nn import SparseAutoencoder
 
 
@@ -29,7 +30,7 @@ class Walk:
         error: str,
         progress: bool,
     ):
-        self.m, self.sae, self.patched, self.progress = m, sae, patched, progress
+        self.m, self.sae, self.progress = m, sae, progress
         moving = None
         if features is not None:
             moving = torch.zeros(sae.d_sae, dtype=torch.bool, device=m.x.device)
@@ -56,10 +57,10 @@ class Walk:
         """[r, R, d] of activations f [r, nnz] on the support."""
         return self.base + _path.decoded(self.support, self.sae, f)
 
-    def dots(self, g: Tensor, f: Tensor) -> Tensor:
+    def dots(self, g: Tensor) -> Tensor:
         """[r, nnz]: ∂m/∂f on the support, from gradients g [r, R, d] with respect to rows."""
-        tiled = _path.tiled(self.support, len(g), f)
-        return ops.sampled_dots(tiled, g.reshape(-1, g.shape[-1]).to(f.dtype), self.W_dec).view(len(g), -1)
+        stacked = SparseCode.cat([self.support] * len(g))
+        return ops.sampled_dots(stacked, g.flatten(0, 1).to(self.W_dec.dtype), self.W_dec).view(len(g), -1)
 
     def integrated(self, alphas: Sequence[float]) -> Tensor:
         """[nnz]: the mean over points of the gradient, times the change."""
@@ -115,7 +116,7 @@ class FeatureWalk(Walk):
         for _, alpha in self._points(alphas):
             g = self.m.gradient(torch.lerp(self.start, self.end, alpha[:, None, None]))
             mean += g.to(mean.dtype).sum(0)
-        return self.dots(mean[None] / len(alphas), self.f[None])[0] * (self.f_patched - self.f)
+        return self.dots(mean[None] / len(alphas))[0] * (self.f_patched - self.f)
 
 
 class InputWalk(Walk):
@@ -130,10 +131,10 @@ class InputWalk(Walk):
             x = sae.centred(rows.to(W_enc.dtype)).detach()
             ends.append(torch.where(known.isnan(), ops.sampled_dots(self.support, x, W_enc), known))
         self.u, self.du = ends[0], ends[1] - ends[0]
-        opens_at, height = _path.jumps(sae, self.support.indices)
-        before, after = self.u > opens_at, ends[1] > opens_at
+        self.opens_at, height = _path.jumps(sae, self.support.indices)
+        before, after = self.u > self.opens_at, ends[1] > self.opens_at
         self.crossing = ((before != after) & (height > 0)).nonzero()[:, 0]  # entries whose gate opens or closes with a jump
-        self.at = (opens_at - self.u)[self.crossing] / self.du[self.crossing]  # where
+        self.at = (self.opens_at - self.u)[self.crossing] / self.du[self.crossing]  # where
         self.height = height[self.crossing] * self.du[self.crossing].sign()  # and by how much
 
     def integrated(self, alphas: Sequence[float]) -> Tensor:
@@ -144,9 +145,9 @@ class InputWalk(Walk):
         slopes, linear = self._weighed(alphas, linear=jumps == "linear")
         return slopes, linear if jumps == "linear" else self._exact_jumps()
 
-    def _along(self, alpha: Tensor, open_: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _along(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """(f, ∂f/∂α as autodiff sees it) [r, nnz] at points alpha [r]."""
-        f, slope = _path.value_and_slope(self.sae, self.u + alpha[:, None] * self.du, self.support.indices, open_)
+        f, slope = _path.value_and_slope(self.sae, self.u + alpha[:, None] * self.du, self.support.indices)
         return f, slope * self.du
 
     def _weighed(self, alphas: Sequence[float], linear: bool = False) -> tuple[Tensor, Tensor]:
@@ -156,7 +157,7 @@ class InputWalk(Walk):
         nearest = (self.at[:, None] - self.u.new_tensor(alphas)).abs().argmin(1) if linear else None
         for first, alpha in self._points(alphas):
             f, slope = self._along(alpha)
-            gradient = self.dots(self.m.gradient(self.rows_of(f)), f)
+            gradient = self.dots(self.m.gradient(self.rows_of(f)))
             total += (gradient * slope).sum(0) / len(alphas)
             if nearest is not None:
                 here = (nearest >= first) & (nearest < first + len(alpha))
@@ -171,14 +172,15 @@ class InputWalk(Walk):
         order[self.at.argsort(stable=True)] = torch.arange(len(order), device=order.device)
         for first, last, example, entries in self._pieces(self.crossing, 2, "jumps"):
             part, offset = _path.between(self.support, first, last)
+            of_part = slice(offset, offset + part.nnz)
             here = (self.crossing >= offset) & (self.crossing < offset + part.nnz)
-            others, ranks, opening = self.crossing[here], order[here], self.du[self.crossing[here]] > 0
+            others, ranks = self.crossing[here], order[here]
             mine = torch.searchsorted(self.crossing, entries)
-            open_ = self._open_at(self.at[mine])
-            open_[:, others] = (
-                ranks < order[mine][:, None]
-            ) == opening  # those that have jumped, and those that will close
-            values = self._along(self.at[mine], open_)[0][:, offset : offset + part.nnz].repeat_interleave(2, 0)
+            u = self.u[of_part] + self.at[mine][:, None] * self.du[of_part]
+            open_ = u > self.opens_at[of_part]
+            # Of gates that open or close, those that have: the others are as before.
+            open_[:, others - offset] = (ranks < order[mine][:, None]) == (self.du[others] > 0)
+            values = _path.value_and_slope(self.sae, u, part.indices, open_)[0].repeat_interleave(2, 0)
             k = torch.arange(len(entries), device=entries.device)
             before, after = (-self.height[mine]).relu(), self.height[mine].relu()
             values[2 * k, entries - offset], values[2 * k + 1, entries - offset] = before, after
@@ -186,7 +188,3 @@ class InputWalk(Walk):
             measured = self._measured(whole, example)
             out[entries] = (measured[1::2] - measured[::2]).to(out.dtype)
         return out
-
-    def _open_at(self, alpha: Tensor) -> Tensor:
-        """[r, nnz]: whether gates are open at points alpha [r]."""
-        return self.u + alpha[:, None] * self.du > _path.jumps(self.sae, self.support.indices)[0]

@@ -7,7 +7,8 @@ entries that differ between the clean and the patched run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +105,7 @@ def edges(
     near, far = sites.find(model, up), sites.find(model, down)
     sae_up.settle()
     sae_down.settle()
-    with torch.no_grad(), sites.without_weight_gradients(model, sae_up, sae_down):
+    with torch.no_grad(), sites.without_weight_gradients(model, sae_up, sae_down), sae_up.frozen(), sae_down.frozen():
         a = Downstream(model, near, clean, _nothing, where)
         b = Downstream(model, far, clean, metric or _nothing, where)
         check_width(sae_up, a.x)
@@ -128,9 +129,11 @@ def edges(
         exact = (weights * (dense[1] - dense[0])).double().sum(0)
 
         mean = a.rows.new_zeros(len(chosen), *a.rows.shape, dtype=sae_up.W_dec.dtype)
-        for k, alpha in enumerate(tqdm(alphas, "points", disable=not progress, leave=False)):
-            pieces = (k / len(alphas), (k + 1) / len(alphas)) if method == "jump_corrected_ig" else None
-            segment.pull_back(mean, alpha, sae_down, chosen, weights, pieces)
+        slopes: Iterable[Tensor | None] = [None] * len(alphas)
+        if method == "jump_corrected_ig":
+            slopes = segment.secants(len(alphas), sae_down, chosen)
+        for alpha, slope in zip(tqdm(alphas, "points", disable=not progress, leave=False), slopes, strict=True):
+            segment.pull_back(mean, alpha, sae_down, chosen, weights, slope)
         effects = torch.stack([
             ops.sampled_dots(support, (g / len(alphas)).to(sae_up.W_dec.dtype), sae_up.W_dec) * (f_end - f) for g in mean
         ]) if len(chosen) else f.new_zeros(0, support.nnz)  # fmt: skip
@@ -149,6 +152,12 @@ class _Segment:
         """[R, d_down] without a graph."""
         return self._run(self.a.rows + alpha * self.change)
 
+    def secants(self, pieces: int, sae: SparseAutoencoder, chosen: Tensor) -> Iterator[Tensor]:
+        """[R, K] of each piece of the path in turn: what the chosen features change over what their u does."""
+        ends = (_pre_and_values(sae, self.far_rows(k / pieces), chosen) for k in range(pieces + 1))
+        for (u, f), (u_next, f_next) in itertools.pairwise(ends):
+            yield torch.where(u_next != u, (f_next - f) / (u_next - u), 0)
+
     def pull_back(
         self,
         into: Tensor,
@@ -156,21 +165,18 @@ class _Segment:
         sae: SparseAutoencoder,
         chosen: Tensor,
         weights: Tensor,
-        piece: tuple[float, float] | None,
+        slope: Tensor | None,
     ) -> None:
         """Adds to ``into`` [K, R, d_up] the gradient of each chosen feature's weighted sum with respect to the upstream
-        rows; with a ``piece`` of the path, with the features' secants over it for their slopes."""
+        rows; with ``slope`` [R, K] for the slopes that the features have there."""
         W_enc = sae.W_enc.detach()[chosen]
         with torch.enable_grad():
             leaf = (self.a.rows + alpha * self.change).detach().requires_grad_()
             far = self._run(leaf)
             if not far.requires_grad:
                 raise ValueError(f"downstream: {self.far.name!r} does not depend on {self.near.name!r}")
-        if piece is None:
+        if slope is None:
             slope = _slopes(sae, sae.encode_sparse(far.detach()), chosen)
-        else:
-            u, f = zip(*(_pre_and_values(sae, self.far_rows(end), chosen) for end in piece), strict=True)
-            slope = torch.where(u[1] != u[0], (f[1] - f[0]) / (u[1] - u[0]), 0)
         cotangents = (weights * slope).T  # [K, R], each times a row of W_enc
         for k in cotangents.any(1).nonzero()[:, 0].tolist():
             rows = (cotangents[k][:, None] * W_enc[k]).to(far.dtype)

@@ -78,7 +78,7 @@ def fidelity(
             return torch.zeros_like(x) if mask is None else x.masked_fill(mask.to(x.device)[..., None], 0)
 
         clean = sites.run(model, batch)
-        with splice(model, site, sae, error="drop", where=mask):
+        with splice(model, place, sae, error="drop", where=mask):
             spliced = sites.run(model, batch)
         with sites.changed(place, zero):
             zeroed = sites.run(model, batch)

@@ -87,7 +87,7 @@ class Spliced:
 @contextmanager
 def splice(
     model: nn.Module,
-    site: str | nn.Module,
+    site: str | nn.Module | sites.Site,
     sae: SparseAutoencoder,
     error: str = "keep",
     *,
@@ -169,12 +169,13 @@ def as_features(features: Iterable[int]) -> list[int]:
 
 def check_features(features: Iterable[int], d_sae: int) -> list[int]:
     """Feature numbers as a list; ValueError unless each is one of d_sae and is named once."""
-    chosen = as_features(features)
-    for k, feature in enumerate(chosen):
+    chosen, seen = as_features(features), set()
+    for feature in chosen:
         if not 0 <= feature < d_sae:
             raise ValueError(f"features: got {feature}, want 0 to {d_sae - 1}")
-        if feature in chosen[:k]:
+        if feature in seen:
             raise ValueError(f"features: got {feature} twice, want each once")
+        seen.add(feature)
     return chosen
 
 
