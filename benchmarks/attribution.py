@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import jsonfile, machine
+from benchmarks import machine
 from benchmarks.data import Shape, world
+from benchmarks.ending import close
 from sae_fast import GatedSAE, reference
 from sae_fast.analysis import attribution
 
@@ -78,6 +79,10 @@ def shortened(model: Behind, sae: GatedSAE, clean: Tensor, patch: Tensor, steps:
         return (mean.flatten(0, 1) @ sae.W_dec.T).mul_(f_patch - f).div_(steps)
 
 
+def sparse(model: Behind, sae: GatedSAE, clean: Tensor, patch: Tensor, steps: int) -> attribution.Effects:
+    return attribution.patch(model, "site", sae, clean, patch, metric=lambda m: m, steps=steps)
+
+
 def seconds_of(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
@@ -105,16 +110,12 @@ def main(
     for blocks in (0, 1) if quick else (0, 1, 6):
         torch.manual_seed(0)
         model = Behind(shape.d, blocks).eval().requires_grad_(False)
-        calls: dict[str, Callable[[], Tensor]] = {
+        calls: dict[str, Callable[[], Any]] = {
             "dense": partial(dense, model, sae, clean, patch, STEPS),
             "shortened": partial(shortened, model, sae, clean, patch, STEPS),
-            "sae_fast": lambda model=model: (
-                attribution.patch(  # type: ignore[misc]
-                    model, "site", sae, clean, patch, metric=lambda m: m, steps=STEPS
-                ).effects
-            ),
+            "sae_fast": partial(sparse, model, sae, clean, patch, STEPS),
         }
-        effects = attribution.patch(model, "site", sae, clean, patch, metric=lambda m: m, steps=STEPS).to_dense()
+        effects = sparse(model, sae, clean, patch, STEPS).to_dense()
         wanted = [calls[name]() for name in ("dense", "shortened")]
         difference = max(float((effects - each).abs().max() / each.abs().max()) for each in wanted)
         times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
@@ -129,11 +130,8 @@ def main(
         table.add_row(str(blocks), *cells, f"{difference:.1e}")
     console = Console()
     console.print(table)
-    if others.share() > 0.05:
-        console.print(f"others took {others.share():.0%} of this machine: ratios hold better than times", style="yellow")
-    if not quick or out:
-        path = out or Path(__file__).parent / "results" / machine.slug() / "attribution.json"
-        jsonfile.write(path, {"about": machine.about(), "shape": str(shape), "steps": STEPS, "results": results})
+    path = out or (None if quick else Path(__file__).parent / "results" / machine.slug() / "attribution.json")
+    close(console, others, results, path, shape=str(shape), steps=STEPS)
     raise typer.Exit(int(any(result["difference"] > AGREE for result in results)))
 
 

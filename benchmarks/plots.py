@@ -20,7 +20,7 @@ import typer
 from benchmarks.data import FULL, Shape
 from benchmarks.registry import OURS
 from benchmarks.results import COLUMNS, Row
-from sae_fast.analysis.plots import ACCENT, INK
+from sae_fast.analysis.plots import ACCENT, INK, empty_figure
 from sae_fast.extras import require
 
 FLOOR, OTHER, GUIDE = "#b8bcc2", "#2e86ab", "#999999"
@@ -212,11 +212,7 @@ def _bars(title: str, unit: str, panels: Sequence[tuple[Any, Sequence[Row]]], ro
 
 def _figure(width: float, height: float, rows: Sequence[Row]) -> Any:
     """An empty figure with the machine and the versions under it, outside of every backend and style."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(width, height + 0.3)
     figure.supxlabel(provenance(rows), x=0.01, ha="left", fontsize="x-small", color=GUIDE)
     return figure
 

@@ -179,7 +179,8 @@ def _mean_and_scale(store: ActivationStore) -> tuple[torch.Tensor, float]:
 
 
 @torch.no_grad()
-def _scale(sae: sf.GatedSAE, scale: float) -> None:
+def _scale(sae: sf.GatedSAE | sf.ReluSAE, scale: float) -> None:
     """Turn an SAE of x / scale into one of x: scaling x and the biases alike scales f and x̂, with the same gates."""
-    for bias in (sae.b_gate, sae.b_mag, sae.b_dec):
-        bias.mul_(scale)
+    for name, bias in sae.named_parameters():
+        if name.startswith("b_"):
+            bias.mul_(scale)

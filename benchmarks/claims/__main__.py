@@ -18,6 +18,7 @@ from rich.console import Console
 
 from benchmarks import jsonfile, machine
 from benchmarks.claims import NAMES, _claim, _page, _seeds
+from sae_fast.analysis.plots import empty_figure
 from sae_fast.extras import require
 
 OUT = Path("out")
@@ -65,11 +66,7 @@ def main(
 
 
 def draw(claim: Any, results: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)  # of its own, so that no backend or style of the process is touched
+    figure = empty_figure(11, 4.2)
     claim.draw(results, figure)
     figure.savefig(path, dpi=130)
 

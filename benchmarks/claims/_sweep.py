@@ -177,14 +177,8 @@ def recovery(W_dec: Tensor, directions: Tensor) -> dict[str, float]:
 
 
 def _train(task: Task, plan: Plan, kind: str, l1: float, lr: float, seed: int) -> sf.GatedSAE | sf.ReluSAE:
-    """As `demo.train`: b_dec at the mean, calibrated, the learning rate falling over the last fifth."""
     sae = (sf.GatedSAE if kind == GATED else sf.ReluSAE)(len(task.mean), plan.features(kind), seed=seed)
-    with torch.no_grad():
-        sae.b_dec.copy_(task.mean)
-    decay = {"lr_decay_start": plan.steps * 4 // 5, "total_steps": plan.steps}
-    trainer = sf.Trainer(sae, lr=lr, l1_coefficient=l1, init_l0=plan.init_l0, **decay)
-    for x in itertools.islice(task.batches(), plan.steps):
-        trainer.step(x)
+    _tasks.train(sae, task, plan.steps, lr=lr, l1_coefficient=l1, init_l0=plan.init_l0)
     return sae
 
 

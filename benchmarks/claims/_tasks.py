@@ -5,12 +5,15 @@ Both are scaled to unit variance a dimension, as `demo.train` does, so that λ a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+import sae_fast as sf
 from benchmarks.data import Superposition
 from sae_fast import demo
 from sae_fast.train.harvest import harvest
@@ -62,3 +65,12 @@ def synthetic(seed: int, batch_size: int, held_out: int) -> Task:
             yield source.batch(batch_size) / scale
 
     return Task(mean / scale, batches, rows / scale, source.directions)
+
+
+def train(sae: sf.GatedSAE | sf.ReluSAE, task: Task, steps: int, **options: Any) -> None:
+    """As `demo.train`: b_dec at the mean, the learning rate falling over the last fifth; ``options`` are Trainer's."""
+    with torch.no_grad():
+        sae.b_dec.copy_(task.mean)
+    trainer = sf.Trainer(sae, lr_decay_start=steps * 4 // 5, total_steps=steps, **options)
+    for x in itertools.islice(task.batches(), steps):
+        trainer.step(x)

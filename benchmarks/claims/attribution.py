@@ -11,8 +11,8 @@ R3  an SAE encodes anew what comes to it, and its error is not recomputed: where
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -136,7 +136,7 @@ def curves(run: Any, steps: Sequence[int]) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": list(steps), "R1": [error_of(run(steps=n)) for n in steps]}
     jumps = run(method="jump_corrected_ig", steps=1)
     total, sums = exact(jumps), by_example(jumps, jumps.jumps)
-    rest = [by_example(e, e.effects) - total for e in (run(steps=n, vary="input") for n in steps)]
+    rest = [e.by_example() - total for e in (run(steps=n, vary="input") for n in steps)]
     found["R3"] = [rms(error) / rms(total) for error in rest]
     found["R3, jump-corrected"] = [rms(error + sums) / rms(total) for error in rest]
     found["jumps"] = rms(sums) / rms(total)
@@ -170,10 +170,7 @@ def in_the_transformer(kind: str, seed: int, quick: bool) -> dict[str, Any]:
     task = _tasks.real(seed, 512, HELD_OUT, quick)
     sae = trained_sae(kind, task, 96 if quick else 1024, {"Gated": 3.0, "ReLU": 1.6}[kind], 60 if quick else 300, seed)
     store, _, scale, _ = _tasks.harvested(quick, HELD_OUT)
-    with torch.no_grad():  # from the activations scaled to unit variance to the model's own
-        for name, bias in sae.named_parameters():
-            if name.startswith("b_"):
-                bias.mul_(scale)
+    demo._scale(sae, scale)
     with _quiet(transformers):
         model = transformers.AutoModel.from_pretrained(demo.demo_model()).eval()
     tokens, pairs = (QUICK_TOKENS, QUICK_PAIRS) if quick else (TOKENS, PAIRS)
@@ -211,21 +208,14 @@ def random_sae(kind: str, d: int, features: int, random: torch.Generator) -> Any
 def trained_sae(kind: str, task: _tasks.Task, d_sae: int, l1: float, steps: int, seed: int) -> Any:
     """As the sweep trains them."""
     sae = KINDS[kind](len(task.mean), d_sae, seed=seed)
-    with torch.no_grad():
-        sae.b_dec.copy_(task.mean)
-    trainer = sf.Trainer(
-        sae, lr=4e-3, l1_coefficient=l1, init_l0=min(64, d_sae // 8), lr_decay_start=steps * 4 // 5, total_steps=steps
-    )
-    for x in itertools.islice(task.batches(), steps):
-        trainer.step(x)
+    _tasks.train(sae, task, steps, lr=4e-3, l1_coefficient=l1, init_l0=min(64, d_sae // 8))
     return sae
 
 
 def by_example(effects: attribution.Effects, values: Tensor | None) -> Tensor:
-    """[N]: values [nnz] summed."""
+    """[N]: values [nnz] summed as effects are."""
     assert values is not None
-    rows = effects.example[effects.support.row_ids()]
-    return torch.zeros(len(effects.clean), dtype=torch.float64).index_add_(0, rows, values.double())
+    return replace(effects, effects=values).by_example()
 
 
 def exact(effects: attribution.Effects) -> Tensor:
@@ -237,7 +227,7 @@ def rms(x: Tensor) -> float:
 
 
 def error_of(effects: attribution.Effects) -> float:
-    return rms(by_example(effects, effects.effects) - exact(effects)) / rms(exact(effects))
+    return rms(effects.by_example() - exact(effects)) / rms(exact(effects))
 
 
 # ---- What came out --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from benchmarks import machine
 from benchmarks.data import QUICK, Shape, Superposition
-from benchmarks.peers.loop import close
+from benchmarks.ending import close
 from benchmarks.registry import OURS
 from sae_fast import demo
 from sae_fast.interop import dictionary_learning as ours

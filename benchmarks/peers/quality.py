@@ -37,8 +37,7 @@ from benchmarks import jsonfile, machine
 from benchmarks.peers.dictionary_learning import trainer_of
 from benchmarks.registry import OURS
 from sae_fast import demo, reference
-from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label, _plain_ticks
-from sae_fast.extras import require
+from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label, _plain_ticks, empty_figure
 from sae_fast.train.harvest import harvest
 from sae_fast.train.text import stdlib_documentation
 
@@ -226,12 +225,7 @@ def write(runs: Sequence[Run], about: dict[str, Any], out: Path) -> None:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Four panels: FVU and L0 against the clock, FVU and density against the step."""
-    require("matplotlib", extra="demo")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
-    FigureCanvasAgg(figure)  # of its own, so that no backend or style of the process is touched
+    figure = empty_figure(11, 7.2)
     panels = (
         ("seconds", "fvu", "FVU against the clock", "seconds of training", "fraction of variance unexplained"),
         ("seconds", "l0", "L0 against the clock", "seconds of training", "features firing per token"),

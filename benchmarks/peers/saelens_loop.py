@@ -34,7 +34,7 @@ from torch import Tensor
 import sae_fast as sf
 from benchmarks import machine
 from benchmarks.data import DIRECTIONS, FULL, QUICK, Shape, Superposition
-from benchmarks.peers.loop import close
+from benchmarks.ending import close
 from benchmarks.registry import OURS
 from sae_fast import demo
 from sae_fast.interop import saelens

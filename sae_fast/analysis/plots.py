@@ -14,6 +14,17 @@ INK, ACCENT = "#333333", "#d1495b"
 TERMS = {"reconstruction": "#2e86ab", "auxiliary": "#f2a65a", "sparsity": "#6a994e"}
 
 
+def empty_figure(width: float, height: float) -> Any:
+    """A figure of its own, so that no backend or style of the process is touched.  MissingExtra without matplotlib."""
+    require("matplotlib", extra="demo")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def plot_training(
     history: Sequence[Mapping[str, float]],
     density: Tensor,
@@ -29,12 +40,7 @@ def plot_training(
     """
     if not history:
         raise ValueError("history: got no records, want at least one")
-    require("matplotlib", extra="demo")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
-    FigureCanvasAgg(figure)  # of its own, so that no backend or style of the process is touched
+    figure = empty_figure(11, 7.2)
     (loss, l0), (fvu, densities) = figure.subplots(2, 2)
     steps = [record["step"] + 1 for record in history]
 
