@@ -339,8 +339,8 @@ def test_opcheck(op):
         "decode_loss": (code.indptr, code.indices, values, W, x[0].clone(), x, bias.abs(), float(rows), False),
         "transpose": (code.indptr, code.indices, features),
         "outer": (*parts, [values[0].clone()], [x], None, 0, features),
-        "weight_step": (W, *state, *parts, [values[0].clone()], [x], None, 0, *adam, True, None, None),
-        "row_step": (W, *state, on(randn(features, d, seed=3)), *adam, False, None, None),
+        "weight_step": (W, *state, *parts, [values[0].clone()], [x], None, 0, *adam, True, *4 * [None]),
+        "row_step": (W, *state, on(randn(features, d, seed=3)), *adam, False, *4 * [None]),
         "grad_sqnorm": (W, *parts, [values[0].clone()], [x], None, 0, False),
     }[op]
     with use_backend("triton"):  # so few features make a code dense
@@ -631,8 +631,8 @@ def test_a_dense_batch_is_taken_densely_and_the_next_is_not():
     trainer = trainer_of()
     logs = [trainer.step(x) for x in data]
     taken = [log.l0 for log in logs]
-    assert logs[2].result._step.dense is not None and taken[2] > 0.1 * F
-    assert all(log.result._step.dense is None for i, log in enumerate(logs) if i in (0, 1))
+    assert logs[2].result._step.by_ops is not None and taken[2] > 0.1 * F
+    assert all(logs[i].result._step.by_ops is None for i in (0, 1))
     assert_same_bits(everything(trainer), run(data)[1])
 
 

@@ -484,7 +484,7 @@ def test_bad_dense_gradient_is_a_value_error(grad):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck(backend):
     csc = GRADIENT.csc
-    scalars = (STEP, 0.1, 0.99, 1e-8, True, torch.tensor(0.5), torch.tensor(False))
+    scalars = (STEP, 0.1, 0.99, 1e-8, True, torch.tensor(0.5), torch.tensor(False), None, None)
     entries = (csc.colptr, csc.rows, csc.perm, GRADIENT.values, GRADIENT.A, randn(33), 0)
     with use_backend(backend):
         opcheck(torch.ops.sae_fast.weight_step.default, (*SOUND.state.clone().tensors(), *entries, *scalars))

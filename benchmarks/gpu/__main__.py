@@ -96,7 +96,7 @@ def command(part: str, out: Path, seconds: float) -> list[str]:
         if is_of_kernels(path.name) or "mark.gpu" in path.read_text(encoding="utf-8")
     ]
     if importlib.util.find_spec("xdist"):  # most of a first run is compilation, on one core a process
-        files += ["-n", str(max(1, min(4, (os.cpu_count() or 1) // 2)))]
+        files += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     live = ["-p", "benchmarks.gpu.live", "--live-xml", str(out / "tests.xml"), "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", *live, "--continue-on-collection-errors", *files]
 

@@ -72,17 +72,18 @@ def _parts(shadow: Shadow | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if shadow is None else (shadow.rows, shadow.norms)
 
 
+# No defaults: torch 2.11 counts up the version of every mutated argument, and fails over one that a call left out.
 @torch.library.custom_op(
     "sae_fast::weight_step",
     mutates_args=("W", "v", "last_step", "shadow_rows", "shadow_norms"),
     schema="(Tensor(a!) W, Tensor(b!) v, Tensor(c!) last_step, Tensor colptr, Tensor rows, Tensor perm, Tensor[] values,"
     " Tensor[] A, Tensor? self_coefficient, int first_feature, int step, float lr, float beta2, float eps,"
-    " bool unit_rows, Tensor? grad_scale, Tensor? skip, Tensor(d!)? shadow_rows=None,"
-    " Tensor(e!)? shadow_norms=None) -> ()",
+    " bool unit_rows, Tensor? grad_scale, Tensor? skip, Tensor(d!)? shadow_rows,"
+    " Tensor(e!)? shadow_norms) -> ()",
 )
 def _weight_step(
     W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps, unit_rows,
-    grad_scale, skip, shadow_rows=None, shadow_norms=None,
+    grad_scale, skip, shadow_rows, shadow_norms,
 ):  # fmt: skip
     _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
     _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
@@ -111,8 +112,8 @@ def _(*args):
     "sae_fast::row_step",
     mutates_args=("W", "v", "last_step", "shadow_rows", "shadow_norms"),
     schema="(Tensor(a!) W, Tensor(b!) v, Tensor(c!) last_step, Tensor grad, int step, float lr, float beta2, float eps,"
-    " bool unit_rows, Tensor? grad_scale, Tensor? skip, Tensor(d!)? shadow_rows=None,"
-    " Tensor(e!)? shadow_norms=None) -> ()",
+    " bool unit_rows, Tensor? grad_scale, Tensor? skip, Tensor(d!)? shadow_rows,"
+    " Tensor(e!)? shadow_norms) -> ()",
 )
 def _row_step(
     W,
@@ -126,8 +127,8 @@ def _row_step(
     unit_rows,
     grad_scale,
     skip,
-    shadow_rows=None,
-    shadow_norms=None,
+    shadow_rows,
+    shadow_norms,
 ):
     _checks.shape("W", W, "n", "d")
     _checks.shape("grad", grad, *W.shape)
