@@ -1,11 +1,12 @@
-"""The judge of the SHIFT analogue: written down and committed before it was run on any trained model, and not changed since.
+"""The judge of the SHIFT analogue: written down and committed before it was run on a trained model, not changed since.
 
 It sees what a reader of the page sees of a feature: texts on which it fires, word by word, with its activation on each
-word; never a label, the feature's effect, the probe, or the balanced set.  It knows English: which words are about a person,
-which about clothes and leisure, which about work.  The task, as a reader would be told it: tell professors from nurses.
+word; never a label, the feature's effect, the probe, or the balanced set.  It knows English: which words are about a
+person, which about clothes and leisure, which about work.  The task, as a reader would be told it: tell professors from
+nurses.
 
-1. What it fires on.  Of the activation on all words shown, at least half is on words about work: relevant.  At least half is
-   on words about the person, clothes or leisure: irrelevant.
+1. What it fires on.  Of the activation on all words shown, at least half is on words about work: relevant.  At least half
+   is on words about the person, clothes or leisure: irrelevant.
 2. Otherwise, which texts it fires in, as far as read when it fires.  They lean to one gender if, of those with gendered
    words, at least 8 in 10 are of one (by majority of the words); to one line of work if at least half of those with
    words of a line of work are of one.  To a gender only: irrelevant.  To a line of work only: relevant.  To both, or to
@@ -18,19 +19,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 MASCULINE = _words(
     "he him his himself man men boy gentleman mister mr sir father dad husband son brother uncle king "
-    "adam alan brian carl charles daniel david edward frank george harry henry ivan jack james john karl louis mark michael "
-    "paul peter robert thomas william"
+    "adam alan brian carl charles daniel david edward frank george harry henry ivan jack james john karl louis mark "
+    "michael paul peter robert thomas william"
 )
 FEMININE = _words(
     "she her hers herself woman women girl lady miss mrs ms mother mum wife daughter sister aunt queen "
-    "anna alice beth carol clara diana emily emma fiona grace helen irene jane julia kate laura lucy mary nancy rachel ruth "
-    "sarah susan"
+    "anna alice beth carol clara diana emily emma fiona grace helen irene jane julia kate laura lucy mary nancy rachel "
+    "ruth sarah susan"
 )
 ANYONE = _words(
     "they them their theirs themself themselves person people citizen adult child parent partner spouse sibling "
