@@ -17,14 +17,13 @@ from sae_fast.kernels import _launch
 _target: int | None = None
 
 # columns: of a row that a program holds at once; entries: gathered rows at once; run: entries of a feature that are
-# summed in one go.  The columns of a dot are one warp's: no barrier on its way, and 16 bytes a lane.
+# summed in one go; finish: entries whose slices are summed at once.
 _EVERY = {
     "round": {"warps": 4},
     "compact": {"words": 1024, "warps": 4},
-    "verify": {"entries": 8, "columns": 128, "warps": 1},
     "decode": {"entries": 8, "columns": 256},
-    "decode_loss": {"entries": 8, "columns": 256, "finish": 64},
-    "sampled_dots": {"entries": 8, "columns": 128, "warps": 1},
+    "decode_loss": {"entries": 8, "columns": 128, "finish": 64},
+    "sampled_dots": {"entries": 8, "columns": 256, "finish": 64},
     "transpose": {"entries": 256, "features": 32, "chunks": 32, "warps": 4},
     "outer": {"entries": 8, "columns": 512, "run": 512},
     "weight_step": {"entries": 4, "columns": 512},

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_fast.kernels import _cuda
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import launch
-from sae_fast.kernels.sampled_dots import gathered_dots
+from sae_fast.kernels.sampled_dots import partial_dots, sum_over_slices
 
 GATED, RELU, JUMPRELU = 0, 1, 2
 OVERFLOW, NOT_FINITE = 1, 2  # bits of the flag
@@ -93,10 +93,10 @@ def _relu(a):
 
 @triton.jit
 def _verify(
-    x_ptr, W_ptr, x_norms_ptr, W_norms_ptr, bias_ptr, cut_ptr, scale_ptr, b_mag_ptr, threshold_ptr,
+    partials_ptr, x_norms_ptr, W_norms_ptr, bias_ptr, cut_ptr, scale_ptr, b_mag_ptr, threshold_ptr,
     begin_ptr, end_ptr, candidates_ptr, indices_ptr, u_ptr, values_ptr, end_out_ptr,
-    d, stride, x_norm_columns, W_norm_columns, capacity,
-    KIND: tl.constexpr, EXACT: tl.constexpr, HAS_CUT: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+    slices, x_norm_columns, W_norm_columns, capacity,
+    KIND: tl.constexpr, EXACT: tl.constexpr, HAS_CUT: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
@@ -107,7 +107,7 @@ def _verify(
         at = j + tl.arange(0, ENTRIES)
         member = at < end
         i = tl.load(candidates_ptr + at, mask=member, other=0)
-        u = gathered_dots(x_ptr + b * stride, W_ptr, i, member, d, stride, ENTRIES, COLUMNS)
+        u = sum_over_slices(partials_ptr + at, capacity, slices, member)
         if not EXACT:  # of the scaled 16-bit copies
             u /= tl.load(x_norms_ptr + b * x_norm_columns)
             u /= tl.load(W_norms_ptr + i.to(tl.int64) * W_norm_columns, mask=member, other=1.0)
@@ -142,16 +142,16 @@ def verify(
     """The members among the candidates, with not (x·w + bias <= cut): indices [C], u [C], values [V, C]; row b's at
     begin[b] .. end_out[b].  ``scale`` is exp(r_mag).  With ``norms`` (of round_rows) x and W are 16-bit copies, and every
     candidate stays."""
-    c, (rows, d), capacity = config("verify"), x.shape, candidates.shape[0]
+    (rows, d), capacity = x.shape, candidates.shape[0]
     of_norms, columns = norms or (None, None), (0, 0) if norms is None else (norms[0].shape[1], norms[1].shape[1])
-    arguments = (x, W, *of_norms, bias, cut, scale, b_mag, threshold, begin, end, candidates, indices, u, values, end_out)
+    arguments = (*of_norms, bias, cut, scale, b_mag, threshold, begin, end, candidates, indices, u, values, end_out)
     if _cuda.takes("verify"):
-        _cuda.call("verify", W.dtype, u.dtype, kind, *arguments, rows, d, *columns, capacity)
+        _cuda.call("verify", W.dtype, u.dtype, kind, x, W, *arguments, rows, d, *columns, capacity)
         return
+    partials = partial_dots(begin, end, candidates, x, W)
     launch(
-        _verify, (rows,), *arguments, d, d, *columns, capacity,
-        KIND=kind, EXACT=norms is None, HAS_CUT=cut is not None, ENTRIES=c["entries"], COLUMNS=c["columns"],
-        num_warps=c["warps"],
+        _verify, (rows,), partials, *arguments, partials.shape[0], *columns, capacity,
+        KIND=kind, EXACT=norms is None, HAS_CUT=cut is not None, ENTRIES=config("sampled_dots")["finish"], num_warps=1,
     )  # fmt: skip
 
 

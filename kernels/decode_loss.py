@@ -14,7 +14,7 @@ from sae_fast.kernels import _cuda
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.decode import gather, weighted
-from sae_fast.kernels.sampled_dots import row_sums
+from sae_fast.kernels.sampled_dots import row_sums, sum_over_slices
 
 CUDA_COLUMNS = 128  # of a slice in csrc/include/sae_fast/cuda/decode_loss.cuh
 
@@ -70,15 +70,6 @@ def _residuals(
 
 
 @triton.jit
-def _sum_over_slices(ptr, stride, slices, mask):
-    total = tl.zeros(mask.shape, tl.float32)
-    for _ in range(slices):
-        total += tl.load(ptr, mask=mask, other=0.0)
-        ptr += stride
-    return total
-
-
-@triton.jit
 def _finish(
     begin_ptr, end_ptr, indices_ptr, values_ptr, weight_ptr, partials_ptr, squares_ptr, losses_ptr, grads_ptr,
     u_ptr, scale_ptr, delta_ptr, entries_ptr, decoder_ptr, two, one, slices, stride_v, stride_g, stride_p, stride_s,
@@ -93,11 +84,11 @@ def _finish(
         feature = tl.load(indices_ptr + at, mask=chosen, other=0)
         weight = tl.load(weight_ptr + feature, mask=chosen, other=0.0).to(tl.float32)
         magnitude = tl.load(values_ptr + at, mask=chosen, other=0.0).to(tl.float32)
-        g_mag = two * _sum_over_slices(partials_ptr + at, stride_s, slices, chosen)
+        g_mag = two * sum_over_slices(partials_ptr + at, stride_s, slices, chosen)
         if V == 2:
             gate = tl.load(values_ptr + stride_v + at, mask=chosen, other=0.0).to(tl.float32)
             g_mag = tl.where(magnitude == 0, 0.0, g_mag)
-            g_gate = two * _sum_over_slices(partials_ptr + stride_p + at, stride_s, slices, chosen)
+            g_gate = two * sum_over_slices(partials_ptr + stride_p + at, stride_s, slices, chosen)
             g_gate = tl.where(gate == 0, 0.0, g_gate + one * weight)
             sparsity += weight * gate
             tl.store(grads_ptr + stride_g + at, g_gate, mask=chosen)
@@ -122,9 +113,9 @@ def _finish(
     losses_ptr += b * 3 + tl.arange(0, 1)
     squares_ptr += b * slices * 2 + tl.arange(0, 1)
     always = tl.full((1,), True, tl.int1)
-    tl.store(losses_ptr, _sum_over_slices(squares_ptr, 2, slices, always))
+    tl.store(losses_ptr, sum_over_slices(squares_ptr, 2, slices, always))
     tl.store(losses_ptr + 1, row_sums(sparsity[None, :], 1, ENTRIES))
-    tl.store(losses_ptr + 2, _sum_over_slices(squares_ptr + 1, 2, slices, always) if V == 2 else tl.zeros((1,), tl.float32))
+    tl.store(losses_ptr + 2, sum_over_slices(squares_ptr + 1, 2, slices, always) if V == 2 else tl.zeros((1,), tl.float32))
 
 
 def scratch(V: int, B: int, d: int, C: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

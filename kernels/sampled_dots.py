@@ -1,13 +1,16 @@
-"""sampled_dots: a program takes the dots of one example with the rows of its features, and the loop that verifies too."""
+"""sampled_dots, in verification too: a program takes one slice of columns of one example and its dots with the same slice
+of the rows of its features; then the slices are summed, in order."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sae_fast.kernels._config import config
-from sae_fast.kernels._launch import launch
+from sae_fast.kernels._launch import cdiv, launch
+from sae_fast.kernels.decode import gather
 
 
 @triton.jit
@@ -24,35 +27,59 @@ def row_sums(tile, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def gathered_dots(x_ptr, W_ptr, feature, chosen, d, stride_w, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ENTRIES] in float32: x [d] · W[feature] where chosen, else 0."""
-    rows = W_ptr + feature.to(tl.int64)[:, None] * stride_w
-    total = tl.zeros((ENTRIES, COLUMNS), tl.float32)
-    for k in range(0, d, COLUMNS):
-        columns = k + tl.arange(0, COLUMNS)
-        inside = columns < d
-        x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        W = tl.load(rows + columns[None, :], mask=chosen[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        total += x[None, :] * W
-    return row_sums(total, ENTRIES, COLUMNS)
+def sum_over_slices(ptr, stride, slices, mask):
+    """In float64: they are few, and one chain of float32 sums would round more than a product's many."""
+    total = tl.zeros(mask.shape, tl.float64)
+    for _ in range(slices):
+        total += tl.load(ptr, mask=mask, other=0.0).to(tl.float64)
+        ptr += stride
+    return total.to(tl.float32)
 
 
 @triton.jit
-def _sampled_dots(begin_ptr, end_ptr, indices_ptr, A_ptr, W_ptr, out_ptr, d, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
+def _partial_dots(
+    begin_ptr, end_ptr, indices_ptr, A_ptr, W_ptr, out_ptr, d, capacity, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    # Slices are the slow axis of the grid: while one is worked on, its part of W stays in the L2 cache.
+    b, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
+    if end > capacity:
+        end = begin
+    a = tl.load(A_ptr + b * d + columns, mask=columns < d, other=0.0).to(tl.float32)
+    for j in range(begin, end, ENTRIES):
+        at = j + tl.arange(0, ENTRIES)
+        W = gather(indices_ptr, W_ptr, at, end, columns, d)
+        tl.store(out_ptr + s * capacity + at, row_sums(W * a[None, :], ENTRIES, COLUMNS), mask=at < end)
+
+
+@triton.jit
+def _sum_dots(begin_ptr, end_ptr, partials_ptr, out_ptr, slices, capacity, ENTRIES: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
     for j in range(begin, end, ENTRIES):
         at = j + tl.arange(0, ENTRIES)
-        chosen = at < end
-        feature = tl.load(indices_ptr + at, mask=chosen, other=0)
-        tl.store(out_ptr + at, gathered_dots(A_ptr + b * d, W_ptr, feature, chosen, d, d, ENTRIES, COLUMNS), mask=chosen)
+        tl.store(out_ptr + at, sum_over_slices(partials_ptr + at, capacity, slices, at < end), mask=at < end)
+
+
+def partial_dots(begin: Tensor, end: Tensor, indices: Tensor, A: Tensor, W: Tensor) -> Tensor:
+    """[slices, C] float32: of the entries j of every row b of A [B, d], the parts of A[b] · W[indices[j]] by slices of
+    columns.  A row that would end past C has none."""
+    c, (rows, d), capacity = config("sampled_dots"), A.shape, indices.shape[0]
+    slices = cdiv(d, c["columns"])
+    partials = torch.empty(slices, capacity, dtype=torch.float32, device=A.device)
+    launch(
+        _partial_dots, (rows, slices), begin, end, indices, A, W, partials, d, capacity,
+        ENTRIES=c["entries"], COLUMNS=c["columns"],
+        num_warps=max(1, c["columns"] // 256),  # a dot within a warp: no barrier
+    )  # fmt: skip
+    return partials
 
 
 def sampled_dots(begin: Tensor, end: Tensor, indices: Tensor, A: Tensor, W: Tensor, out: Tensor) -> None:
     """out[j] = A[b] · W[indices[j]] for the entries j of every row b of A [B, d]; out [C]."""
-    c = config("sampled_dots")
-    rows, d = A.shape
+    partials = partial_dots(begin, end, indices, A, W)
     launch(
-        _sampled_dots, (rows,), begin, end, indices, A, W, out, d,
-        ENTRIES=c["entries"], COLUMNS=c["columns"], num_warps=c["warps"],
+        _sum_dots, (A.shape[0],), begin, end, partials, out, *partials.shape,
+        ENTRIES=config("sampled_dots")["finish"], num_warps=1,
     )  # fmt: skip

@@ -40,7 +40,7 @@ LOUD = (0, 0, 1, 0, 3, 5)  # examples of each batch that open half of all gates:
 SMALL = {  # tiles, for the interpreter's sake
     "screen": {"rows": 16, "features": 32, "depth": 32},
     "compact": {"words": 4},
-    "verify": {"entries": 8, "columns": 8},
+    "sampled_dots": {"entries": 8, "columns": 8, "finish": 16},
     "decode_loss": {"entries": 8, "columns": 8, "finish": 16},
     "transpose": {"entries": 16, "chunks": 2},
     "outer": {"columns": 8},

@@ -347,7 +347,8 @@ def test_what_is_wrong_or_fails_has_a_row_and_no_time(tmp_path):
     assert found[5][:2] == ("all", "skipped") and "want inf" in found[5][2]
 
 
-def test_rounds_are_interleaved_batches_rotate_and_the_deadline_holds():
+def test_rounds_are_interleaved_batches_rotate_and_the_deadline_holds(monkeypatch):
+    monkeypatch.setattr(measure, "SAMPLE", 10.0)
     calls = []
     runs = {
         name: measure.Running(lambda x, name=name: calls.append((name, x)) or time.sleep(0.011), [0, 1, 2]) for name in "ab"

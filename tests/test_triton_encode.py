@@ -40,7 +40,7 @@ INF, NAN = float("inf"), float("nan")
 SMALL = {
     "screen": {"rows": 16, "features": 32, "depth": 32, "warps": 4, "stages": 2, "group": 2, "persistent": 0},
     "compact": {"words": 4, "warps": 1},
-    "verify": {"entries": 16, "columns": 32, "warps": 1},
+    "sampled_dots": {"entries": 16, "columns": 32, "finish": 16},
 }
 
 
@@ -187,7 +187,7 @@ def test_strides_do_not_matter(activation):
 
 TILES = {
     "again": {},
-    "larger": {"screen": {"rows": 32, "features": 64, "depth": 64, "group": 1}, "verify": {"entries": 4}},
+    "larger": {"screen": {"rows": 32, "features": 64, "depth": 64, "group": 1}, "sampled_dots": {"entries": 4, "finish": 8}},
     "persistent": {"screen": {"persistent": 1}, "compact": {"words": 1}},
 }
 
@@ -340,7 +340,7 @@ def dots(x: Tensor, W: Tensor) -> Tensor:
     begin = on(torch.arange(B) * F)
     u, values, end = torch.empty(B * F, device=DEVICE), torch.empty(1, B * F, device=DEVICE), torch.empty_like(begin)
     with pytest.MonkeyPatch.context() as patch:
-        set_tiles(patch, {"verify": {"entries": 128}})
+        set_tiles(patch, {"sampled_dots": {"entries": 128, "finish": 128}})
         inf = on(torch.full((F,), INF))  # makes each a member
         vectors = (inf, None, compact.RELU, None, None, None)
         compact.verify(on(x), on(W), *vectors, begin, begin + F, every, torch.empty_like(every), u, values, end)
@@ -503,9 +503,9 @@ def vanishing_edge() -> Edge:
 
 
 def overflowing_edge() -> Edge:
-    """inf - inf is a NaN, and a NaN is a member."""
+    """inf - inf is a NaN, and a NaN is a member.  Two neighbours, as one alone may stay finite inside a fused multiply-add."""
     w = torch.full((64,), -(2.0**65))
-    w[3] *= -1
+    w[2:4] *= -1
     return Edge("range", torch.full((64,), 2.0**65), w, 0.0)
 
 

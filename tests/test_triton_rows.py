@@ -41,7 +41,7 @@ B, D, F = 9, 43, 33  # three slices of columns and nine blocks of a row that has
 SMALL = {
     "decode": {"entries": 4, "columns": 16},
     "decode_loss": {"entries": 4, "columns": 16, "finish": 8},
-    "sampled_dots": {"entries": 4, "columns": 16, "warps": 2},
+    "sampled_dots": {"entries": 4, "columns": 16, "finish": 8},
 }
 
 

@@ -28,7 +28,9 @@ from benchmarks.memory import _optimizer_bytes
 from benchmarks.registry import OURS
 from benchmarks.results import COLUMNS, Row, percentiles
 
-ROUNDS, SAMPLE, WARM_UP = 15, 10.0, 2  # rounds; milliseconds a sample lasts at least; calls before any
+# Rounds; milliseconds a sample lasts at least, so that the host of a step that nothing waits for is ahead of the device
+# for most of it; calls before any.
+ROUNDS, SAMPLE, WARM_UP = 15, 30.0, 2
 UNITS = {
     "time": "ms", "rate": "GB/s", "tflops": "TFLOP/s", "peak_memory": "MiB", "l0": "features", "flops": "GFLOP",
     "bytes": "MB", "floor": "ms", "goal": "×", "skipped": "", "fault": "",

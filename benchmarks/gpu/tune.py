@@ -33,7 +33,7 @@ ALTERNATIVES = {
     "entries": (4, 8, 16, 32), "columns": (128, 256, 512, 1024), "run": (256, 512, 1024), "chunks": (16, 32, 64),
     "finish": (32, 64, 128),
 }  # fmt: skip
-CASE_OF = dict.fromkeys(("screen", "screen_wide", "compact", "verify", "round"), "encode")
+CASE_OF = dict.fromkeys(("screen", "screen_wide", "compact", "round"), "encode")
 NARROW = ("screen",)  # of rows up to 1024: tuned at the small shape
 
 
@@ -134,13 +134,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--ops", nargs="+", help="only these, in this order")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     shipped = _config.SHIPPED[_config.generation()]
     os.environ.pop("SAE_FAST_TUNING", None)  # over which nothing else could be tried
-    first = ("screen_wide", "weight_step", "decode_loss", "verify")  # where the time goes
+    first = ("screen_wide", "weight_step", "decode_loss", "sampled_dots")  # where the time goes
     order = (*first, *(op for op in shipped if op not in (*first, *NARROW)), *NARROW)  # the small world last
-    ops = {op: dict(shipped[op]) for op in order}
+    ops = {op: dict(shipped[op]) for op in given.ops or order}
     of = lambda op: world(SMALL if op in NARROW else LARGE, "uniform")  # noqa: E731
     tune(of, ops, given.out / "tuning.json", Clock("cuda"), given.seconds)
 
