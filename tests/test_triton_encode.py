@@ -503,7 +503,7 @@ def vanishing_edge() -> Edge:
 
 
 def overflowing_edge() -> Edge:
-    """inf - inf is a NaN, and a NaN is a member.  Two neighbours, as one alone may stay finite inside a fused multiply-add."""
+    """inf - inf is a NaN, and a NaN is a member.  Two neighbours: one may stay finite inside a fused multiply-add."""
     w = torch.full((64,), -(2.0**65))
     w[2:4] *= -1
     return Edge("range", torch.full((64,), 2.0**65), w, 0.0)
