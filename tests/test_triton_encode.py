@@ -187,7 +187,10 @@ def test_strides_do_not_matter(activation):
 
 TILES = {
     "again": {},
-    "larger": {"screen": {"rows": 32, "features": 64, "depth": 64, "group": 1}, "sampled_dots": {"entries": 4, "finish": 8}},
+    "larger": {
+        "screen": {"rows": 32, "features": 64, "depth": 64, "group": 1},
+        "sampled_dots": {"entries": 4, "finish": 8},
+    },
     "persistent": {"screen": {"persistent": 1}, "compact": {"words": 1}},
 }
 
