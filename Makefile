@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The peers' own packages live in an environment of their own: nnsight, which one of them imports, patches torch for its process.
 PEERS := .venv-peers
 ENGINE := $(VENV)/.built
-.PHONY: demo test lint claims bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread clean
+.PHONY: demo test chromium lint claims bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread clean
 
 # Threads that wait asleep: a little slower alone, many times faster beside other work on the same cores.
 demo test claims: export OMP_WAIT_POLICY ?= passive
@@ -14,9 +14,16 @@ demo: $(ENGINE)
 	$(BIN)/sae-fast demo
 
 # A process a core: the interpreter that runs the GPU kernels has one thread.  Then the tests against the peers' packages.
-test: $(ENGINE) $(PEERS)/.built
+test: $(ENGINE) $(PEERS)/.built chromium
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 	$(PEERS)/bin/python -m pytest tests/peers -n auto --maxprocesses 8 --dist loadfile
+
+# What the tests of the feature report drive; where it cannot be installed they are skipped and say so.
+APT := $(if $(filter 0,$(shell id -u)),,sudo -n )apt-get -qq -o Acquire::http::Timeout=30
+chromium:
+	@{ command -v chromium && command -v chromedriver; } >/dev/null \
+	|| { $(APT) update && $(APT) install --yes --no-install-recommends chromium chromium-driver >/dev/null; } \
+	|| echo "no chromium, no chromium-driver: the browser tests will be skipped"
 
 lint: $(ENGINE)
 	$(BIN)/ruff check .

@@ -127,6 +127,7 @@ if __name__ == "__main__":
             "sae_fast.kernels",
         ],
         package_dir={"sae_fast": "sae_fast", "sae_fast.kernels": "kernels"},
+        package_data={"sae_fast.analysis": ["web/*"]},
         ext_modules=[
             Pybind11Extension(
                 "sae_fast._C",

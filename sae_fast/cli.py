@@ -1,4 +1,4 @@
-"""`sae-fast demo`, `sae-fast train` and `sae-fast convert`."""
+"""`sae-fast demo`, `train`, `convert`, `encode` and `report`."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def demo(out: Out = Path("out/demo"), steps: Steps = 1500, seed: Seed = 0) -> No
     """Train a Gated SAE on layer 3 of MiniLM, over the documentation inside Python's standard library."""
     with one_line_errors():
         from sae_fast.demo import Recipe, demo_model, run
+        from sae_fast.encoding import STDLIB
         from sae_fast.train.text import stdlib_documentation
 
         recipe = Recipe(steps=steps, seed=seed)
-        result = run(demo_model(), 3, stdlib_documentation(), out, recipe, name="all-MiniLM-L6-v2")
+        result = run(demo_model(), 3, stdlib_documentation(), out, recipe, name="all-MiniLM-L6-v2", text_from=STDLIB)
         show(result, out)
 
 
@@ -65,7 +66,7 @@ def train(
         from sae_fast.train.text import read_text_file
 
         recipe = Recipe(d_sae=d_sae, batch_size=batch_size, steps=steps, lr=lr, l1=l1, init_l0=init_l0, seed=seed)
-        show(run(model, layer, read_text_file(text), out, recipe, context_length), out)
+        show(run(model, layer, read_text_file(text), out, recipe, context_length, text_from=text), out)
 
 
 @app.command()
@@ -102,6 +103,63 @@ def convert(
         sae.metadata.get("format", "sae_fast"),
     )
     Console().print(f"{what}: {source} → {to}, into {dst}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def encode(
+    sae: Annotated[str, typer.Argument(help="The folder of a demo or train run, or any SAE that `convert` reads.")],
+    out: Annotated[Path | None, typer.Option(help="The store's folder; by default RUN/store, or out/store.")] = None,
+    model: Annotated[str | None, typer.Option(help="A Hugging Face model: its folder or hub id.")] = None,
+    layer: Annotated[int | None, typer.Option(help="0: the embedding; i: the output of block i.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 file to run the model over.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="Tokens per context: 128 of a text; of --activations each token is its own.")
+    ] = None,
+    activations: Annotated[
+        Path | None, typer.Option(help="A .npy or .safetensors file, [N, d], instead of model, layer and text.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Tokens encoded at a time.")] = 4096,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is there.")] = False,
+) -> None:
+    """Write every activation of an SAE over a text into a feature store: Parquet, for `report` and for SQL.
+
+    A run of `demo` or `train` needs nothing more: what it was trained on is encoded.
+    """
+    with one_line_errors():
+        from sae_fast.encoding import encode
+
+        folder, info = encode(
+            sae, out, model=model, layer=layer, text=text, context_length=context_length, activations=activations,
+            batch_size=batch_size, overwrite=overwrite,
+        )  # fmt: skip
+        what = f"{info['n_activations']:,} activations of {info['n_tokens']:,} tokens"
+        l0, speed = info["n_activations"] / info["n_tokens"], info["n_tokens"] / info["seconds"]
+        Console().print(f"{what} (L0 {l0:.1f}), {speed:,.0f} tokens/s, into {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="The folder of a demo or train run, or any SAE and its --store.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; by default RUN/report.html.")] = None,
+    store: Annotated[Path | None, typer.Option(help="The feature store; by default RUN/store, made if missing.")] = None,
+    effects: Annotated[Path | None, typer.Option(help='A JSON of effects to show: {"12": 0.5, ...}.')] = None,
+    top: Annotated[int, typer.Option(help="Strongest contexts of a feature.")] = 10,
+    bins: Annotated[int, typer.Option(help="Quantiles of its activations.")] = 4,
+    per_bin: Annotated[int, typer.Option(help="Contexts of each quantile.")] = 2,
+    before: Annotated[int, typer.Option(help="Tokens that are shown before the one that fires.")] = 15,
+    after: Annotated[int, typer.Option(help="Tokens that are shown after it.")] = 8,
+) -> None:
+    """Write one HTML page to judge features on: contexts, densities, neighbours, and marks to export.
+
+    The page is one file and needs no network.
+    """
+    with one_line_errors():
+        from sae_fast.report import report as write
+
+        page = write(
+            run, out, store=store, effects=effects, top=top, bins=bins, per_bin=per_bin, before=before, after=after
+        )
+        Console().print(f"{page}, {page.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
 
 
 def show(result: Run, out: Path) -> None:

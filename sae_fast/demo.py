@@ -15,6 +15,7 @@ import torch
 
 import sae_fast as sf
 from sae_fast.analysis import features, plots
+from sae_fast.encoding import source_of
 from sae_fast.extras import MissingExtra, require
 from sae_fast.metrics import Metrics
 from sae_fast.train.activations import ActivationStore
@@ -55,10 +56,18 @@ class Run:
 
 
 def run(
-    model: str | Path, layer: int, text: str, out: str | Path, recipe: Recipe, context_length: int = 128, name: str = ""
+    model: str | Path,
+    layer: int,
+    text: str,
+    out: str | Path,
+    recipe: Recipe,
+    context_length: int = 128,
+    name: str = "",
+    text_from: str | Path | None = None,
 ) -> Run:
     """Harvests, trains, measures on the held-out tokens, and writes the report into the folder `out`.
 
+    name: what the report calls the model. text_from: the file of the text, for `sae-fast encode` to find it again.
     `out` gets checkpoint/ (for `sae_fast.load`), metrics.json, training.png and features.md. Raises ValueError for
     arguments that do not fit, OSError for files that cannot be read or written, MissingExtra for missing packages.
     """
@@ -69,7 +78,7 @@ def run(
     store = harvest(model, text, layer, context_length=context_length, device=recipe.device)
     result = train(store, recipe)
     about = {"model": name or str(model), "layer": layer, "context_length": context_length, "tokens": store.n_tokens}
-    write_report(result, store, out, about | dataclasses.asdict(recipe))
+    write_report(result, store, out, about | dataclasses.asdict(recipe), source_of(model, text_from, store))
     return result
 
 
@@ -137,7 +146,7 @@ def measure_speedup(sae: sf.GatedSAE, x: torch.Tensor, lr: float, l1: float, rou
     return {"engine_ms": engine, "dense_ms": dense, "times_faster": dense / engine}
 
 
-def write_report(result: Run, store: ActivationStore, out: Path, about: dict[str, Any]) -> None:
+def write_report(result: Run, store: ActivationStore, out: Path, about: dict[str, Any], source: dict[str, Any]) -> None:
     """checkpoint/, metrics.json, training.png and features.md, into the folder `out`."""
     held_out = result.held_out.compute()
     numbers = {
@@ -145,6 +154,7 @@ def write_report(result: Run, store: ActivationStore, out: Path, about: dict[str
         "training": result.training,
         "step": result.step,
         "recipe": about,
+        "source": source,
         "history": result.history,
     }
     sf.save(result.sae, out / "checkpoint")

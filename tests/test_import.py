@@ -15,7 +15,7 @@ import torch
 import sae_fast as sf
 
 PEERS = ["dictionary_learning", "sae_lens", "sparsify", "sae_bench"]
-HEAVY = ["transformers", "matplotlib", "triton", "pandas", "pyarrow", "huggingface_hub", *PEERS]
+HEAVY = ["transformers", "matplotlib", "triton", "pandas", "pyarrow", "duckdb", "huggingface_hub", *PEERS]
 
 
 def in_a_fresh_process(script: str):

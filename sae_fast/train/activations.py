@@ -125,12 +125,13 @@ class ActivationStore:
         """
         begin = token // self.context_length * self.context_length
         first, last = max(begin, token - before), min(begin + self.context_length - 1, token + after)
-        spans = self._spans[[first, token, last]]
+        spans = self.spans[[first, token, last]]
         (start, _), (left, right), (_, end) = spans.tolist()
         return self.text[start:left], self.text[left:right], self.text[right:end]
 
     @cached_property
-    def _spans(self) -> np.ndarray:
+    def spans(self) -> np.ndarray:
+        """[n_tokens, 2] int64, a memory map: where each token begins and ends in the text, in characters."""
         return self._map("spans.npy")
 
     def _map(self, name: str) -> np.ndarray:
