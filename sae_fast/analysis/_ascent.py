@@ -86,8 +86,7 @@ class Perturbed:
         for index in range(len(self.pieces)):
             values, gradient = self._gradient(index, theta)
             total, slope = total + values.sum(), slope + gradient
-        if not self._reached:
-            self.check_reached(slope)
+        self.check_reached()
         if not isinstance(self.objective, Change):
             return total[None] / self.n, slope / self.n
         power = 1 / self.objective.q
@@ -132,14 +131,14 @@ class Perturbed:
             raise ValueError(
                 f"{self._of()}: its value or gradient is not finite at a perturbation of norm {float(added.norm()):.4g}"
             )
+        self._reached = self._reached or bool(slope.any())
         return values.detach().double(), slope
 
-    def check_reached(self, slopes: Tensor) -> None:
-        """ValueError where the gradients of a first step are 0 everywhere."""
-        if not slopes.any():
+    def check_reached(self) -> None:
+        """ValueError if every gradient so far was 0 everywhere."""
+        if not self._reached:
             got = f"its gradient at the source, {self.source.name!r}, is 0 everywhere"
             raise ValueError(f"{self._of()}: {got}, want something that the source reaches")
-        self._reached = True
 
     def _of(self) -> str:
         return "objective" if self.target is None else f"target {self.target.name!r}"

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,20 +162,11 @@ def ball(
             norm = torch.linalg.vector_norm(moved, dim=dims, keepdim=True)
             return torch.where(norm > epsilon, moved * (epsilon / norm), moved)
 
-        reached, found = [], []
+        found = []
         with bar_of("ball", len(perturbed.pieces) * steps, progress) as bar:
             for index, piece in enumerate(perturbed.pieces):
-                slopes: list[Tensor] = []
-
-                def evaluate(delta: Tensor, index: int = index, slopes: list[Tensor] = slopes) -> tuple[Tensor, Tensor]:
-                    values, slope = perturbed.values_and_slopes(index, delta)
-                    slopes.append(slope)
-                    del slopes[1:]
-                    return values, slope
-
-                found.append(climb(evaluate, step, begin[piece], steps, lr, bar))
-                reached.append(slopes[0].any())
-        perturbed.check_reached(torch.stack(reached))
+                found.append(climb(partial(perturbed.values_and_slopes, index), step, begin[piece], steps, lr, bar))
+        perturbed.check_reached()
     delta, values, history = zip(*found, strict=True)
     return InBall(torch.cat(delta), torch.cat(values), torch.cat(history, 1).T)
 
