@@ -57,6 +57,8 @@ def _partial_dots(
 def _sum_dots(begin_ptr, end_ptr, partials_ptr, out_ptr, slices, capacity, ENTRIES: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
+    if end > capacity:
+        end = begin
     for j in range(begin, end, ENTRIES):
         at = j + tl.arange(0, ENTRIES)
         tl.store(out_ptr + at, sum_over_slices(partials_ptr + at, capacity, slices, at < end), mask=at < end)

@@ -171,9 +171,11 @@ def test_verdicts_follow_from_what_was_scored():
     assert verdicts(latent_unknown=20, HotFlip_unknown=20)[0] == FAILS
     assert verdicts()[0] == FAILS
     assert verdicts(latent_known=20, HotFlip_known=20)[1] == HOLDS and verdicts(latent_known=20)[1] == FAILS
-    both = {"latent unknown": 20, "rows s=1": 20}
-    assert perturbation.conclude(results(both))[5].verdict == HOLDS
-    assert perturbation.conclude(results({"latent unknown": 20}))[5].verdict == FAILS
+    assert verdicts()[1] == FAILS, "equally at chance is not found"
+    rows = {"latent unknown": 20, "rows s=1": 20, "rows s=3": 20}
+    assert perturbation.conclude(results(rows))[5].verdict == HOLDS
+    assert perturbation.conclude(results(rows | {"random unknown": 20}))[5].verdict == CONDITION
+    assert perturbation.conclude(results({"latent unknown": 20}))[5].verdict == FAILS and verdicts()[5] == FAILS
     assert (
         perturbation.conclude(results({}))[6].verdict == HOLDS
         and perturbation.conclude(results({}))[4].verdict == CONDITION

@@ -99,15 +99,17 @@ def test_the_planted_direction_is_on_for_women_who_are_nurses_only(bios):
     assert torch.equal(moved.norm(dim=-1) > 0, on)
 
 
-def test_token_deletion_leaves_no_gendered_word(bios, monkeypatch):
+@pytest.mark.parametrize(
+    "words", [_blind_rule.MASCULINE | _blind_rule.FEMININE, _blind_rule.NOT_WORK], ids=["gender", "all"]
+)
+def test_deletion_leaves_none_of_the_words_and_the_rest_in_order(words, bios, monkeypatch):
     world = World(bios, _biographies.train_model(bios, 0, steps=2))
     lab = _shift_methods.Lab(world, 0, quick=True)
     seen = []
     monkeypatch.setattr(lab, "fitted", lambda tokens: seen.append(tokens) or lab.probe)
-    lab.token_deletion()
-    words = {bios.words[i] for i in seen[0].flatten().tolist()}
-    assert not words & (_blind_rule.MASCULINE | _blind_rule.FEMININE)
-    text = [w for w in world.words(lab.train.tokens[0]) if w not in _blind_rule.MASCULINE | _blind_rule.FEMININE]
+    lab.deletion(words)
+    assert not words & {bios.words[i] for i in seen[0].flatten().tolist()}
+    text = [word for word in world.words(lab.train.tokens[0]) if word not in words]
     assert world.words(seen[0][0])[: len(text)] == text and set(world.words(seen[0][0])[len(text) :]) <= {"<begin>"}
 
 
@@ -126,7 +128,16 @@ def result(noise, **worst):
     judged = {"candidates": 10, "irrelevant": 5, "relevant": 3, "no opinion": 2}
     features = [f"{m}{e}" for m in ("Gated, general", "Gated, ambiguous", "ReLU, general", "embedding only") for e in ends]
     features += [f"random {draw}{e}" for draw in range(shift.DRAWS) for e in ends]
-    rest = ["original", "token deletion", "CBP", "neuron skyline", "feature skyline", "feature skyline + head", "oracle"]
+    rest = [
+        "original",
+        shift.DELETION,
+        shift.WIDE,
+        "CBP",
+        "neuron skyline",
+        "feature skyline",
+        "feature skyline + head",
+        "oracle",
+    ]
     rest += ["and the conjunction", "and the conjunction + head"]
     site = {"f1": 0.9, "rank": 0, "mark": worst.get("mark"), "candidate": True}
     return {
@@ -154,7 +165,11 @@ def test_verdicts_follow_from_the_worst_groups():
     assert verdicts(**both, **{"words: CBP": 0.95})[2] == FAILS
     assert verdicts(**both, **{"words: Gated, ambiguous + head": 0.89})[5] == HOLDS
     assert verdicts(**both, **{"words: Gated, ambiguous + head": 0.7})[5] == CONDITION and verdicts(**both)[5] == FAILS
-    assert verdicts(mark="irrelevant")[-1] == HOLDS and verdicts(mark=None)[-1] == CONDITION
+    everywhere = {f"{world}: Gated, general + head": 0.9 for world in (WORDS, TOKENLESS)}
+    assert verdicts(**everywhere)[7:9] == [FAILS, HOLDS]
+    better = {f"{world}: {shift.WIDE}": 0.95 for world in (WORDS, TOKENLESS)}
+    assert verdicts(**everywhere | better)[7:9] == [CONDITION, CONDITION], "than one deletion, not than the other"
+    assert verdicts(mark="irrelevant")[-1] == HOLDS and verdicts(mark=None)[-1] == FAILS
 
 
 def test_every_row_and_every_panel_says_that_it_is_an_analogue():

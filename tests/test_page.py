@@ -138,7 +138,20 @@ def test_effects_of_attribution_are_summed_by_feature(made):
 # ---- What goes wrong -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("effects", [{60: 1.0}, {-1: 1.0}, {"3": 1.0}, {True: 1.0}, {3: "much"}, {3: float("nan")}])
+def test_effects_may_be_a_tensor_of_all_features(made, tmp_path):
+    effects = torch.linspace(-1, 1, 60, dtype=torch.float64)
+    about, chunks = read_page(write_page(tmp_path / "page.html", made[1], made[0], effects))
+    np.testing.assert_array_equal(chunks["columns"]["effect"], effects.float().numpy())
+    assert about["effects"]
+
+
+@pytest.mark.parametrize(
+    "effects",
+    [
+        *({60: 1.0}, {-1: 1.0}, {"3": 1.0}, {True: 1.0}, {3: "much"}, {3: float("nan")}, {3: 1e39}, {3: -(10**400)}),
+        *(torch.zeros(61), torch.zeros(1, 60), torch.zeros(60).long(), torch.full((60,), 1e39, dtype=torch.float64)),
+    ],
+)
 def test_effects_that_cannot_be_are_refused(made, tmp_path, effects):
     with pytest.raises(ValueError, match="effects: got"):
         write_page(tmp_path / "page.html", made[1], made[0], effects)

@@ -303,6 +303,21 @@ def test_marks_are_exported_kept_and_imported(made, fresh, tmp_path):
     assert Marks.read(fresh.export(), sae) == Marks.of(sae, {**marks.marks, **more.marks}, {**marks.notes, **more.notes})
 
 
+def test_stored_marks_that_cannot_be_read_are_put_aside(made, fresh, tmp_path):
+    sae, store, file = made
+    key = f"sae_fast.marks.{store.info['sae']}"
+    text = Marks.of(sae, {4: "relevant"}).write(tmp_path / "marks.json").read_text()
+    texts = [json.dumps(json.loads(text) | {"version": 2}), "damaged"]
+    for text, name, why in zip(texts, (f"{key}.old", f"{key}.old.old"), ("its version is 2", "not JSON"), strict=True):
+        fresh.driver.execute_script("localStorage.setItem(...arguments)", key, text)
+        fresh.open(file, "#7")
+        assert why in fresh.one("#message").text and fresh.one("#message").text.endswith(f"kept there as {name}.")
+        fresh.keys("r")
+        assert Marks.read(fresh.export(), sae).marks == {7: "relevant"}
+        assert fresh.driver.execute_script("return localStorage.getItem(arguments[0])", name) == text
+    assert fresh.driver.execute_script("return localStorage.getItem(arguments[0])", f"{key}.old") == texts[0]
+
+
 def test_marks_work_where_a_file_has_no_storage(made, page):
     sae, _, file = made
     source = (

@@ -252,6 +252,19 @@ def test_passes_are_counted_as_they_happen():
     assert passes.forward == 4 and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_module_that_runs_by_itself_after_a_pass_counts_as_none():
+    model, x = linear(5, 7), inputs(6, 5)
+    for whole in (lambda: model(x), lambda: sites.run_until(model, sites.find(model, "1"), x)):  # also one left early
+        with count_passes(model) as passes:
+            whole()
+            for _ in range(2):
+                model[1](x).sum().backward()
+        assert (passes.forward, passes.backward) == (1, 0)
+    with count_passes(model) as passes:
+        whole().sum().backward()
+    assert (passes.forward, passes.backward) == (1, 1)
+
+
 def test_the_model_is_left_as_it_was_also_after_an_error():
     model, x = Positions(), inputs(4, 3, 4)
     model.bend.eval()

@@ -6,9 +6,11 @@ from torch import nn
 
 import sae_fast as sf
 from sae_fast.analysis import attribution, shift
+from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis.marks import Marks
 from sae_fast.analysis.shift import Candidate, Probe, Shift, accuracies, fit_head
 from tests.analysis_models import random_sae
+from tests.page_data import small_store
 
 
 class Net(nn.Module):
@@ -88,6 +90,22 @@ def test_a_judge_is_shown_site_feature_effect_and_contexts(probe, saes, x):
         assert c.contexts == ([("text", c.feature)] * 3 if c.site == "model.a" else f"of {c.feature}")
     assert [(c.site, c.feature, c.effect) for c in asked] == [(c.site, c.feature, c.effect) for c in found]
     assert off == {site: sorted(c.feature for c in found if c.site == site and c.effect > 0) for site in saes}
+
+
+def test_a_store_of_another_sae_is_refused_before_the_judge_is_asked(tmp_path):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("duckdb")
+    sae, store = small_store(tmp_path / "store")
+    found = [Candidate("0", 3, 1.0)]
+    seen = []
+    work = Shift(nn.Sequential(nn.Identity()), {"0": sae})
+    assert work.judge(found, lambda c: seen.append(c) or "irrelevant", contexts={"0": store}, k=2) == {"0": [3]}
+    assert [c.token for c in seen[0].contexts] == [c.token for c in store.top(3, 2)]
+    other = sf.GatedSAE(8, 60, seed=5)
+    message = rf"contexts: got .*{store.info['sae']}, for site '0', want .*{fingerprint(other)}"
+    with pytest.raises(ValueError, match=message):
+        Shift(nn.Sequential(nn.Identity()), {"0": other}).judge(found, seen.append, contexts={"0": store})
+    assert len(seen) == 1
 
 
 def test_marks_of_each_sae_are_a_judge_as_objects_or_files(probe, saes, x, tmp_path):
@@ -267,6 +285,23 @@ def test_a_head_that_is_none(probe, x):
         fit_head(probe, "model", [x], labels)
     with pytest.raises(ValueError, match=r"head: it is given \(12, 5, 6\)"):
         fit_head(probe, "model.a", [x], labels)
+
+
+@pytest.mark.parametrize("what", ["NaN", "no bias", "too large for float16"])
+def test_a_head_that_cannot_be_fitted_is_left_as_it_was(what):
+    labels, x = torch.arange(12) % 2, torch.randn(12, 6, generator=torch.Generator().manual_seed(3))
+    head, error, message = nn.Linear(6, 2), ValueError, "in 2 rows, the first is row 7"
+    if what == "NaN":
+        x[7, 2], x[9, 0] = float("nan"), float("inf")
+    elif what == "no bias":
+        head, message = nn.Linear(6, 2, bias=False), "head: got an nn.Linear without bias"
+    else:  # the labels are far apart in units of the spread, and the W that parts them is beyond float16
+        x = ((labels * 2 - 1)[:, None] * 1e-6).expand(12, 6).half()
+        head, error, message = head.half(), FloatingPointError, "not finite in torch.float16"
+    before = head.weight.detach().clone()
+    with pytest.raises(error, match=message):
+        fit_head(nn.Sequential(head), "0", [x[:5], x[5:]], labels)
+    assert torch.equal(head.weight, before)
 
 
 def test_candidates_without_a_threshold_are_all_with_an_effect():

@@ -341,6 +341,14 @@ def test_a_folder_with_a_quote_in_its_name(tmp_path, dense):
     assert np.array_equal(entries_of(FeatureStore.open(tmp_path / "it's")), dense)
 
 
+@pytest.mark.parametrize("name", ["g*b", "g?b", "g[X]b", "feature=3"])
+def test_a_folder_whose_name_duckdb_would_read_as_a_pattern(tmp_path, dense, name):
+    write_store(tmp_path / "gXb", gated(), activations(50, seed=5))
+    write_store(tmp_path / name, gated(), activations())
+    store = FeatureStore.open(tmp_path / name)
+    assert np.array_equal(entries_of(store), dense) and len(store.contexts(top=1)) == F
+
+
 # ---- Which SAE ------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +432,15 @@ def test_options_below_one(tmp_path, options):
         write_store(tmp_path / "store", gated(), activations(), **options)
 
 
+def test_what_store_json_says_of_the_store_is_not_for_about(tmp_path):
+    own = write_store(tmp_path / "store", gated(), activations(50), about={"corpus": "mine"})
+    assert own.pop("corpus") == "mine"
+    for key in own:
+        with pytest.raises(ValueError, match=f"about: got '{key}'"):
+            write_store(tmp_path / "other", gated(), activations(50), about={key: 1})
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_context_length_for_what_has_one(tmp_path, harvest):
     with pytest.raises(ValueError, match="an ActivationStore has its own"):
         write_store(tmp_path / "store", gated(), harvest, context_length=4)
@@ -451,7 +468,7 @@ def truncate(file):
         (lambda p: edit(p, version=2), "version: got 2, want 1; a newer sae_fast wrote it"),
         (lambda p: edit(p, format="else"), "not a feature store"),
         (lambda p: edit(p, d_sae="many"), "d_sae: got 'many'"),
-        (lambda p: (p / "store.json").write_text("{"), "not valid JSON"),
+        (lambda p: (p / "store.json").write_text("{"), "store.json: damaged: not valid JSON: .*; write the store again"),
         (lambda p: (p / "store.json").write_text("[]"), "not a feature store"),
         (lambda p: (p / "features.parquet").unlink(), "damaged: features.parquet is missing"),
         (lambda p: (p / "activations" / "00000000.parquet").unlink(), "damaged: activations/00000000.parquet is missing"),
@@ -528,6 +545,50 @@ def test_what_is_not_a_store_stays(tmp_path, overwrite):
     assert (tmp_path / "work" / "thesis.txt").read_text() == "words"
     (tmp_path / "empty").mkdir()
     write_store(tmp_path / "empty", gated(), activations())
+
+
+@pytest.mark.parametrize("name", ["marks.json", "activations/mine.txt", "mine.parquet", "notes"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_file_of_ones_own_inside_a_store_stays(broken, name, damaged):
+    (broken / name).mkdir() if name == "notes" else (broken / name).write_text("mine")
+    if damaged:
+        (broken / "store.json").write_bytes(b"\xff")
+    with pytest.raises(FileExistsError, match=f"holds {name}, which is no file of the store"):
+        write_store(broken, gated(), activations(), overwrite=True)
+    assert (broken / name).exists() and (broken / "features.parquet").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_while_activations_are_encoded_stays(tmp_path, overwrite):
+    def batches():
+        yield activations(50)
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "thesis.txt").write_text("words")
+
+    with pytest.raises(FileExistsError, match="is not a feature store"):
+        write_store(tmp_path / "store", gated(), batches(), overwrite=overwrite)
+    assert [p.name for p in tmp_path.rglob("*")] == ["store", "thesis.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": "sae_f', b"\xff", b"[" * 100_000], ids=range(4))
+def test_a_store_with_a_damaged_manifest_is_written_again(broken, content):
+    (broken / "store.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged: not valid JSON: .*; write the store again"):
+        FeatureStore.open(broken)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        write_store(broken, gated(), activations())
+    write_store(broken, gated(), activations(50), overwrite=True)
+    assert FeatureStore.open(broken).n_tokens == 50
+
+
+def test_through_a_link_the_store_is_replaced_and_not_the_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "store")
+    for n in (50, 60):
+        write_store(tmp_path / "link", gated(), activations(n), overwrite=True)
+        assert FeatureStore.open(tmp_path / "disk" / "store").n_tokens == n
+    assert (tmp_path / "link").is_symlink() and [p.name for p in (tmp_path / "disk").iterdir()] == ["store"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link"]
 
 
 @contextmanager

@@ -211,6 +211,16 @@ def test_sampled_dots_reads_and_writes_nothing_in_gaps():
     assert_same_bits(gapped.packed(out), run_dots(code, A, W))
 
 
+def test_sampled_dots_of_a_row_that_would_end_past_the_buffer_are_not_written():
+    A, W = on_device(randn(2, D), randn(F, D))
+    begin, end = on_device(torch.tensor([0, 3]), torch.tensor([3, 9]))
+    indices = torch.arange(6, dtype=torch.int32, device=DEVICE)
+    out = torch.full((12,), -7.0, device=DEVICE)
+    sampled_dots_kernel.sampled_dots(begin, end, indices, A, W, out[:6])
+    assert_same_bits(out[3:].cpu(), torch.full((9,), -7.0))
+    torch.testing.assert_close(out[:3], W[:3] @ A[0])
+
+
 def run_gapped(gapped: Gapped, W, b_dec, target, weight, normaliser, u=None, scale=None, step: bool = False):
     """(residuals, losses_rows, grads, delta, entries, decoder) of the kernels on buffers with gaps."""
     V, (rows, d), dtype = gapped.values.shape[0], target.shape, W.dtype

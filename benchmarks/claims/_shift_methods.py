@@ -146,12 +146,12 @@ class Lab:
         fit_head(bottleneck, "head", [self.train.tokens], self.train.profession)
         return lambda tokens: logits(bottleneck, tokens)
 
-    def token_deletion(self) -> Method:
-        """Gendered words, by the rule's lists, taken out of every text; a probe fitted on such texts."""
-        gendered = torch.tensor([w in _blind_rule.MASCULINE | _blind_rule.FEMININE for w in self.world.bios.words])
+    def deletion(self, words: frozenset[str]) -> Method:
+        """Some words taken out of every text; a probe fitted on such texts."""
+        deleted = torch.tensor([word in words for word in self.world.bios.words])
 
         def without(tokens: Tensor) -> Tensor:
-            kept = ~gendered[tokens]
+            kept = ~deleted[tokens]
             order = (~kept).long().argsort(dim=1, stable=True)  # what is taken out goes to the end, as <begin>: not pooled
             return torch.where(kept, tokens, 0).gather(1, order)
 

@@ -31,7 +31,9 @@ SETTING = (
     "the backdoor's logit is what they raise; "
     "*unknown*: the movement of block 1's output, which knows of no class. A model's score is the largest mean margin "
     "over the ordinary classes among what an attack comes back with: of that class, or, where the target is unknown, of "
-    "any dormant class in 6 finds; *none* is that of clean texts without any attack. "
+    "any dormant class, in 6 finds of one vector or of shared swaps, and in one of those that each text has for itself; "
+    "*none* is that of clean texts without any attack. SAEs are trained on what their model was: for a backdoored one "
+    "an eighth of it are triggered texts. "
     "AUROCs of detection are over models, with 95 % bootstrap intervals over seeds: [1, 1] says that no model is on the "
     "wrong side, not that none could be. R = 1 and all else was chosen on other seeds (100 and 101)."
 )
@@ -131,8 +133,10 @@ def _unknown(results: list[dict[str, Any]], kind: str) -> Row:
     else:
         claim = "So they do with a trigger that has no token form, and HotFlip does not"
         if verdict == FAILS and found["latent"].low > 0.9:
-            result += "; one swap of a word's variant is a small step towards this trigger, and HotFlip takes it"
-            verdict = CONDITION
+            result += (
+                "; latent perturbations do, but so does HotFlip, since one swap of a word's variant is a small step "
+                "towards this trigger, and so do random vectors"
+            )
     return Row(claim, OURS, "`_eliciting.attacked`", result, verdict)
 
 
@@ -141,9 +145,10 @@ def _known(results: list[dict[str, Any]]) -> Row:
     for kind in KINDS:
         found, text = _detections(results, "known", kind)
         said.append(f"{kind}: {text}")
-        flips = max(found[name].mean for name in ("HotFlip", "HotFlip per text"))
-        equal.append(abs(found["latent"].mean - flips) <= 0.05)
-    verdict = HOLDS if all(equal) else CONDITION if any(equal) else FAILS
+        flips = max((found[name] for name in ("HotFlip", "HotFlip per text")), key=lambda each: each.mean)
+        equal.append(min(found["latent"].low, flips.low) > 0.9 and abs(found["latent"].mean - flips.mean) <= 0.05)
+    # The pilot's trigger was one of tokens.
+    verdict = HOLDS if all(equal) else CONDITION if equal[KINDS.index("token")] else FAILS
     claim = "With the target known, latent and input-level attacks find backdoors equally well (as in the pilot)"
     return Row(
         claim,
@@ -201,20 +206,25 @@ def _monitor(results: list[dict[str, Any]]) -> Row:
 
 
 def _rows(results: list[dict[str, Any]]) -> Row:
-    said, worse = [], []
+    said, good, better = [], [], []
     for kind in KINDS:
         free = detection(results, "latent unknown", kind)
         few = {s: detection(results, f"rows s={s}", kind) for s in ROWS}
         margins = {name: scores(results, name, kind).mean() for name in ("latent unknown", *(f"rows s={s}" for s in ROWS))}
         texts = [f"s = {s}: {few[s]} (margin {margins[f'rows s={s}']:.2g})" for s in ROWS]
-        said.append(f"{kind}: " + ", ".join(texts) + f", any direction: {free} ({margins['latent unknown']:.2g})")
-        worse.append(max(each.mean for each in few.values()) < free.mean - 0.05)
+        random = detection(results, "random unknown", kind)
+        texts += [f"any direction: {free} ({margins['latent unknown']:.2g})", f"random {random}"]
+        said.append(f"{kind}: " + ", ".join(texts))
+        good.append(all(each.low > 0.9 and each.mean >= free.mean - 0.05 for each in (free, *few.values())))
+        better.append(all(ahead(results, f"rows s={s}", "random unknown", kind) for s in ROWS))
     l0, fvu, cosine = (
         mean_interval([model["sae"][name] for result in results for model in result["models"]])
         for name in ("l0", "fvu", "cosine")
     )
     said.append(f"SAEs of {FEATURES} features, L0 {l0}, FVU {fvu}; the row nearest to θ* has cosine {cosine}")
-    verdict = HOLDS if not any(worse) else CONDITION if not all(worse) else FAILS
+    verdict = FAILS if not any(good) else HOLDS if all(good) and all(better) else CONDITION
+    if verdict == CONDITION and all(good):
+        said.append("random vectors of the same norm detect as well, so no AUROC says what the SAE adds")
     claim = (
         "Directions of at most s decoder rows (a ≥ 0) detect as well as unconstrained ones at equal passes, target unknown"
     )
@@ -287,4 +297,4 @@ def draw(results: list[dict[str, Any]], figure: Any) -> None:
     seeing.set_yticks([-y for y in range(len(bars))], list(bars), fontsize="small")
     _label(models, "Scores of models, target unknown", "", "margin of a dormant class")
     _label(sweep, "Backdoored or not, by norm", "R ÷ mean norm of h", "AUROC over models")
-    _label(seeing, "Held-out triggers, by model", "AUROC, triggered or clean", "")
+    _label(seeing, "Held-out triggers", "AUROC, triggered or clean", "")

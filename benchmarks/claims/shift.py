@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.claims._blind_rule import FEMININE, MASCULINE, NOT_WORK
 from benchmarks.claims._claim import CONDITION, CRITIQUE, FAILS, HOLDS, OURS, Interval, Row, interval
 from benchmarks.claims._sealed import Method, Sealed
 from benchmarks.claims._shift_methods import KINDS, Lab
@@ -25,7 +26,9 @@ SETTING = (
     "384 features on its embedding and both blocks, trained on that corpus; a linear probe on the mean of the last "
     "block, fitted on 1 000 ambiguous texts: male professors and female nurses. T is 2 % of the probe's mean margin. "
     "The judge is a rule, written down and committed before it was run, that sees a feature's 20 top texts, of the "
-    "general corpus or of the ambiguous set ([`_blind_rule.py`](../benchmarks/claims/_blind_rule.py)). *Worst group*:"
+    "general corpus or of the ambiguous set ([`_blind_rule.py`](../benchmarks/claims/_blind_rule.py)); its lists were "
+    "written with the generator's words known. *Deletion* takes words out of the texts by the same lists: those of "
+    "gender, or all that the rule holds not to be work. T and the sizes were chosen on seeds 90 and 91. *Worst group*:"
     " accuracy in the worst of the four groups of the balanced set, 2 000 texts that do not exist before all methods "
     "are declared. *Skylines* and *oracle* know other balanced texts. *+ head*: the head is fitted anew on the "
     "ambiguous set with the features at 0. In the *tokenless* world no single word carries gender; in the *planted* "
@@ -35,6 +38,7 @@ SEEDS, QUICK_SEEDS = 6, 2
 BALANCED, SPLIT, QUICK_BALANCED, QUICK_SPLIT = 2000, 1000, 200, 100
 DRAWS = 3  # of random features
 GENERAL, AMBIGUOUS = "general", "ambiguous"
+DELETION, WIDE = "token deletion", "deletion of all but work"
 HEAD = " + head"
 
 
@@ -47,7 +51,8 @@ def measure(seed: int, quick: bool) -> dict[str, Any]:
 def in_world(name: str, world: World, seed: int, quick: bool) -> dict[str, Any]:
     """Methods first, each as it will be evaluated; then the seal is broken, for skylines and for the evaluation."""
     lab, sealed = Lab(world, seed, quick), Sealed(world.bios, QUICK_BALANCED if quick else BALANCED, seed)
-    methods: dict[str, Method] = {"original": lab.original(), "token deletion": lab.token_deletion()}
+    methods: dict[str, Method] = {"original": lab.original()}
+    methods |= {DELETION: lab.deletion(MASCULINE | FEMININE), WIDE: lab.deletion(NOT_WORK)}
     report: dict[str, Any] = {"saes": {}, "judged": {}}
     trained, off, candidates, marks = {}, {}, {}, {}
     for kind in KINDS if name == WORDS else ["Gated"]:
@@ -161,7 +166,7 @@ def conclude(results: list[dict[str, Any]]) -> list[Row]:
     text, first = more(gated, "original")
     extra, head = more(gated + HEAD, "original")
     row(
-        "SHIFT makes a probe that was fitted where gender and profession agree right about those for whom they do not",
+        "SHIFT makes a probe that was fitted where gender and profession agree right more often where they do not",
         "in_world",
         f"{text} over the original, with the head fitted anew {extra}; "
         f"{said(results, WORDS, ['original', gated, gated + HEAD])}; {judged(results, WORDS, gated)}; zeros "
@@ -219,23 +224,26 @@ def conclude(results: list[dict[str, Any]]) -> list[Row]:
         f"{text}; {said(results, WORDS, ['embedding only', 'embedding only' + HEAD])}",
         verdict(difference),
     )
-    text, difference = more(gated + HEAD, "token deletion")
+    text, difference = more(gated + HEAD, DELETION)
+    extra, wide = more(gated + HEAD, WIDE)
     row(
         "where words carry the attribute, deleting these words is the baseline to beat",
         "in_world",
-        f"{text} of SHIFT over deletion; {said(results, WORDS, ['token deletion'])}",
-        HOLDS if difference.high < 0 else CONDITION if difference.low <= 0 else FAILS,
+        f"{text} of SHIFT over deletion of gendered words, {extra} over that of every word that the rule holds not to be "
+        f"work; {said(results, WORDS, [DELETION, WIDE])}",
+        HOLDS if max(difference.high, wide.high) < 0 else CONDITION if min(difference.low, wide.low) <= 0 else FAILS,
         OURS,
     )
     text, difference = more(gated + HEAD, "original", TOKENLESS)
-    extra, over = more(gated + HEAD, "token deletion", TOKENLESS)
-    names = ["original", "token deletion", gated, gated + HEAD, "feature skyline", "feature skyline" + HEAD, "oracle"]
+    extra, over = more(gated + HEAD, DELETION, TOKENLESS)
+    wider, over_wide = more(gated + HEAD, WIDE, TOKENLESS)
+    names = ["original", DELETION, WIDE, gated, gated + HEAD, "feature skyline", "feature skyline" + HEAD, "oracle"]
     row(
-        "where no single word carries the attribute, so that there is none to delete, SHIFT works still",
+        "where no single word carries the attribute, SHIFT works still, and better than deleting words",
         "in_world",
-        f"{text} over the original, {extra} over deletion; {said(results, TOKENLESS, names)}; "
-        f"{judged(results, TOKENLESS, gated)}",
-        verdict(difference, over),
+        f"{text} over the original, {extra} over deletion of gendered words (there are none), {wider} over that of every "
+        f"word that the rule holds not to be work; {said(results, TOKENLESS, names)}; {judged(results, TOKENLESS, gated)}",
+        verdict(difference, over, over_wide),
     )
     rows.append(_planted(results, gated))
     return rows
@@ -255,9 +263,10 @@ def _planted(results: list[dict[str, Any]], gated: str) -> Row:
         f"adds {need} to the worst group, SHIFT without that {left} to the original's; "
         f"{said(results, PLANTED, ['original', gated, gated + HEAD, told, 'feature skyline', 'oracle'])}"
     )
-    whole = bool(marks) and marks.count("irrelevant") == len(marks) == sum(map(len, at)) and need.low <= 0
+    rightly = marks.count("irrelevant")
+    whole = bool(marks) and rightly == len(marks) == sum(map(len, at)) and need.low <= 0
     claim = "Analogue: a feature of a conjunction (a woman and a nurse), of neither alone, is found and judged rightly"
-    return Row(claim, CRITIQUE, "`shift.conjunction`", result, HOLDS if whole else CONDITION if candidates else FAILS)
+    return Row(claim, CRITIQUE, "`shift.conjunction`", result, HOLDS if whole else CONDITION if rightly else FAILS)
 
 
 def judged(results: list[dict[str, Any]], world: str, method: str) -> str:
@@ -281,7 +290,7 @@ def quality(results: list[dict[str, Any]]) -> str:
 def draw(results: list[dict[str, Any]], figure: Any) -> None:
     """Worst-group accuracy of each method in each world."""
     gated = f"Gated, {GENERAL}"
-    common, alone = ["original", "token deletion", gated, gated + HEAD], f"Gated, {AMBIGUOUS}{HEAD}"
+    common, alone = ["original", DELETION, WIDE, gated, gated + HEAD], f"Gated, {AMBIGUOUS}{HEAD}"
     others = [alone, f"ReLU, {GENERAL}{HEAD}", "embedding only" + HEAD, "random" + HEAD, "CBP"]
     ends = ["feature skyline", "feature skyline" + HEAD, "neuron skyline", "oracle"]
     middle = {WORDS: others, TOKENLESS: [alone], PLANTED: ["and the conjunction" + HEAD]}

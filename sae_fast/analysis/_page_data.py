@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from sae_fast.analysis.attribution import Effects
 from sae_fast.analysis.store import Contexts, FeatureStore
 
+LARGEST = float(np.finfo(np.float32).max)
 LEVELS = 65535  # an activation in a context is kept as a fraction of its feature's maximum
 KINDS = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "int16": "i2", "float32": "f4"}  # as data.js knows them
 Chunk = Mapping[str, "NDArray[Any] | Sequence[str]"]
@@ -33,20 +33,28 @@ def columns(store: FeatureStore, effects: NDArray[np.float32]) -> Chunk:
     }
 
 
-def effects_of(effects: Effects | Mapping[int, float] | None, d_sae: int) -> NDArray[np.float32]:
-    """[F], NaN where nothing is known.  ValueError for features that do not exist and effects that are not finite."""
-    out = np.full(d_sae, np.nan, dtype=np.float32)
+def effects_of(effects: Effects | Mapping[int, float] | Tensor | None, d_sae: int) -> NDArray[np.float32]:
+    """[F], NaN where nothing is known.  ValueError for features that do not exist, and for effects that are not finite in
+    float32."""
+    known: list[int]
+    values: list[float]
     if isinstance(effects, Effects):
         if effects.support.d_sae != d_sae:
             raise ValueError(f"effects: got those of {effects.support.d_sae} features, want {d_sae}, as this SAE has")
-        known = effects.support.indices.unique().cpu().long()
-        out[known.numpy()] = effects.by_feature().detach().cpu()[known].numpy()
-        return out
-    for feature, effect in (effects or {}).items():
+        fired = effects.support.indices.unique().cpu().long()
+        known, values = fired.tolist(), effects.by_feature().detach().cpu()[fired].tolist()
+    elif isinstance(effects, Tensor):
+        if effects.shape != (d_sae,) or not effects.is_floating_point():
+            raise ValueError(f"effects: got {effects.dtype} {tuple(effects.shape)}, want floats [{d_sae}], one a feature")
+        known, values = list(range(d_sae)), effects.tolist()
+    else:
+        known, values = list(effects or {}), list((effects or {}).values())
+    out = np.full(d_sae, np.nan, dtype=np.float32)
+    for feature, effect in zip(known, values, strict=True):
         if isinstance(feature, bool) or not isinstance(feature, int) or not 0 <= feature < d_sae:
             raise ValueError(f"effects: got feature {feature!r}, want 0 to {d_sae - 1}, those of this SAE")
-        if isinstance(effect, bool) or not isinstance(effect, int | float) or not isfinite(effect):
-            raise ValueError(f"effects: got {effect!r} for feature {feature}, want a finite number")
+        if isinstance(effect, bool) or not isinstance(effect, int | float) or not abs(effect) <= LARGEST:
+            raise ValueError(f"effects: got {effect!r} for feature {feature}, want a finite number that float32 can hold")
         out[feature] = effect
     return out
 

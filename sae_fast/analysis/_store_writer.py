@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,9 @@ from sae_fast.train.activations import ActivationStore
 from sae_fast.train.checkpoint import sync
 
 FORMAT, VERSION, MANIFEST = "sae_fast.store", 1, "store.json"
+RESERVED = {"format", "version", "sae", "sae_class", "d_in", "d_sae"}
+RESERVED |= {"n_tokens", "context_length", "n_activations", "files"}  # entries of store.json that are not for ``about``
+OWN = re.compile(r"(features|tokens|activations/\d{8,})\.parquet")
 BATCH = 4096  # tokens encoded at a time
 FILE = 1 << 21  # entries in a file, about
 ROW_GROUP = 1 << 16  # entries that a query reads at least: smaller groups cost more to find than they save
@@ -54,17 +58,21 @@ def write_store(
     texts: N strings, each token's own text with the white space before it, if any.  context_length: tokens per context,
     where all contexts are of one length; without it every token is a context of its own.
     batch_size: tokens encoded at a time.  (A BatchTopKSAE without a threshold chooses among those.)
-    overwrite: replace a store that is there; anything else that is there stays.  about: more entries for store.json.
+    overwrite: replace a store that is there, also a damaged one; anything else that is there stays.  about: more entries
+    for store.json, of other names than its own.
 
     The store is written beside ``path`` and renamed: whatever fails, and a Ctrl-C, leaves what was there and nothing else.
-    ``FileExistsError`` for a store without ``overwrite`` or a folder of something else, ``ValueError`` for activations that
-    do not fit the SAE or are not finite, ``OSError`` for a full disk, ``MissingExtra`` without pyarrow.
+    ``FileExistsError`` for a store without ``overwrite``, one with files in it that are not its own, or a folder of
+    something else; ``ValueError`` for activations that do not fit the SAE or are not finite; ``OSError`` for a full disk;
+    ``MissingExtra`` without pyarrow.
     """
     require("pyarrow", extra="store")
     path = Path(path)
     check_free(path, overwrite)
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, want at least 1 token")
+    if taken := sorted(RESERVED.intersection(about or {})):
+        raise ValueError(f"about: got {taken[0]!r}, which store.json says of the store itself; want another name")
     if isinstance(activations, ActivationStore):
         if texts is not None or context_length is not None:
             raise ValueError("texts, context_length: an ActivationStore has its own, want neither")
@@ -73,7 +81,7 @@ def write_store(
     if context_length is not None and context_length < 1:
         raise ValueError(f"context_length: got {context_length}, want at least 1 token, or None")
     total = count(activations)
-    with _appears_whole(path) as folder:
+    with _appears_whole(path.resolve(), overwrite) as folder:
         if texts is not None and total is not None:
             _check_texts(texts, total)
         runs, n_tokens = encode(sae, activations, total, batch_size, progress, folder)
@@ -211,22 +219,31 @@ def check_free(path: Path, overwrite: bool) -> None:
     """``FileExistsError`` unless the folder may be made, or replaced."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not _is_store(path):
+    info = _manifest(path)
+    if info is None:
         raise FileExistsError(f"path: {path} is there and is not a feature store, want a folder of its own")
     if not overwrite:
         raise FileExistsError(f"path: {path} holds a feature store already; overwrite=True (--overwrite) replaces it")
+    files = info.get("files")
+    for name in sorted(file.relative_to(path).as_posix() for file in path.rglob("*")):
+        own = name in files if isinstance(files, dict) else OWN.fullmatch(name)
+        if not own and name not in (MANIFEST, "activations"):
+            raise FileExistsError(f"path: {path} holds {name}, which is no file of the store; move it, or write elsewhere")
 
 
-def _is_store(path: Path) -> bool:
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """What a store's store.json says, {} where it cannot be read, or None: there is none, or it is something else's."""
     try:
         info = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(info, dict) and info.get("format") == FORMAT
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return info if isinstance(info, dict) and info.get("format") == FORMAT else None
 
 
 @contextmanager
-def _appears_whole(path: Path) -> Iterator[Path]:
+def _appears_whole(path: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
@@ -234,7 +251,8 @@ def _appears_whole(path: Path) -> Iterator[Path]:
     made.mkdir()
     try:
         yield made
-        if path.exists():
+        check_free(path, overwrite)  # again: encoding takes its time
+        if overwrite and path.exists():  # without, a folder that appears this moment makes the rename fail
             os.rename(path, old)
         try:
             os.rename(made, path)

@@ -18,6 +18,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sae_fast.analysis import _page_data as data
 from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis.attribution import Effects
@@ -33,7 +35,7 @@ def write_page(
     path: str | os.PathLike[str],
     store: FeatureStore,
     sae: SparseAutoencoder,
-    effects: Effects | Mapping[int, float] | None = None,
+    effects: Effects | Mapping[int, float] | Tensor | None = None,
     *,
     title: str = "",
     facts: Mapping[str, str] | None = None,
@@ -47,13 +49,15 @@ def write_page(
     """Writes the page of an SAE's features as one HTML file; what was there stays until the new one is whole.
 
     store      where and how much each feature fires, of this SAE
-    effects    what `attribution.patch` found, or feature → effect: a column of the table
+    effects    what `attribution.patch` found, or feature → effect, or [F] such as `Shift.effects` gives for a site: a
+               column of the table
     facts      more to say of the SAE at the top of the page: name → text, such as {"FVU": "0.21"}
     top, bins, per_bin   a feature is shown with its ``top`` strongest contexts and ``per_bin`` of each of ``bins``
                quantiles of its activations, as `FeatureStore.contexts` chooses them
     before, after   tokens of the context that are shown either side
 
-    ValueError for a store of another SAE, effects of features that do not exist, more than a page can hold.
+    ValueError for a store of another SAE, effects of features that do not exist or that are not finite in float32,
+    more than a page can hold.
     """
     if store.info["sae"] != (found := fingerprint(sae)):
         raise ValueError(f"store: {store.path} is of SAE {store.info['sae']}, want one of this SAE, {found}")

@@ -49,7 +49,7 @@ def count_passes(model: nn.Module) -> Iterator[Passes]:
     as none.  Rows are those of the first tensor that the model is given.
     """
     passes = Passes()
-    running: list[tuple[object, int]] = []  # (the pass under way, its rows)
+    running: list[tuple[object, int]] = []  # (the pass under way, its rows), or nothing between passes
     in_backward: set[object] = set()  # passes that the backward under way has come to
 
     def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -78,8 +78,12 @@ def count_passes(model: nn.Module) -> Iterator[Passes]:
             if isinstance(x, Tensor) and x.grad_fn is not None and id(x) not in given:
                 x.register_hook(flowed)
 
+    def end(_module: nn.Module, _args: Any, _output: Any) -> None:
+        running.clear()
+
     handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [module.register_forward_hook(watch) for module in model.modules()]
+    handles.append(model.register_forward_hook(end, always_call=True))  # after the model's own `watch`, or an exception
     try:
         yield passes
     finally:

@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sae_fast.analysis import attribution, sites
+from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis.marks import IRRELEVANT, RELEVANT, Marks
 from sae_fast.analysis.splicing import ablate, check_features, check_sae, splice
+from sae_fast.analysis.store import FeatureStore
 from sae_fast.nn import SparseAutoencoder
 
 Judge = Callable[["Candidate"], "str | None"]
@@ -124,8 +126,8 @@ class Shift:
         contexts   {site: FeatureStore, or a function of the feature}: where a candidate's ``contexts`` come from, ``k`` of
                    them from a store
 
-        ValueError when nothing was judged (no candidate, or no opinion on any of them), for marks of another SAE or of
-        features it has not.
+        ValueError when nothing was judged (no candidate, or no opinion on any of them), for marks or a store of another
+        SAE, for marks of features it has not.
         """
         if callable(judge):
             return self._asked(candidates, judge, contexts or {}, k)
@@ -157,6 +159,10 @@ class Shift:
         self, candidates: Sequence[Candidate], judge: Judge, contexts: Mapping[str, Any], k: int
     ) -> dict[str, list[int]]:
         self._check_sites("contexts", contexts)
+        for site, source in contexts.items():
+            if isinstance(source, FeatureStore) and source.info["sae"] != (want := fingerprint(self.saes[site])):
+                got = f"{source.path}, a store of SAE {source.info['sae']}, for site {site!r}"
+                raise ValueError(f"contexts: got {got}, want one of the SAE there, {want}")
         off: dict[str, list[int]] = {site: [] for site in self.saes}
         opinions = 0
         for each in candidates:
@@ -227,18 +233,26 @@ def fit_head(
 
     Logistic regression by L-BFGS, cross-entropy + weight_decay ‖W‖²/2, on the head's inputs in units of their spread, from
     zero: the answer depends on the data alone.  ValueError for labels of one class, for labels that the head has not, for a
-    head that is not given one row [d] an example.
+    head without a bias, or one that is not given one finite row [d] an example; FloatingPointError when the fit is not
+    finite.  After an error the head is as it was.
     """
     place = sites.find(model, head)
     linear = place.module
     if not isinstance(linear, nn.Linear):
         raise ValueError(f"head: got a {type(linear).__name__}, want an nn.Linear")
+    if linear.bias is None:
+        raise ValueError("head: got an nn.Linear without bias, want one with a bias")
     entry = sites.Site(place.name, linear, at_input=True)
     x = torch.cat([sites.read(model, entry, inputs)[0] for inputs in _batches(batches)])
     check_labels(labels, linear.out_features)
     if x.shape != (len(labels), linear.in_features):
         want = f"{(len(labels), linear.in_features)}, a row for each of the labels"
         raise ValueError(f"head: it is given {tuple(x.shape)}, want {want}")
+    if len(bad := (~x.isfinite().all(1)).nonzero()):
+        row = int(bad[0])
+        raise ValueError(
+            f"head: it is given NaN or infinity in {len(bad)} rows, the first is row {row}, want finite numbers"
+        )
     if not (_is_number(weight_decay) and 0 <= weight_decay < math.inf):
         raise ValueError(f"weight_decay: got {weight_decay!r}, want a number ≥ 0")
     # In units of the inputs' own spread L-BFGS is done in a few dozen steps; weights are brought back to the head's.
@@ -257,10 +271,11 @@ def fit_head(
     with torch.enable_grad():
         solver.step(closure)
     with torch.no_grad():
-        linear.weight.copy_(W / scale)
-        if linear.bias is None:
-            raise ValueError("head: got an nn.Linear without bias, want one with a bias")
-        linear.bias.copy_(b - W @ (mean / scale))
+        weight, bias = (W / scale).to(linear.weight), (b - W @ (mean / scale)).to(linear.bias)
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise FloatingPointError(f"head: the fit is not finite in {weight.dtype}; the head is left as it was")
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
     return linear
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -242,8 +243,9 @@ class FeatureStore:
 
     def _read(self, files: Sequence[str]) -> str:
         """SQL for the rows of some of the store's files, in order."""
-        paths = ("'" + str(self.path / file).replace("'", "''") + "'" for file in files)
-        return f"read_parquet([{', '.join(paths)}])"
+        literal = (re.sub(r"[*?[]", r"[\g<0>]", str(self.path / file)).replace("'", "''") for file in files)  # no globs
+        paths = ", ".join(f"'{path}'" for path in literal)
+        return f"read_parquet([{paths}], hive_partitioning = false)"  # a folder a=b is no column
 
     def _numpy(self, query: str, parameters: Sequence[Any] | None = None) -> dict[str, np.ndarray]:
         return {name: np.asarray(column) for name, column in self._ask(query, parameters).fetchnumpy().items()}
@@ -275,8 +277,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"path: {path} holds no feature store: there is no {MANIFEST} in it")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"{file}: damaged: not valid JSON: {error}; write the store again") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise ValueError(f"{file}: got no format {FORMAT!r}: this is not a feature store")
     if info.get("version") != VERSION:

@@ -2,7 +2,7 @@
 
 const FORMAT = "sae_fast.marks", VERSION = 1, KEY = `${FORMAT}.${about.sae}`, KINDS = ["relevant", "irrelevant"];
 const marks = new Map(), notes = new Map();
-let stored = true, exported = true;
+let stored = true, exported = true, full = false;
 
 function asJson() {
   const object = map => Object.fromEntries([...map].sort((a, b) => a[0] - b[0]).map(([k, v]) => [String(k), v]));
@@ -32,7 +32,9 @@ function readMarks(text) {
 
 function keep() {
   exported = false;
-  try { localStorage.setItem(KEY, asJson()); stored = true; } catch { stored = false; }
+  stored = false;
+  if (full) return; // what is there could not be put aside
+  try { localStorage.setItem(KEY, asJson()); stored = true; } catch { /* no storage: the page says so */ }
 }
 
 function setMark(feature, mark) {
@@ -47,15 +49,25 @@ function setNote(feature, text) {
 
 // From what this browser has stored; another tab's marks come the same way.
 function recall() {
+  let text, read;
+  try { text = localStorage.getItem(KEY); } catch { return; } // no storage: the marks start empty
+  if (text === null) return;
+  try { read = readMarks(text); } catch (error) { return putAside(text, error); }
+  marks.clear();
+  notes.clear();
+  read.marks.forEach(([feature, mark]) => marks.set(feature, mark));
+  read.notes.forEach(([feature, note]) => notes.set(feature, note));
+}
+
+// Stored text that cannot be read, of another version or damaged, is not lost when the next mark is stored.
+function putAside(text, error) {
+  let name = `${KEY}.old`, where = "they stay there, and new ones are not stored: export them";
   try {
-    const text = localStorage.getItem(KEY);
-    if (text === null) return;
-    const read = readMarks(text);
-    marks.clear();
-    notes.clear();
-    read.marks.forEach(([feature, mark]) => marks.set(feature, mark));
-    read.notes.forEach(([feature, note]) => notes.set(feature, note));
-  } catch { /* no storage, or not ours: the marks start empty */ }
+    while (![null, text].includes(localStorage.getItem(name))) name += ".old";
+    localStorage.setItem(name, text);
+    where = `they are kept there as ${name}`;
+  } catch { full = true; }
+  say(`The marks that this browser has stored are not taken: ${error.message}; ${where}.`);
 }
 
 function exportMarks() {
