@@ -159,7 +159,7 @@ def report(
         page = write(
             run, out, store=store, effects=effects, top=top, bins=bins, per_bin=per_bin, before=before, after=after
         )
-        Console().print(f"{page}, {page.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+        Console().print(f"{page}, {page.stat().st_size / 1e6:.2g} MB", highlight=False, soft_wrap=True)
 
 
 def show(result: Run, out: Path) -> None:

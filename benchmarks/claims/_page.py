@@ -12,11 +12,11 @@ HEAD = """\
 # The paper's claims and the critique's, checked
 
 Every row is a program in [`benchmarks/claims/`](../benchmarks/claims) that states, measures and draws it. `make claims`
-runs them all on two CPU cores in less than 25 minutes; an interrupted run goes on where it was. *The paper* is
+runs them all on two CPU cores in less than an hour; an interrupted run goes on where it was. *The paper* is
 Rajamanoharan et al. 2024 ([arXiv 2404.16014](https://arxiv.org/abs/2404.16014)), *the critique* S. Marks' comments on
 [its announcement](https://www.lesswrong.com/posts/vdoiWXeouGsZEYgrg) and what followed from them, *sae_fast* what this
-engine is built on. Brackets are 95 % confidence intervals over seeds (Student's t). Sizes are those of two CPU cores, not
-the paper's: a verdict says what holds *here*. This page is written by the programs.
+engine is built on. Brackets are 95 % confidence intervals over seeds (Student's t, unless a section says otherwise).
+Sizes are those of two CPU cores, not the paper's: a verdict says what holds *here*. This page is written by the programs.
 """
 QUICK = "**Made with `--quick`: a test of the programs, not a result.**\n"
 

@@ -35,7 +35,10 @@ SETTING = (
     "*none* is that of clean texts without any attack. SAEs are trained on what their model was: for a backdoored one "
     "an eighth of it are triggered texts. "
     "AUROCs of detection are over models, with 95 % bootstrap intervals over seeds: [1, 1] says that no model is on the "
-    "wrong side, not that none could be. R = 1 and all else was chosen on other seeds (100 and 101)."
+    "wrong side, not that none could be. R = 1 and all else was chosen on other seeds (100 "
+    "and 101). The *pilot* is a trial from before this program, of which only the figures are known here. Margins are in "
+    "logits. With the target known LAT gives a dormant class in clean models too: there only the size of its margin tells "
+    "them apart."
 )
 SEEDS, QUICK_SEEDS = 9, 2
 PILOT = {"latent": 1.00, "HotFlip": 0.58}
@@ -131,7 +134,7 @@ def _unknown(results: list[dict[str, Any]], kind: str) -> Row:
             f"ones (AUROC {PILOT['latent']:.2f} in the pilot) where HotFlip at equal passes does not ({PILOT['HotFlip']})"
         )
     else:
-        claim = "So they do with a trigger that has no token form, and HotFlip does not"
+        claim = "With a trigger that has no token form latent perturbations tell them apart as well, and HotFlip does not"
         if verdict == FAILS and found["latent"].low > 0.9:
             result += (
                 "; latent perturbations do, but so does HotFlip, since one swap of a word's variant is a small step "
