@@ -250,9 +250,9 @@ def conclude(results: list[dict[str, Any]]) -> list[Row]:
     kept = [{"pairs": [p for p in r["pairs"] if p["agreement"] >= AGREED and p["apart"] >= APART]} for r in results]
     kept = [result for result in kept if result["pairs"]]
     set_up = (
-        f"{fair} of {len(pairs)} pairs agree on at least 99 % of the labelled texts and differ on at least a quarter of the "
-        f"general corpus (they agree on {100 * agreement.mean():.4g} %, at least {100 * agreement.min():.4g} %, and differ on "
-        f"{100 * apart.mean():.3g} %)"
+        f"{fair} of {len(pairs)} pairs agree on at least 99 % of the labelled texts and differ on at least a quarter of "
+        f"the general corpus (they agree on {100 * agreement.mean():.4g} %, at least {100 * agreement.min():.4g} %, and "
+        f"differ on {100 * apart.mean():.3g} %)"
     )
     claim = (
         "Two classifiers that behave alike on all labelled data, one of which goes by the wrong cue, can be told apart "
