@@ -77,11 +77,11 @@ class _Gathered:
         torch.cumsum(torch.cat(self.counts), 0, out=indptr[1:])
         indices, values = torch.cat(self.indices), torch.cat(self.values)
         code = SparseCode(torch.Size((self.rows, d_sae)), indptr, indices, values, values[None])
-        colptr, rows, perm = ops.transpose(code).__dict__.values()
+        csc = ops.transpose(code)
         files = (folder / f"{self.first}.tokens", folder / f"{self.first}.activations")
-        for file, column in zip(files, (rows, values[perm]), strict=True):
+        for file, column in zip(files, (csc.rows, values[csc.perm]), strict=True):
             file.write_bytes(column.numpy().data)
-        return Run(self.first, colptr.numpy(), files)
+        return Run(self.first, csc.colptr.numpy(), files)
 
 
 def encode(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from sae_fast.analysis._identity import fingerprint
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.train.checkpoint import write_whole
 
 FORMAT, VERSION = "sae_fast.marks", 1
 IRRELEVANT, RELEVANT = "irrelevant", "relevant"
@@ -77,12 +77,7 @@ class Marks:
         value = {"format": FORMAT, "version": VERSION, "sae": self.sae, "d_sae": self.d_sae}
         value |= {"marks": {str(k): self.marks[k] for k in sorted(self.marks)}}
         value |= {"notes": {str(k): self.notes[k] for k in sorted(self.notes)}} if self.notes else {}
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         return path
 
     @classmethod

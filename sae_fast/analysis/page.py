@@ -12,7 +12,6 @@ import html
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -25,7 +24,7 @@ from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis.attribution import Effects
 from sae_fast.analysis.store import FeatureStore
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.train.checkpoint import sync
+from sae_fast.train.checkpoint import write_whole
 
 HISTOGRAM_BINS, NEAREST = 24, 8
 SCRIPTS = ("data.js", "marks.js", "list.js", "feature.js", "main.js")
@@ -93,7 +92,9 @@ def write_page(
         ],
     }
     title = title or f"{type(sae).__name__}, {sae.d_sae:,} features"
-    return _write(Path(path), _html(title, about, {name: chunk for name, (_, chunk) in packed.items()}))
+    path = Path(path)
+    write_whole(path, _html(title, about, {name: chunk for name, (_, chunk) in packed.items()}))
+    return path
 
 
 def _html(title: str, about: Mapping[str, Any], chunks: Mapping[str, bytes]) -> str:
@@ -122,15 +123,3 @@ def _html(title: str, about: Mapping[str, Any], chunks: Mapping[str, bytes]) -> 
 def _hash(source: str) -> str:
     """By which the page's policy knows its own script and style, and refuses all others."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-
-
-def _write(path: Path, text: str) -> Path:
-    """Beside the target, then renamed: a full disk leaves the page that was there."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

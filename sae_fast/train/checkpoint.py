@@ -154,6 +154,17 @@ def key(config: Mapping[str, Any], file: str | os.PathLike, kind: type | tuple[t
     return value
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file of text beside its place, then renames it: what was there stays until the new one is whole."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """To the disk: a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
