@@ -216,6 +216,11 @@ def climb(
     return points, values, torch.stack(history)
 
 
+def highest(ends: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ascents of one point each, as `climb` gives them, the one whose objective is the largest, the first of equals."""
+    return max(ends, key=lambda end: float(end[1]))
+
+
 def unit(x: Tensor, dims: tuple[int, ...] = (-1,)) -> Tensor:
     """x of norm 1 over ``dims``; 0 stays 0."""
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast.analysis import sites
-from sae_fast.analysis._ascent import Change, Loss, Perturbed, bar_of, climb, positive, tangent, unit, untouched, whole
+from sae_fast.analysis._ascent import (
+    Change,
+    Loss,
+    Perturbed,
+    bar_of,
+    climb,
+    highest,
+    positive,
+    tangent,
+    unit,
+    untouched,
+    whole,
+)
 from sae_fast.analysis.splicing import check_features, check_sae
 from sae_fast.nn import SparseAutoencoder
 
@@ -91,7 +103,7 @@ def rows(
             values, slope = perturbed.value_and_slope(theta)
             return values, tangent(slope, theta) @ units.T
 
-        random, best = torch.Generator().manual_seed(seed), None
+        random, ends = torch.Generator().manual_seed(seed), []
         with bar_of("rows", starts * steps, progress) as bar:
             for _ in range(starts):
                 if like is None:
@@ -101,11 +113,8 @@ def rows(
                 a = threshold(begin)
                 if not a.any():
                     raise ValueError("like: got a direction that no decoder row points along, want one that some do")
-                ended = climb(evaluate, step, a, steps, lr, bar)
-                if best is None or ended[1] > best[1]:
-                    best = ended
-    assert best is not None
-    a, values, history = best
+                ends.append(climb(evaluate, step, a, steps, lr, bar))
+    a, values, history = highest(ends)
     chosen = a[0].argsort(descending=True, stable=True)[: int((a > 0).sum())]
     return OfRows((a @ units)[0], chosen, a[0, chosen] / norms[chosen], values[0], history[:, 0])
 

@@ -27,6 +27,7 @@ from sae_fast.analysis._ascent import (
     Perturbed,
     bar_of,
     climb,
+    highest,
     off,
     positive,
     tangent,
@@ -104,7 +105,7 @@ def sphere(
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         with bar_of("directions", directions * starts * steps, progress) as bar:
             for _ in range(directions):
-                best = None
+                ends = []
                 for _ in range(starts):
                     drawn = torch.randn(1, perturbed.shape[-1], generator=random, dtype=torch.float64)
                     begin = radius * unit(off(drawn.to(perturbed.like), basis))
@@ -114,12 +115,9 @@ def sphere(
                         moved = theta + radius * rate[:, None].to(theta.dtype) * push
                         return radius * unit(off(moved, basis))
 
-                    ended = climb(perturbed.value_and_slope, step, begin, steps, lr, bar)
-                    if best is None or ended[1] > best[1]:
-                        best = ended
-                assert best is not None
-                found.append(best)
-                basis = torch.cat([basis, unit(best[0])])
+                    ends.append(climb(perturbed.value_and_slope, step, begin, steps, lr, bar))
+                found.append(highest(ends))
+                basis = torch.cat([basis, unit(found[-1][0])])
     theta, values, history = zip(*found, strict=True)
     return Directions(torch.cat(theta), torch.cat(values), torch.cat(history, 1).T)
 
