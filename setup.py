@@ -124,7 +124,7 @@ if __name__ == "__main__":
     setup(
         packages=[
             "sae_fast", "sae_fast.ops", "sae_fast.nn", "sae_fast.train", "sae_fast.interop", "sae_fast.analysis",
-            "sae_fast.kernels",
+            "sae_fast.cli", "sae_fast.kernels",
         ],
         package_dir={"sae_fast": "sae_fast", "sae_fast.kernels": "kernels"},
         package_data={"sae_fast.analysis": ["web/*"]},
