@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import sae_fast as sf
-from sae_fast import interop
+from sae_fast import files, interop
 from sae_fast.cli import app
-from sae_fast.interop import _files, _norms
+from sae_fast.interop import _norms
 from sae_fast.interop.formats import FORMATS
 
 D, F = 12, 30
@@ -484,7 +484,7 @@ def test_files_are_replaced_all_or_none(tmp_path):
 
     (tmp_path / "a").write_text("old")
     with pytest.raises(KeyboardInterrupt):
-        _files.write_folder(tmp_path, {"a": lambda p: p.write_text("new") and None, "b": fail}, overwrite=True)
+        files.write_files(tmp_path, {"a": lambda p: p.write_text("new") and None, "b": fail}, overwrite=True)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "old"}
 
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ import torch
 from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis._store_runs import Run, Source, count, encode
 from sae_fast.extras import require
+from sae_fast.files import appear
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.train.activations import ActivationStore
-from sae_fast.train.checkpoint import sync
 
 FORMAT, VERSION, MANIFEST = "sae_fast.store", 1, "store.json"
 RESERVED = {"format", "version", "sae", "sae_class", "d_in", "d_sae"}
@@ -81,7 +79,12 @@ def write_store(
     if context_length is not None and context_length < 1:
         raise ValueError(f"context_length: got {context_length}, want at least 1 token, or None")
     total = count(activations)
-    with _appears_whole(path.resolve(), overwrite) as folder:
+
+    def replaces() -> bool:
+        check_free(path, overwrite)  # again: encoding takes its time
+        return overwrite
+
+    with appear(path.resolve(), replaces) as folder:
         if texts is not None and total is not None:
             _check_texts(texts, total)
         runs, n_tokens = encode(sae, activations, total, batch_size, progress, folder)
@@ -110,8 +113,6 @@ def write_store(
             },
         }
         (folder / MANIFEST).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        for file in (*folder.rglob("*.parquet"), folder / MANIFEST, folder / "activations", folder):
-            sync(file)
     return info
 
 
@@ -240,27 +241,3 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return {}
     return info if isinstance(info, dict) and info.get("format") == FORMAT else None
-
-
-@contextmanager
-def _appears_whole(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    made, old = (path.parent / f".{path.name}.{token}.{kind}" for kind in ("tmp", "old"))
-    made.mkdir()
-    try:
-        yield made
-        check_free(path, overwrite)  # again: encoding takes its time
-        if overwrite and path.exists():  # without, a folder that appears this moment makes the rename fail
-            os.rename(path, old)
-        try:
-            os.rename(made, path)
-        except BaseException:
-            if old.exists():
-                os.rename(old, path)
-            raise
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)

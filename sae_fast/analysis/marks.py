@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast.analysis._identity import fingerprint
+from sae_fast.files import write_text
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.train.checkpoint import write_whole
 
 FORMAT, VERSION = "sae_fast.marks", 1
 IRRELEVANT, RELEVANT = "irrelevant", "relevant"
@@ -77,7 +77,7 @@ class Marks:
         value = {"format": FORMAT, "version": VERSION, "sae": self.sae, "d_sae": self.d_sae}
         value |= {"marks": {str(k): self.marks[k] for k in sorted(self.marks)}}
         value |= {"notes": {str(k): self.notes[k] for k in sorted(self.notes)}} if self.notes else {}
-        write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         return path
 
     @classmethod

@@ -23,8 +23,8 @@ from sae_fast.analysis import _page_data as data
 from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis.attribution import Effects
 from sae_fast.analysis.store import FeatureStore
+from sae_fast.files import write_text
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.train.checkpoint import write_whole
 
 HISTOGRAM_BINS, NEAREST = 24, 8
 SCRIPTS = ("data.js", "marks.js", "list.js", "feature.js", "main.js")
@@ -93,7 +93,7 @@ def write_page(
     }
     title = title or f"{type(sae).__name__}, {sae.d_sae:,} features"
     path = Path(path)
-    write_whole(path, _html(title, about, {name: chunk for name, (_, chunk) in packed.items()}))
+    write_text(path, _html(title, about, {name: chunk for name, (_, chunk) in packed.items()}))
     return path
 
 

@@ -1,23 +1,17 @@
-"""Reading and writing other packages' files: no pickle is executed, nothing is half-written, every error names the file and
-the tensor or key."""
+"""Reading and writing other packages' files: no pickle is executed, every error names the file and the tensor or key."""
 
 from __future__ import annotations
 
 import errno
-import json
-import os
 import pickle
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_fast.train.checkpoint import sync
+from sae_fast import files
 
 
 class Tensors:
@@ -51,25 +45,9 @@ class Tensors:
             raise ValueError(f"{self.file}: unknown tensors {sorted(self._left)}: nothing is known to hold them")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file}: there is no such file") from error
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: got {type(value).__name__}, want an object")
-    return value
-
-
 def read_safetensors(file: Path) -> Tensors:
-    try:
-        return Tensors(file, {name: t.clone() for name, t in load_file(file).items()})  # what is loaded outlives the file
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file}: there is no such file") from error
-    except SafetensorError as error:
-        raise ValueError(f"{file}: truncated or damaged: {error}") from error
+    """The tensors of a safetensors file.  Errors as of :func:`sae_fast.files.read_safetensors`."""
+    return Tensors(file, files.read_safetensors(file))
 
 
 def read_pt(file: Path) -> Any:
@@ -96,47 +74,8 @@ def _global(reason: str) -> str:
     return reason[start:].split(" was not", 1)[0].split(". ", 1)[0][:200]
 
 
-def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], overwrite: bool) -> None:
-    """Writes the files into the folder; each value writes its file to the path that it is given.  An error leaves what was
-    there.  The last file, which says how to read the others, goes before they are replaced and comes back after: a kill in
-    between leaves a folder that does not load, not one of old and new.
-
-    ``FileExistsError`` when the folder has one of them and ``overwrite`` is not given.
-    """
-    there = [name for name in files if (folder / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(f"{folder}: holds {', '.join(there)} already; overwrite=True (--overwrite) replaces them")
-    folder.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    made = {name: folder / f".{name}.{token}.tmp" for name in files}
-    try:
-        for name, write in files.items():
-            write(made[name])
-            sync(made[name])
-        (folder / list(files)[-1]).unlink(missing_ok=True)
-        for name, path in made.items():
-            os.replace(path, folder / name)
-        sync(folder)
-    finally:
-        for path in made.values():
-            path.unlink(missing_ok=True)
-
-
-def json_writer(value: Mapping[str, Any]) -> Callable[[Path], None]:
-    text = json.dumps(value, indent=2) + "\n"  # here: what JSON cannot hold is found before anything is written
-
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    return write
-
-
-def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    return lambda path: save_file(plain, path, metadata={"format": "pt"})
-
-
-def pt_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+def pt_writer(tensors: Mapping[str, Tensor]) -> files.Writer:
+    """A writer of what torch.load reads; the tensors are copied now."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
 
     def write(path: Path) -> None:

@@ -7,19 +7,15 @@ A kill at any point leaves a checkpoint that reads.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_fast import nn
+from sae_fast import files, nn
 
 FORMAT, VERSION, MANIFEST = "sae_fast", 1, "config.json"
 GROUPS = ("weights", "optimizer")
@@ -82,32 +78,15 @@ def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAu
 
 def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
     """Writes each named group of tensors and then the manifest."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    files = {group: f"{group}-{token}.safetensors" for group in tensors}
-    manifest = {"format": FORMAT, "version": VERSION, "files": files, **manifest}
-    temporary = folder / f"{MANIFEST}.{token}.tmp"
-    try:
-        for group, contents in tensors.items():
-            save_file({k: t.detach().cpu().contiguous().clone() for k, t in contents.items()}, folder / files[group])
-            sync(folder / files[group])
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-        sync(temporary)
-        os.replace(temporary, folder / MANIFEST)
-    except BaseException:
-        current = folder / MANIFEST
-        if not (current.is_file() and token.encode() in current.read_bytes()):  # else the new checkpoint is in place
-            for leftover in [temporary, *(folder / name for name in files.values())]:
-                leftover.unlink(missing_ok=True)
-        raise
-    sync(folder)
+    folder, token = Path(path), secrets.token_hex(4)
+    names = {group: f"{group}-{token}.safetensors" for group in tensors}
+    manifest = {"format": FORMAT, "version": VERSION, "files": names, **manifest}
+    writers = {names[group]: files.safetensors_writer(contents) for group, contents in tensors.items()}
+    files.write_files(folder, {**writers, MANIFEST: files.json_writer(manifest)}, overwrite=True)
     for group in GROUPS:
         for old in folder.glob(f"{group}-*.safetensors"):
-            if old.name not in files.values():
+            if old.name not in names.values():
                 old.unlink(missing_ok=True)
-    for stale in folder.glob(f"{MANIFEST}.*.tmp"):  # of a save that was killed
-        stale.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -115,11 +94,8 @@ def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, An
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"path: {folder} holds no {MANIFEST}; want a folder that save() wrote")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"{folder / MANIFEST}: not valid JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = files.read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
         raise ValueError(f"{folder / MANIFEST}: got no format {FORMAT!r}; this is not a checkpoint of this package")
     if manifest.get("version") != VERSION:
         raise ValueError(f"{folder / MANIFEST}: version: got {manifest.get('version')!r}, want {VERSION}")
@@ -129,46 +105,12 @@ def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, An
             raise ValueError(f"{folder / MANIFEST}: files: no {group!r}; it was saved without (save with Trainer.save?)")
         file = folder / entry(manifest, str, "files", group)
         try:
-            # Copies: load_file maps the file, and what is loaded must outlive it.
-            tensors[group] = {name: t.clone() for name, t in load_file(file).items()}
+            tensors[group] = files.read_safetensors(file)
         except FileNotFoundError as error:
             raise ValueError(f"{file}: missing, though {MANIFEST} names it") from error
-        except SafetensorError as error:
-            raise ValueError(f"{file}: truncated or damaged: {error}") from error
     return manifest, tensors
 
 
 def entry(manifest: dict[str, Any], kind: type, *keys: str) -> Any:
     """The value at these nested keys of a manifest, or ``ValueError`` that names them."""
-    return key(manifest, MANIFEST, kind, *keys)
-
-
-def key(config: Mapping[str, Any], file: str | os.PathLike, kind: type | tuple[type, ...], *path: str) -> Any:
-    """The value at these nested keys of what a JSON file holds, or ``ValueError`` that names file and keys."""
-    value: Any = config
-    for part in path:
-        value = value.get(part) if isinstance(value, Mapping) else None
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"{file}: {'.'.join(path)}: got {value!r}, want {' or '.join(k.__name__ for k in kinds)}")
-    return value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file of text beside its place, then renames it: what was there stays until the new one is whole."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """To the disk: a file, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return files.key(manifest, MANIFEST, kind, *keys)

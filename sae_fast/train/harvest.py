@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sae_fast.extras import require
+from sae_fast.files import appear
 from sae_fast.train.activations import VERSION, ActivationStore
 
 PIECE = 1 << 16  # characters given to the tokenizer at a time
@@ -67,12 +67,16 @@ def harvest(
     root.mkdir(parents=True, exist_ok=True)
     _check_disk(root, 4 * info["n_tokens"] * info["d"] + 20 * contexts.ids.size + 4 * len(text))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _appears_whole(root / key) as folder:
-        np.save(folder / "tokens.npy", contexts.ids.reshape(-1).astype(np.int32))
-        np.save(folder / "spans.npy", contexts.spans)
-        (folder / "text.txt").write_bytes(text.encode())
-        (folder / "store.json").write_text(json.dumps(info, indent=2) + "\n")
-        _run(source, contexts, layer, batch_size, device, progress, folder / "activations.npy")
+    try:
+        with appear(root / key) as folder:
+            np.save(folder / "tokens.npy", contexts.ids.reshape(-1).astype(np.int32))
+            np.save(folder / "spans.npy", contexts.spans)
+            (folder / "text.txt").write_bytes(text.encode())
+            (folder / "store.json").write_text(json.dumps(info, indent=2) + "\n")
+            _run(source, contexts, layer, batch_size, device, progress, folder / "activations.npy")
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster: its store is as good
+            raise
     return ActivationStore.open(root / key)
 
 
@@ -282,24 +286,6 @@ def _run(
             out[begin * length : begin * length + len(rows)] = rows.numpy()
             bar.update(len(rows))
     out.flush()
-
-
-@contextmanager
-def _appears_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and vanishes when it does not."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        try:
-            os.replace(temporary, folder)
-        except OSError as error:
-            if error.errno not in (
-                errno.EEXIST,
-                errno.ENOTEMPTY,
-            ):  # another process was faster: its store is as good
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_disk(folder: Path, needed: int) -> None:

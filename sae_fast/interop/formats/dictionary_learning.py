@@ -15,21 +15,12 @@ import torch
 from torch import Tensor
 
 from sae_fast import nn
+from sae_fast.files import json_writer, key, read_json, safetensors_writer, write_files
 from sae_fast.interop import _norms
-from sae_fast.interop._files import (
-    Tensors,
-    json_writer,
-    pt_writer,
-    read_json,
-    read_pt,
-    read_safetensors,
-    safetensors_writer,
-    write_folder,
-)
+from sae_fast.interop._files import Tensors, pt_writer, read_pt, read_safetensors
 from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.train.checkpoint import key
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG, UNFOLD = "ae.pt", "config.json", "sae_fast_unfold.safetensors"
@@ -79,8 +70,8 @@ def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold 
     config[KEY] = to_keep(sae, NAME, **({"unfold": unfold.digest} if unfold else {}))
     files: dict[str, Callable[[Path], None]] = {WEIGHTS: pt_writer(tensors)}
     if unfold:
-        files[UNFOLD] = safetensors_writer(unfold.tensors())
-    write_folder(folder, {**files, CONFIG: json_writer(config)}, overwrite)
+        files[UNFOLD] = safetensors_writer(unfold.tensors(), {"format": "pt"})
+    write_files(folder, {**files, CONFIG: json_writer(config)}, overwrite)
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from sae_fast import nn
+from sae_fast.files import json_writer, key, read_json, safetensors_writer, write_files
 from sae_fast.interop import _norms
-from sae_fast.interop._files import Tensors, json_writer, read_json, read_safetensors, safetensors_writer, write_folder
+from sae_fast.interop._files import Tensors, read_safetensors
 from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.train.checkpoint import key
 
 NAME = "saelens"
 WEIGHTS, CONFIG, VERSION = "sae_weights.safetensors", "cfg.json", "6.0.0"
@@ -93,7 +93,7 @@ def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold 
         "apply_b_dec_to_input": sae.apply_b_dec_to_input, "normalize_activations": "none",
         "reshape_activations": config.get("reshape_activations", "none"), **more, "metadata": metadata,
     }  # fmt: skip
-    write_folder(folder, {WEIGHTS: safetensors_writer(state), CONFIG: json_writer(config)}, overwrite)
+    write_files(folder, {WEIGHTS: safetensors_writer(state, {"format": "pt"}), CONFIG: json_writer(config)}, overwrite)
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast import nn
-from sae_fast.interop._files import json_writer, read_json, read_safetensors, safetensors_writer, write_folder
+from sae_fast.files import json_writer, key, read_json, safetensors_writer, write_files
+from sae_fast.interop._files import read_safetensors
 from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.train.checkpoint import key
 
 NAME = "sparsify"
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
@@ -75,4 +75,4 @@ def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold 
         "W_dec": state["W_dec"],
         "b_dec": state["b_dec"],
     }
-    write_folder(folder, {WEIGHTS: safetensors_writer(tensors), CONFIG: json_writer(config)}, overwrite)
+    write_files(folder, {WEIGHTS: safetensors_writer(tensors, {"format": "pt"}), CONFIG: json_writer(config)}, overwrite)

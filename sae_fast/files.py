@@ -1,0 +1,239 @@
+"""Files that are whole or not there.
+
+Whatever is written lies in a *room* first: a hidden folder beside its place, on the same disk, held by a lock.  Renaming is
+the moment at which it appears.  A room vanishes with its writer's block; one whose writer was killed is swept by the next
+that writes into that folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROOM = ".sae_fast-{}.tmp"
+LFS = b"version https://git-lfs.github.com/spec/"
+Writer = Callable[[Path], None]  # writes a file to the path that it is given
+
+
+def sync(path: Path) -> None:
+    """Flush to the disk: a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- Rooms ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def room(parent: Path) -> Iterator[Path]:
+    """A hidden folder in ``parent``, held while the block runs and removed when it ends."""
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{parent}: there is no such folder")
+    sweep(parent)
+    made, handle = _held(parent)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(handle)
+
+
+def sweep(parent: Path) -> None:
+    """Remove the rooms in ``parent`` whose writers are dead; a folder that one had moved away goes back."""
+    for left in parent.glob(ROOM.format("*")):
+        with suppress(OSError):  # it vanished, is no folder, or is held
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for replaced in left.glob("old/*"):
+                    if not (parent / replaced.name).exists():
+                        os.rename(replaced, parent / replaced.name)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _held(parent: Path) -> tuple[Path, int]:
+    """A new room and the handle that holds it."""
+    while True:
+        made = parent / ROOM.format(secrets.token_hex(6))
+        made.mkdir()
+        handle = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # a sweeper was between our two calls
+            os.close(handle)
+            continue
+        except OSError:  # a disk without locks, on which nobody sweeps
+            pass
+        if made.exists():
+            return made, handle
+        os.close(handle)
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def write(path: str | os.PathLike, writer: Writer) -> None:
+    """Write one file: what was there stays until the new one is whole and on the disk."""
+    path = Path(path)
+    with room(path.parent) as made:
+        _write_synced(made / path.name, writer, path)
+        os.replace(made / path.name, path)
+        sync(path.parent)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text, in UTF-8, as :func:`write` does."""
+    write(path, _text_writer(text))
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int = 2) -> None:
+    """Write what JSON can hold as :func:`write` does."""
+    write(path, json_writer(value, indent))
+
+
+def write_files(folder: str | os.PathLike, files: Mapping[str, Writer], overwrite: bool) -> None:
+    """Write several files into a folder (made if missing), of which the last says how to read the others.
+
+    An error leaves what was there.  Where a file is replaced the last goes before and comes back after: a kill in between
+    leaves a folder that does not load, not one of old and new.  ``FileExistsError`` when the folder has one of them and
+    ``overwrite`` is not given.
+    """
+    folder = Path(folder)
+    there = [name for name in files if (folder / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{folder}: holds {', '.join(there)} already; overwrite=True (--overwrite) replaces them")
+    folder.mkdir(parents=True, exist_ok=True)
+    last = list(files)[-1]
+    with room(folder) as made:
+        for name, writer in files.items():
+            _write_synced(made / name, writer, folder / name)
+        if set(there) - {last}:
+            (folder / last).unlink(missing_ok=True)
+        try:
+            for name in files:
+                os.replace(made / name, folder / name)
+        except BaseException:
+            if (made / last).exists():  # else all are in place
+                for name in set(files) - set(there):
+                    (folder / name).unlink(missing_ok=True)
+            raise
+        sync(folder)
+
+
+@contextmanager
+def appear(path: Path, replace: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+    """A folder that takes the place ``path`` when the block ends well, with all that is in it on the disk.
+
+    ``replace`` is asked then, as making takes its time: whether a folder that is there may go.  It may raise.  Without it
+    ``OSError`` (ENOTEMPTY or EEXIST) when another appeared meanwhile.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with room(path.parent) as made:
+        new, old = made / "new", made / "old" / path.name
+        new.mkdir()
+        old.parent.mkdir()
+        yield new
+        for file in (*new.rglob("*"), new):
+            sync(file)
+        if replace() and path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        sync(path.parent)
+
+
+def _write_synced(path: Path, writer: Writer, place: Path) -> None:
+    """Write the file that will be at ``place``, which an ``OSError`` names."""
+    try:
+        writer(path)
+        sync(path)
+    except (SafetensorError, OSError) as error:
+        found = re.search(r"os error (\d+)", str(error))  # safetensors' words for a full disk
+        number = error.errno if isinstance(error, OSError) else int(found.group(1)) if found else errno.EIO
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def _text_writer(text: str) -> Writer:
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8", newline="\n")
+
+    return write
+
+
+def json_writer(value: Any, indent: int = 2) -> Writer:
+    """A writer of JSON; what it cannot hold is found here, before anything is written."""
+    return _text_writer(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def safetensors_writer(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Writer:
+    """A writer of tensors, which are copied now."""
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return lambda path: save_file(plain, path, metadata=metadata)
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, or ``FileNotFoundError`` or ``ValueError`` that names it."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: there is no such file") from error
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"{file}: {lfs_pointer(file) or f'not valid JSON: {error}'}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: got {type(value).__name__}, want an object")
+    return value
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors in a file, in memory of their own: what is loaded outlives the file.  Errors as of :func:`read_json`."""
+    try:
+        return {name: t.clone() for name, t in load_file(file).items()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: there is no such file") from error
+    except SafetensorError as error:
+        raise ValueError(f"{file}: {lfs_pointer(file) or f'truncated or damaged: {error}'}") from error
+
+
+def lfs_pointer(file: Path) -> str | None:
+    """What to say of a file whose contents are still on a Git LFS server, or None."""
+    with file.open("rb") as stream:
+        pointer = stream.read(len(LFS)) == LFS
+    return "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`" if pointer else None
+
+
+def key(config: Mapping[str, Any], file: str | os.PathLike, kind: type | tuple[type, ...], *path: str) -> Any:
+    """The value at these nested keys of what a JSON file holds, or ``ValueError`` that names file and keys."""
+    value: Any = config
+    for part in path:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"{file}: {'.'.join(path)}: got {value!r}, want {' or '.join(k.__name__ for k in kinds)}")
+    return value
