@@ -1,0 +1,57 @@
+"""What `make demo` prints at its end, from the metrics of one run that are kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import date
+from pathlib import Path
+
+from benchmarks import jsonfile, machine
+from benchmarks.tables._markdown import grid, number, of, source, times
+from benchmarks.tables._region import RESULTS, ROOT, table
+
+KEPT = ("held_out", "training", "step", "recipe")
+
+
+def kept(results: Path = RESULTS) -> Path | None:
+    """The newest demo.json, of whichever machine; None before there is one."""
+    found = {path: json.loads(path.read_text("utf-8"))["about"]["date"] for path in sorted(results.glob("*/demo.json"))}
+    return max(found, key=lambda path: found[path], default=None)
+
+
+def keep(metrics: Path, results: Path = RESULTS, picture: Path = ROOT / "docs" / "demo_training.png") -> Path:
+    """Stores a run's metrics.json as this machine's, and its picture beside the documents; returns the path.
+
+    FileNotFoundError without the run, ValueError for a file of something else.
+    """
+    run = json.loads(metrics.read_text("utf-8"))
+    if missing := [name for name in KEPT if name not in run]:
+        raise ValueError(f"{metrics}: got no {', '.join(missing)}, want the metrics.json of a demo")
+    about = machine.about() | {"date": date.today().isoformat()}
+    path = results / machine.slug() / "demo.json"
+    jsonfile.write(path, {"about": about} | {name: run[name] for name in KEPT})
+    shutil.copyfile(metrics.with_name("training.png"), picture)
+    return path
+
+
+@table
+def demo() -> str | None:
+    """The closing table, once a run is kept."""
+    path = kept()
+    if path is None:
+        return None
+    run = json.loads(path.read_text("utf-8"))
+    held_out, training, step = (run[name] for name in ("held_out", "training", "step"))
+    rows = [
+        ["L0, features per token", number(held_out["l0"])],
+        ["FVU, fraction of variance unexplained", number(held_out["fvu"])],
+        ["relative reconstruction bias γ", f"{held_out['relative_reconstruction_bias']:.3f}"],
+        ["dead features", f"{held_out['dead_fraction']:.1%}"],
+        ["training", f"{number(training['tokens_per_second'])} tokens/s, {number(training['seconds'])} s"],
+        ["a step", f"{number(step['engine_ms'])} ms"],
+        ["a step of dense PyTorch, here and now", f"{number(step['dense_ms'])} ms"],
+        ["times faster", times(step["times_faster"])],
+    ]
+    about = f"{of(run['about'])}, {run['about']['date']}"
+    return grid([f"on {number(held_out['tokens'])} held-out tokens", ""], rows) + source(path, about)
