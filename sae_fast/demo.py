@@ -7,6 +7,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,22 @@ def measure_speedup(sae: sf.GatedSAE, x: torch.Tensor, lr: float, l1: float, rou
             times.append(time.perf_counter() - start)
     engine, dense = (1e3 * statistics.median(times[1:]) for times in seconds)
     return {"engine_ms": engine, "dense_ms": dense, "times_faster": dense / engine}
+
+
+def summary(
+    held_out: Mapping[str, float], training: Mapping[str, float], step: Mapping[str, float]
+) -> list[tuple[str, str]]:
+    """The closing table's rows: four of the held-out tokens, four of the time."""
+    return [
+        ("L0, features per token", f"{held_out['l0']:.1f}"),
+        ("FVU, fraction of variance unexplained", f"{held_out['fvu']:.4f}"),
+        ("relative reconstruction bias γ", f"{held_out['relative_reconstruction_bias']:.3f}"),
+        ("dead features", f"{held_out['dead_fraction']:.1%}"),
+        ("training", f"{training['tokens_per_second']:,.0f} tokens/s"),
+        ("a step", f"{step['engine_ms']:.1f} ms"),
+        ("a step of dense PyTorch, here and now", f"{step['dense_ms']:.1f} ms"),
+        ("times faster", f"{step['times_faster']:.1f}×"),
+    ]
 
 
 def write_report(result: Run, store: ActivationStore, out: Path, about: dict[str, Any], source: dict[str, Any]) -> None:

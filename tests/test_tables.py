@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks import jsonfile, tables
 from benchmarks.claims import _page
+from benchmarks.data import FULL, Shape
 from benchmarks.tables import __main__, _figures, _markdown, _region, demo
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +105,23 @@ def test_numbers(value, text):
     assert _markdown.number(value) == text
 
 
+def test_cells_are_the_csvs_own():
+    with tables.cpu.CSV.open(newline="") as file:
+        times = {row["provider"]: float(row["p50"]) for row in csv.DictReader(file)
+                 if (row["case"], row["metric"], row["x"]) == ("step", "time", str(FULL))}  # fmt: skip
+    line = next(line for line in tables.TABLES["step"]().splitlines() if line.startswith("| eager PyTorch"))
+    eager, ours, product = times["eager"], times["sae_fast"], times["bare_product"]
+    assert [cell.strip() for cell in line.split("|")][2:5] == [
+        f"{eager:,.0f} ms".replace(",", " "), f"{eager / product:.3g}", f"{eager / ours:.3g} ×",
+    ]  # fmt: skip
+
+
+def test_formulas_are_what_they_come_to():
+    shape = Shape(B=8, d=3, F=64, l0=2)
+    wanted = 4 * 16 * 3 + 4 * 8 * 3 + 8 * 64 / 8 + 4 * 64 * (1 - math.exp(-16 / 64)) * 3
+    assert tables.kernels._sum(shape, "4nd + 4Bd + 8F/8 + 4td") == pytest.approx(wanted)
+
+
 def test_a_figure_that_was_not_measured_is_an_error():
     with pytest.raises(ValueError, match=r"got no row step, nobody, time, .*, want what a document shows"):
         _figures.Figures(tables.cpu.CSV)("step", "nobody")
@@ -139,7 +159,7 @@ def test_a_demo_is_kept_and_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "kept", lambda: path)
     monkeypatch.setattr(_markdown, "ROOT", tmp_path)
     table = tables.TABLES["demo"]()
-    for cell in ("on 43 008 held-out tokens", "30.5", "0.0823", "40 815 tokens/s", "22.0 ms", "206 ms", "9.4 ×"):
+    for cell in ("on 43,008 held-out tokens", "30.5", "0.0823", "40,815 tokens/s", "22.0 ms", "205.8 ms", "9.4×"):
         assert cell in table
     jsonfile.write(run / "metrics.json", {"step": {}})
     with pytest.raises(ValueError, match=r"metrics.json: got no held_out, training, recipe, want"):

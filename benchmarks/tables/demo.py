@@ -8,8 +8,9 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks import jsonfile, machine
-from benchmarks.tables._markdown import grid, number, of, source, times
+from benchmarks.tables._markdown import grid, of, source
 from benchmarks.tables._region import RESULTS, ROOT, table
+from sae_fast.demo import summary
 
 KEPT = ("held_out", "training", "step", "recipe")
 
@@ -42,16 +43,7 @@ def demo() -> str | None:
     if path is None:
         return None
     run = json.loads(path.read_text("utf-8"))
-    held_out, training, step = (run[name] for name in ("held_out", "training", "step"))
-    rows = [
-        ["L0, features per token", number(held_out["l0"])],
-        ["FVU, fraction of variance unexplained", number(held_out["fvu"])],
-        ["relative reconstruction bias γ", f"{held_out['relative_reconstruction_bias']:.3f}"],
-        ["dead features", f"{held_out['dead_fraction']:.1%}"],
-        ["training", f"{number(training['tokens_per_second'])} tokens/s, {number(training['seconds'])} s"],
-        ["a step", f"{number(step['engine_ms'])} ms"],
-        ["a step of dense PyTorch, here and now", f"{number(step['dense_ms'])} ms"],
-        ["times faster", times(step["times_faster"])],
-    ]
+    held_out = run["held_out"]
+    rows = summary(held_out, run["training"], run["step"])
     about = f"{of(run['about'])}, {run['about']['date']}"
-    return grid([f"on {number(held_out['tokens'])} held-out tokens", ""], rows) + source(path, about)
+    return grid([f"on {held_out['tokens']:,} held-out tokens", ""], rows) + source(path, about)

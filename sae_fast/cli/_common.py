@@ -22,21 +22,13 @@ Seed = Annotated[int, typer.Option(help="Of the weights and of the order of the 
 
 def show(result: Run, out: Path) -> None:
     """Prints the closing table."""
-    held_out, training, step = result.held_out.compute(), result.training, result.step
-    rows = [
-        ("L0, features per token", f"{held_out['l0']:.1f}"),
-        ("FVU, fraction of variance unexplained", f"{held_out['fvu']:.4f}"),
-        ("relative reconstruction bias γ", f"{held_out['relative_reconstruction_bias']:.3f}"),
-        ("dead features", f"{held_out['dead_fraction']:.1%}"),
-        ("training", f"{training['tokens_per_second']:,.0f} tokens/s"),
-        ("a step", f"{step['engine_ms']:.1f} ms"),
-        ("a step of dense PyTorch, here and now", f"{step['dense_ms']:.1f} ms"),
-        ("times faster", f"{step['times_faster']:.1f}×"),
-    ]
+    from sae_fast.demo import summary
+
+    held_out = result.held_out.compute()
     table = Table(title=f"on {held_out['tokens']:,} held-out tokens", title_justify="left", show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="right", style="bold")
-    for i, row in enumerate(rows):
+    for i, row in enumerate(summary(held_out, result.training, result.step)):
         table.add_row(*row, end_section=i == 3)
     console = Console()
     console.print(table)
