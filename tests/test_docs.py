@@ -28,6 +28,16 @@ def test_every_file_that_a_document_links_to_exists(document):
 
 
 @documents
+def test_every_heading_that_a_document_links_to_exists(document):
+    """By GitHub's rule: lower case, without punctuation, a hyphen for each space."""
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text(encoding="utf-8"))
+    for path, anchor in links:
+        target = document.parent / path if path else document
+        headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.M)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, path
+
+
+@documents
 def test_every_make_target_that_a_document_names_exists(document):
     targets = set(re.findall(r"`make ([a-z-]+)[^`]*`", document.read_text(encoding="utf-8")))
     made = set(re.findall(r"^([a-z -]+):", (ROOT / "Makefile").read_text(), flags=re.M))

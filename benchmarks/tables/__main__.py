@@ -17,7 +17,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; show what differs, and exit with 1.")] = False,
-    demo: Annotated[Path | None, typer.Option(help="A demo's metrics.json: kept first, as this machine's.")] = None,
+    demo: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A demo's metrics.json: kept first, as this machine's.")
+    ] = None,
 ) -> None:
     """Writes the tables of the documents."""
     if demo is not None:
