@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close_2x, assert_is_code, assert_repeats, assert_same_bits, randn, same_bits, strided
@@ -163,20 +165,63 @@ def test_an_impossible_number_of_active_groups(cls, bad):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(k=0), "k: got 0, want an int with 1 ≤ k ≤ d_sae = 130"),
+        (dict(k=0), "k: got 0, want an? (int|number) with .* k ≤ d_sae = 130"),
         (dict(k=131), "k: got 131"),
-        (dict(k=2.0), "k: got 2.0"),
         (dict(k=True), "k: got True"),
+        (dict(k=float("nan")), "k: got nan"),
+        (dict(k="7"), "k: got '7'"),
+        (dict(k=np.array([7])), "k: got array"),
+        (dict(d_sae=True), "d_sae: got True, want a positive int"),
+        (dict(d_in=np.float64(19)), "d_in: got np.float64"),
+        (dict(seed="3"), "seed: got '3', want an int"),
+        (dict(seed=2**64), "seed: got 18446744073709551616"),
+        (dict(apply_b_dec_to_input="no"), "apply_b_dec_to_input: got 'no', want True or False"),
+        (dict(dtype="float32"), "dtype: got 'float32', want a floating-point dtype"),
+        (dict(dtype=torch.int8), "dtype: got torch.int8"),
         (dict(group_sizes=[]), r"group_sizes: got \[\], want positive ints whose sum is d_sae = 130"),
         (dict(group_sizes=[130, 0]), "group_sizes: got"),
         (dict(group_sizes=[100, 29]), "group_sizes: got"),
         (dict(group_sizes=[65.0, 65.0]), "group_sizes: got"),
         (dict(group_sizes=[140, -10]), "group_sizes: got"),
+        (dict(group_sizes=["40", 90]), "group_sizes: got"),
+        (dict(group_sizes="130"), "group_sizes: got '130'"),
+        (dict(group_sizes=np.array(130)), r"group_sizes: got array\(130\)"),
+        (dict(group_sizes=np.array([[40, 90]])), "group_sizes: got array"),
+        (dict(group_sizes=[True, 129]), "group_sizes: got"),
+        (dict(group_sizes=[40, 90], active_groups=3), "active_groups: got 3, want an int from 1 to .* 2"),
     ],
 )
 def test_impossible_arguments(cls, arguments, message):
     with pytest.raises(ValueError, match=message):
-        cls(19, 130, **{"k": 7, **arguments})
+        cls(**{"d_in": 19, "d_sae": 130, "k": 7, **arguments})
+
+
+@classes
+def test_numpys_numbers_are_numbers_and_come_out_as_pythons(cls):
+    sizes = np.array(SIZES)
+    sae = cls(np.int64(19), np.int32(130), np.uint8(7), seed=np.int64(0), group_sizes=sizes, active_groups=np.int8(2))
+    plain = cls(19, 130, 7, seed=0, group_sizes=SIZES, active_groups=2)
+    assert json.dumps(sae.options()) == json.dumps(plain.options()) and sae.active_groups == 2
+    assert type(sae.d_in) is type(sae.d_sae) is int and same_bits(sae.W_enc, plain.W_enc)
+    sae.active_groups = np.int64(3)
+    assert sae.options() == {"k": 7, "group_sizes": SIZES}
+
+
+def test_k_is_whole_but_for_a_batch_by_its_threshold():
+    with pytest.raises(ValueError, match=r"k: got 2\.0, want an int"):
+        sf.TopKSAE(19, 130, 2.0)
+    assert sf.BatchTopKSAE(19, 130, np.float32(2)).options() == {"k": 2}
+    sae, x = make(sf.BatchTopKSAE, 1.5)
+    with pytest.raises(ValueError, match=r"k: got 1\.5, want a whole number to take the k · B largest, or a threshold"):
+        sae.encode(x)
+    sae.threshold.fill_(0.7)
+    assert_close_2x(sae.encode(x), plain(sae, x, torch.float32), plain(sae, x, torch.float64))
+
+
+@classes
+def test_on_meta_nothing_is_drawn_or_held(cls):
+    sae = cls(10**6, 10**8, 7, device="meta")
+    assert sae.W_enc.shape == (10**8, 10**6) and all(t.is_meta for t in sae.state_dict().values())
 
 
 @classes
@@ -226,6 +271,7 @@ def test_bad_input_is_a_value_error(cls, x):
 @pytest.mark.parametrize("sizes", [None, SIZES])
 def test_a_saved_layer_comes_back_bit_for_bit(cls, dtype, sizes, tmp_path):
     sae, x = make(cls, 5, dtype, group_sizes=sizes, apply_b_dec_to_input=False)
+    sae.active_groups = 1 if sizes is None else 2
     if cls is sf.BatchTopKSAE:
         sae.threshold.fill_(0.3)
     sf.save(sae, tmp_path)

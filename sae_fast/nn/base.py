@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sae_fast import functional, ops
 from sae_fast.code import RowGradient, SparseCode
+from sae_fast.nn import arguments
 from sae_fast.ops import _checks
 from sae_fast.ops._dispatch import without_autocast
 
@@ -33,6 +34,7 @@ class SparseAutoencoder(nn.Module):
 
     activation: str  # of ops.encode
     per_feature: tuple[str, ...]  # parameters [F], the encoder bias first
+    any_dtype: tuple[str, ...] = ()  # parameters that may have another dtype than the module, which is W_enc's
     metadata: dict[str, Any]  # where it came from, as its checkpoints keep it: anything that JSON can hold
 
     def __init__(
@@ -46,27 +48,68 @@ class SparseAutoencoder(nn.Module):
         apply_b_dec_to_input: bool = True,
     ):
         """W_dec has random unit rows, W_enc is its copy, every bias is zero: the peers' initialisation.  ``seed`` makes it
-        repeatable without touching torch's global generator."""
+        repeatable without touching torch's global generator.  On the device "meta" nothing is drawn."""
         super().__init__()
-        for name, value in (("d_in", d_in), ("d_sae", d_sae)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, want a positive int")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: got {dtype}, want a floating-point dtype")
-        self.d_in, self.d_sae = d_in, d_sae
+        self.d_in, self.d_sae = arguments.whole("d_in", d_in), arguments.whole("d_sae", d_sae)
+        dtype = arguments.floating("dtype", dtype)
         self.precision = precision
-        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.apply_b_dec_to_input = arguments.flag("apply_b_dec_to_input", apply_b_dec_to_input)
         self.metadata = {}
         self._frozen: ops.KeptShadow | None = None
         self._settle: Callable[[], None] | None = None  # a Trainer's, whose steps on a GPU may still be under way
         self.register_state_dict_pre_hook(_settle_first)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        W_dec = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        shape = self.d_sae, self.d_in
+        if torch.empty(0, device=device).is_meta:
+            W_dec = torch.empty(shape, device="meta")
+        else:
+            seed = None if seed is None else arguments.whole("seed", seed, -(2**63), 2**64 - 1, "an int of 64 bits")
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            W_dec = nn.functional.normalize(torch.randn(shape, generator=generator), dim=1)
         self.W_enc = nn.Parameter(W_dec.to(device, dtype, copy=True))
         self.W_dec = nn.Parameter(W_dec.to(device, dtype, copy=True))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_in, dtype=dtype, device=device))
         for name in self.per_feature:
-            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.d_sae, dtype=dtype, device=device)))
+
+    @classmethod
+    def of_state(
+        cls, where: str, d_in: int, d_sae: int, dtype: torch.dtype, state: Mapping[str, Tensor], **options: Any
+    ) -> Any:
+        """A layer of copies of these tensors, its parameters and buffers.  None is drawn, and nothing is allocated before
+        all fit: ``ValueError`` names ``where`` they are from and the one that is missing, of another shape or dtype, or
+        unknown."""
+
+        def fits(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+            if name not in state:
+                raise ValueError(f"{where}: tensor {name!r} is missing")
+            got = state[name]
+            if tuple(got.shape) != shape or (got.dtype != dtype and name not in cls.any_dtype):
+                raise ValueError(f"{where}: {name}: got {got.dtype} {tuple(got.shape)}, want {dtype} {shape}")
+
+        # First, as what a file says may be beyond torch's sizes.
+        fits("W_enc", dtype, (arguments.whole("d_sae", d_sae), arguments.whole("d_in", d_in)))
+        sae = cls(d_in, d_sae, dtype=dtype, device="meta", **options)
+        wanted = sae.state_dict()
+        for name, t in wanted.items():
+            fits(name, t.dtype, tuple(t.shape))
+        if extra := set(state) - set(wanted):
+            raise ValueError(f"{where}: unknown tensors {sorted(extra)}")
+        copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+        sae.load_state_dict(copies, assign=True)
+        sae.check_dtypes()
+        return sae
+
+    def check_dtypes(self) -> None:
+        """``ValueError`` that names the parameters whose dtypes do not go together: no code can be computed then."""
+        dtypes = {name: p.dtype for name, p in self.named_parameters() if name not in self.any_dtype}
+        if len(set(dtypes.values())) > 1 or not all(p.is_floating_point() for p in self.parameters()):
+            said = ", ".join(f"{n} {str(p.dtype).removeprefix('torch.')}" for n, p in self.named_parameters())
+            raise ValueError(f"sae: got {said}, want one floating-point dtype")
+
+    def not_finite(self) -> dict[str, int]:
+        """Of each parameter and buffer that has NaNs or infinities, how many."""
+        bad = {name: t.numel() - int(torch.isfinite(t).sum()) for name, t in self.state_dict().items()}
+        return {name: n for name, n in bad.items() if n}
 
     def extra_repr(self) -> str:
         exact = {} if self.precision == "exact" else {"precision": self.precision}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode
+from sae_fast.nn import arguments
 from sae_fast.nn.grouped import GroupedSAE
 
 
@@ -16,7 +17,8 @@ class BatchTopKSAE(GroupedSAE):
     """π = (x − b_dec) W_encᵀ + b_enc, and f by one of two rules.
 
     With a threshold ≥ 0, which training estimates: f = 1[π > threshold] ⊙ ReLU(π), whatever else is in the batch.  Without:
-    the k · B largest entries of ReLU(π) of all B examples of x together; of equal ones, the first.
+    the k · B largest entries of ReLU(π) of all B examples of x together; of equal ones, the first.  k need not be whole
+    where the threshold decides.
 
     The buffer ``threshold`` is a float32 scalar, −1 while it is not set; ``sae.threshold.fill_(value)`` sets it.  It stays
     float32 when the layer is moved to another dtype, and is rounded to the layer's where it is used.  A compiled layer
@@ -28,6 +30,9 @@ class BatchTopKSAE(GroupedSAE):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register_buffer("threshold", torch.tensor(-1.0, dtype=torch.float32, device=self.W_enc.device))
+
+    def _checked_k(self, k: Any) -> int | float:
+        return arguments.average("k", k, self.d_sae, f"a number with 0 < k ≤ d_sae = {self.d_sae}")
 
     def encode_sparse(self, x: Tensor, use_threshold: bool | None = None) -> SparseCode:
         """The sparse code of x [..., d_in].  Its values are differentiable.  ``use_threshold``: by the threshold, or the
@@ -51,6 +56,10 @@ class BatchTopKSAE(GroupedSAE):
         elif use_threshold and not self.has_threshold():
             raise ValueError("use_threshold: got True, want a threshold ≥ 0 first (sae.threshold.fill_(value))")
         if not use_threshold:
+            if not isinstance(self.k, int):
+                raise ValueError(
+                    f"k: got {self.k}, want a whole number to take the k · B largest, or a threshold that is set"
+                )
             return {**super()._encoder(), "support": "batch_topk", "k": self.k}
         return {"activation": "jumprelu", "threshold": self.threshold.to(self.W_enc.dtype).expand(self.d_sae)}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.code import SparseCode
+from sae_fast.nn import arguments
 from sae_fast.nn.base import SparseAutoencoder
 from sae_fast.ops._dispatch import without_autocast
 
@@ -37,24 +38,28 @@ class GroupedSAE(SparseAutoencoder):
         precision: str = "exact",
         apply_b_dec_to_input: bool = True,
         group_sizes: Sequence[int] | None = None,
+        active_groups: int | None = None,
     ):
-        """``k`` features an example, 1 ≤ k ≤ d_sae; ``group_sizes`` are positive and add up to d_sae.  The rest as in
-        SparseAutoencoder."""
+        """``k`` features an example, 1 ≤ k ≤ d_sae; ``group_sizes`` are positive and add up to d_sae, of which the first
+        ``active_groups`` are on.  The rest as in SparseAutoencoder."""
         super().__init__(d_in, d_sae, dtype, device, seed, precision, apply_b_dec_to_input)
-        if not _is_int(k) or not 1 <= k <= d_sae:
-            raise ValueError(f"k: got {k!r}, want an int with 1 ≤ k ≤ d_sae = {d_sae}")
-        if group_sizes is not None and (
-            not group_sizes or not all(_is_int(n) and n > 0 for n in group_sizes) or sum(group_sizes) != d_sae
-        ):
-            raise ValueError(f"group_sizes: got {group_sizes!r}, want positive ints whose sum is d_sae = {d_sae}")
-        self.k = k
-        self.group_sizes = None if group_sizes is None else tuple(group_sizes)
-        self._bounds = [0, *accumulate(self.group_sizes or (d_sae,))]
-        self._active = len(self._bounds) - 1
+        self.k = self._checked_k(k)
+        self.group_sizes = None if group_sizes is None else arguments.sizes("group_sizes", group_sizes, self.d_sae)
+        self._bounds = [0, *accumulate(self.group_sizes or (self.d_sae,))]
+        self.active_groups = len(self._bounds) - 1 if active_groups is None else active_groups
+
+    def _checked_k(self, k: Any) -> Any:
+        return arguments.whole("k", k, 1, self.d_sae, f"an int with 1 ≤ k ≤ d_sae = {self.d_sae}")
 
     def options(self) -> dict[str, Any]:
-        groups = {} if self.group_sizes is None else {"group_sizes": list(self.group_sizes)}
+        groups: dict[str, Any] = {} if self.group_sizes is None else {"group_sizes": list(self.group_sizes)}
+        if not self.all_active:
+            groups["active_groups"] = self.active_groups
         return {**super().options(), "k": self.k, **groups}
+
+    @property
+    def all_active(self) -> bool:
+        return self._active == len(self._bounds) - 1
 
     @property
     def active_groups(self) -> int:
@@ -65,9 +70,8 @@ class GroupedSAE(SparseAutoencoder):
     @active_groups.setter
     def active_groups(self, value: int) -> None:
         groups = len(self._bounds) - 1
-        if not _is_int(value) or not 1 <= value <= groups:
-            raise ValueError(f"active_groups: got {value!r}, want an int from 1 to the number of groups, {groups}")
-        self._active = value
+        wanted = f"an int from 1 to the number of groups, {groups}"
+        self._active = arguments.whole("active_groups", value, 1, groups, wanted)
 
     def decode_prefixes(self, f: Tensor | SparseCode) -> Tensor:
         """[G, ..., d_in]: x̂ from the first 1 .. G groups of a dense f [..., F] or a SparseCode; G = 1 without groups."""
@@ -84,10 +88,6 @@ class GroupedSAE(SparseAutoencoder):
 
     def _code(self, x_c: Tensor, shadow: ops.Shadow | None = None, **choice: Any) -> SparseCode:
         code = super()._code(x_c, shadow, **choice)
-        if self._active == len(self._bounds) - 1:
+        if self.all_active:
             return code
         return code.with_values(torch.where(code.indices < self._bounds[self._active], code.values, 0))
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

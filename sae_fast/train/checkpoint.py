@@ -40,6 +40,7 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Spar
 
 
 def describe(sae: nn.SparseAutoencoder) -> dict[str, Any]:
+    sae.check_dtypes()
     dtype = str(sae.W_enc.dtype).removeprefix("torch.")
     about = {"class": type(sae).__name__, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype}
     return about | {"options": sae.options(), "metadata": sae.metadata}
@@ -58,21 +59,10 @@ def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAu
         entry(manifest, dict, "sae", key) if key in manifest["sae"] else {} for key in ("options", "metadata")
     )
     try:
-        sae = CLASSES[name](d_in, d_sae, dtype=dtype, seed=0, **options)
+        sae = CLASSES[name].of_state("weights", d_in, d_sae, dtype, weights, **options)
     except TypeError as error:
         raise ValueError(f"{MANIFEST}: sae.options: got {sorted(options)}: {error}") from error
     sae.metadata = metadata
-    for name, parameter in sae.state_dict().items():
-        if name not in weights:
-            raise ValueError(f"weights: tensor {name!r} is missing")
-        if weights[name].shape != parameter.shape or weights[name].dtype != parameter.dtype:
-            raise ValueError(
-                f"weights: {name}: got {weights[name].dtype} {tuple(weights[name].shape)}, "
-                f"want {parameter.dtype} {tuple(parameter.shape)}"
-            )
-    if extra := set(weights) - set(sae.state_dict()):
-        raise ValueError(f"weights: unknown tensors {sorted(extra)}")
-    sae.load_state_dict(weights)
     return sae
 
 

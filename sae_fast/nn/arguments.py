@@ -1,0 +1,51 @@
+"""What a layer's constructor is given, checked in one place: plain values come out, or a ``ValueError`` that names it."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def whole(name: str, value: Any, low: int = 1, high: int | None = None, wanted: str = "a positive int") -> int:
+    """An int, numpy's too, from ``low`` to ``high``; a bool and a float are none."""
+    if not _is_int(value) or value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: got {value!r}, want {wanted}")
+    return int(value)
+
+
+def average(name: str, value: Any, high: int, wanted: str) -> int | float:
+    """A number 0 < value ≤ ``high``; an int where it is whole."""
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else 0
+    if not 0 < number <= high:
+        raise ValueError(f"{name}: got {value!r}, want {wanted}")
+    return int(number) if number == int(number) else float(number)
+
+
+def sizes(name: str, values: Any, total: int) -> tuple[int, ...]:
+    """Positive ints that add up to ``total``, of a list, a tuple or an array."""
+    try:
+        listed = list(values)
+    except TypeError:  # a number, None, an array without dimensions
+        listed = []
+    if not listed or not all(_is_int(n) and n > 0 for n in listed) or sum(map(int, listed)) != total:
+        raise ValueError(f"{name}: got {values!r}, want positive ints whose sum is d_sae = {total}")
+    return tuple(map(int, listed))
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: got {value!r}, want True or False")
+    return bool(value)
+
+
+def floating(name: str, value: Any) -> torch.dtype:
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ValueError(f"{name}: got {value!r}, want a floating-point dtype")
+    return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
