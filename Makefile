@@ -5,25 +5,37 @@ BIN := $(VENV)/bin
 # The peers' own packages live in an environment of their own: nnsight, which one of them imports, patches torch for its process.
 PEERS := .venv-peers
 ENGINE := $(VENV)/.built
-.PHONY: demo test chromium lint claims bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread clean
+.PHONY: demo test test-slow test-peers test-all chromium lint claims bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread clean
 
 # Threads that wait asleep: a little slower alone, many times faster beside other work on the same cores.
-demo test claims: export OMP_WAIT_POLICY ?= passive
+demo test test-slow test-peers claims: export OMP_WAIT_POLICY ?= passive
 
 demo: $(ENGINE)
 	$(BIN)/sae-fast demo
 
-# A process a core: the interpreter that runs the GPU kernels has one thread.  Then the tests against the peers' packages.
-test: $(ENGINE) $(PEERS)/.built chromium
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
-	$(PEERS)/bin/python -m pytest tests/peers -n auto --maxprocesses 8 --dist loadfile
+# A process a core, each with one thread; whoever has none left takes over half of what another has.
+test test-slow test-peers: export OMP_NUM_THREADS ?= 1
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-# What the tests of the feature report drive; where it cannot be installed they are skipped and say so.
+# The first tier: one case of every contract, in minutes.
+test: $(ENGINE)
+	$(BIN)/python $(PYTEST) --ignore tests/peers -m "not slow"
+
+# What takes longer: every kernel compiled, the kernels' shim under sanitizers, planted faults, the claims' programs, a browser.
+test-slow: $(ENGINE)
+	$(BIN)/python $(PYTEST) --ignore tests/peers -m slow
+
+# Against the packages whose place the drop-ins take.
+test-peers: $(PEERS)/.built
+	$(PEERS)/bin/python $(PYTEST) tests/peers
+
+test-all: test test-slow test-peers
+
+# What the tests of the feature report drive, in test-slow.
 APT := $(if $(filter 0,$(shell id -u)),,sudo -n )apt-get -qq -o Acquire::http::Timeout=30
 chromium:
-	@{ command -v chromium && command -v chromedriver; } >/dev/null \
-	|| { $(APT) update && $(APT) install --yes --no-install-recommends chromium chromium-driver >/dev/null; } \
-	|| echo "no chromium, no chromium-driver: the browser tests will be skipped"
+	{ command -v chromium && command -v chromedriver; } >/dev/null \
+	|| { $(APT) update && $(APT) install --yes --no-install-recommends chromium chromium-driver >/dev/null; }
 
 lint: $(ENGINE)
 	$(BIN)/ruff check .
@@ -63,7 +75,7 @@ $(ENGINE): pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp') $(CUDA)
 	touch $@
 
 bench-peers: $(PEERS)/.built
-	OMP_WAIT_POLICY=passive $(PEERS)/bin/python -m pytest tests/peers/test_peer_benchmarks.py
+	OMP_WAIT_POLICY=passive $(PEERS)/bin/python -m pytest -m peers tests/peers/test_peer_benchmarks.py
 	$(PEERS)/bin/python -m benchmarks.peers
 	$(PEERS)/bin/python -m benchmarks.peers.quality
 	$(PEERS)/bin/python -m benchmarks.peers.dictionary_learning_loop

@@ -93,6 +93,7 @@ def test_without_tokens_no_word_tells_gender_and_no_bag_of_words_does():
     assert abs(decoded(counts, texts.gender, bags(bios, held), held.gender) - 0.5) < 0.04
 
 
+@pytest.mark.slow
 def test_without_tokens_the_model_learns_gender_because_it_predicts_words(tokenless):
     bios, model = tokenless
     texts, held = bios.general(3000, 11), bios.general(1500, 12)
@@ -115,6 +116,7 @@ def test_without_tokens_the_model_learns_gender_because_it_predicts_words(tokenl
     assert by_colour[3] < 1.25, "the last one is one of three: ln 3"
 
 
+@pytest.mark.slow
 def test_a_probe_on_ambiguous_texts_goes_by_gender_too(tokenless):
     bios, model = tokenless
     train, test, balanced = bios.ambiguous(2000, 21), bios.ambiguous(1000, 22), bios.balanced(2000, 23)

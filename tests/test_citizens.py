@@ -211,7 +211,10 @@ class Larger(nn.Module):
 
 @pytest.mark.parametrize(
     "layer, backend",
-    [*((case.values[0], "aot_eager") for case in LAYERS), (LAYERS[0].values[0], "inductor")],  # which is slow
+    [
+        *((case.values[0], "aot_eager") for case in LAYERS),
+        pytest.param(LAYERS[0].values[0], "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_a_larger_module_compiles_and_its_gradients_are_as_close_as_eagers(layer, backend):
     torch.manual_seed(0)

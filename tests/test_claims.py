@@ -32,7 +32,10 @@ def together(tmp_path_factory):
     return tmp_path_factory.mktemp("claims")
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICKEST = "loss_terms"
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == QUICKEST else pytest.mark.slow) for n in NAMES])
 def test_each_claim_runs_quickly_and_says_what_it_found(name, together, monkeypatch):
     here = together
     monkeypatch.chdir(here)

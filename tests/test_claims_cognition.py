@@ -26,6 +26,7 @@ def found():
     return model, two, cognition.compared(two, sae, marks, bios, labelled, corpus, 0), labelled, marks
 
 
+@pytest.mark.slow
 def test_a_pair_is_told_apart_by_its_features(found):
     _, _, pair, _, marks = found
     assert pair["agreement"] > 0.95 and pair["apart"] > cognition.APART
@@ -34,6 +35,7 @@ def test_a_pair_is_told_apart_by_its_features(found):
     assert 0.2 < cognition.told(pair, "random") < 0.8, "marks that say nothing tell nothing"
 
 
+@pytest.mark.slow
 def test_classifiers_share_all_that_is_before_the_last_block(found):
     model, two, _, _, _ = found
     for each in two:
@@ -41,6 +43,7 @@ def test_classifiers_share_all_that_is_before_the_last_block(found):
             assert torch.equal(p, model.get_parameter(name)) == (not name.startswith("blocks.1")), name
 
 
+@pytest.mark.slow
 def test_effects_of_words_add_up_to_the_margin(found):
     _, two, _, labelled, _ = found
     clean, linear = labelled.tokens[:1], copy.deepcopy(two[0])

@@ -123,6 +123,7 @@ def module():
     return next((FOLDER / "lib" / "sae_fast").glob("_C_cuda*.so"))
 
 
+@pytest.mark.slow
 def test_it_is_built_and_imported_beside_torch_without_a_driver(module):
     driver = "launch" if not torch.cuda.is_available() else "no launch"  # with a driver, address 1 would be read
     found = subprocess.run([sys.executable, "-c", CALLS, str(module), driver], capture_output=True, text=True)
@@ -136,6 +137,7 @@ def test_it_is_built_and_imported_beside_torch_without_a_driver(module):
             assert re.fullmatch(r"RuntimeError: [\w, ]+ \(.*\d.*\): .*driver.*", outcome), (call, outcome)
 
 
+@pytest.mark.slow
 def test_it_carries_machine_code_and_ptx(module):
     tools = pytest.importorskip("triton").__path__[0] + "/backends/nvidia/bin/cuobjdump"
     if not Path(tools).exists():

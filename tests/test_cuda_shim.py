@@ -121,6 +121,7 @@ def test_what_has_not_come_yet_is_nan(name):
     assert said == "" and bool(out.isnan().all())
 
 
+@pytest.mark.slow
 @needs_libasan
 def test_the_sanitizer_knows_where_shared_memory_ends():
     code = (
@@ -232,6 +233,7 @@ def outcomes(address: bool) -> dict[str, str]:
     return {bad.get(one, one): said for one, said in map(json.loads, found.stdout.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose kernels are not the shim's")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name.replace(" ", "_"))
 def test_a_planted_fault_is_seen(fault):
@@ -249,6 +251,7 @@ def test_a_planted_fault_is_seen(fault):
 QUICK = "anywhere or gaps or a_row or longer or needs or nan or alignment or no_rows or without"
 
 
+@pytest.mark.slow
 @needs_libasan
 @pytest.mark.skipif(
     torch.cuda.is_available() or "SAE_FAST_SHIM_ADDRESS" in os.environ, reason="there is a GPU, or this is that run"

@@ -365,7 +365,7 @@ def batches(n: int, rows: int = B, seed: int = 0) -> list[Tensor]:
     return [on(randn(rows, D, seed=100 * seed + 10 + i)) for i in range(n)]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_layer_and_its_loss_compile_as_one_graph_with_gradients(backend):
     sae, x = layer(), batches(1)[0]
     forward = torch.compile(lambda x: sae(x), backend=backend, fullgraph=True)

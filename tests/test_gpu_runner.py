@@ -361,6 +361,7 @@ def test_rounds_are_interleaved_batches_rotate_and_the_deadline_holds(monkeypatc
     assert all(len(v) == 1 for v in measure.times(runs, measure.Clock("cpu"), rounds=9, deadline=0.0).values())
 
 
+@pytest.mark.slow
 def test_the_jobs_run_and_are_drawn(tmp_path, monkeypatch):
     """All of them, small and on the CPU; what needs a GPU or a compiler may be missing."""
     monkeypatch.setattr(measure, "SAMPLE", 0.1)
@@ -484,6 +485,7 @@ def test_the_sanitizer_s_report_is_written_and_counts(monkeypatch, tmp_path, scr
     assert ("SUMMARY" in text) == ("SUMMARY" in (tmp_path / "summary.txt").read_text())
 
 
+@pytest.mark.slow
 def test_what_the_sanitizer_runs_runs(capsys):
     from benchmarks.gpu import sanitizer
     from sae_fast.kernels import _cuda

@@ -63,6 +63,7 @@ def compiled(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=900)
 
 
+@pytest.mark.slow
 def test_the_kernels_need_what_the_manifest_says():
     found = compiled("-m", "sae_fast.kernels.aot", "--check")
     assert found.returncode == 0, f"{found.stdout}{found.stderr}\nif this is meant: python -m sae_fast.kernels.aot --write"
