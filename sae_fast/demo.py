@@ -78,7 +78,13 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     store = harvest(model, text, layer, context_length=context_length, device=recipe.device)
     result = train(store, recipe)
-    about = {"model": name or str(model), "layer": layer, "context_length": context_length, "tokens": store.n_tokens}
+    about = {
+        "model": name or str(model),
+        "layer": layer,
+        "hook_name": store.info["hook_name"],
+        "context_length": context_length,
+        "tokens": store.n_tokens,
+    }
     write_report(result, store, out, about | dataclasses.asdict(recipe), source_of(model, text_from, store))
     return result
 
@@ -176,7 +182,7 @@ def write_report(result: Run, store: ActivationStore, out: Path, about: dict[str
     }
     sf.save(result.sae, out / "checkpoint")
     (out / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    title = f"Gated SAE, {about['d_sae']} features, on layer {about['layer']} of {about['model']}"
+    title = f"Gated SAE, {about['d_sae']} features, on {about['hook_name']} of {about['model']}"
     plots.plot_training(result.history, result.held_out.density().cpu(), out / "training.png", held_out, title)
     chosen = features.choose(result.sae, store.split(about["holdout"])[1])
     report = features.report(result.sae, store, chosen, progress=True)

@@ -77,7 +77,7 @@ def source_of(model: str | Path, text_from: str | Path | None, store: Activation
     nowhere but in the store of the activations."""
     return {
         "model": str(Path(model).resolve()) if Path(model).is_dir() else str(model),
-        "layer": store.info["layer"],
+        "place": store.info["place"],
         "context_length": store.context_length,
         "text": text_from if text_from in (None, STDLIB) else str(Path(text_from).resolve()),
         "activations": store.info["key"],
@@ -92,7 +92,7 @@ def activations_of(run: Path, device: str = "cpu") -> ActivationStore:
     file = run / "metrics.json"
     try:
         source = json.loads(file.read_text(encoding="utf-8"))["source"]
-        key, text_from, where = source["activations"], source["text"], (source["model"], source["layer"])
+        key, text_from, where = source["activations"], source["text"], (source["model"], source["place"])
         length = source["context_length"]
     except (ValueError, KeyError, TypeError) as error:
         reason = "it does not say what the SAE was trained on, want --model, --layer and --text"
@@ -103,7 +103,7 @@ def activations_of(run: Path, device: str = "cpu") -> ActivationStore:
     if text_from is None:
         raise ValueError(f"{file}: the run's text is no longer in the cache, want --model, --layer and --text")
     text = stdlib_documentation() if text_from == STDLIB else read_text_file(text_from)
-    store = harvest(where[0], text, where[1], context_length=length, device=device)
+    store = harvest(where[0], text, **where[1], context_length=length, device=device)
     if store.info["key"] != key:
         raise ValueError(
             f"{file}: {where[0]} or the text, {text_from}, has changed since; want --model, --layer and --text"

@@ -54,7 +54,7 @@ def sae_fast_train(model_folder, tmp_path, monkeypatch):
     """Runs `sae-fast train` on a tiny model with small settings, of which any can be replaced or removed (None)."""
     monkeypatch.setenv("SAE_FAST_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text(TEXT)
-    settings = dict(model=model_folder, layer=2, text=tmp_path / "text.txt", out=tmp_path / "out", d_sae=32, steps=20)
+    settings = dict(model=model_folder, layer=1, text=tmp_path / "text.txt", out=tmp_path / "out", d_sae=32, steps=20)
     settings |= dict(batch_size=64, context_length=16, init_l0=4, l1=0.5, lr=1e-3)
 
     def run(**changes):
@@ -121,7 +121,7 @@ def test_the_report_is_what_was_trained(sae_fast_train, tmp_path):
     (stored,) = (tmp_path / "cache" / "activations").iterdir()
     _, held_part = ActivationStore.open(stored).split(0.1)
     assert demo.evaluate(sf.load(out / "checkpoint"), held_part).compute() == numbers["held_out"]
-    assert numbers["recipe"]["steps"] == 20 and numbers["recipe"]["layer"] == 2
+    assert numbers["recipe"]["steps"] == 20 and numbers["recipe"]["layer"] == 1
     assert numbers["history"][-1]["step"] == 19
     assert (out / "features.md").read_text().count("## Feature") == 10
     for shown in (f"{numbers['held_out']['fvu']:.4f}", f"{numbers['step']['times_faster']:.1f}×"):

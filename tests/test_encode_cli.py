@@ -38,7 +38,7 @@ def made(tmp_path_factory):
     recipe = Recipe(d_sae=F, batch_size=64, steps=20, init_l0=4, l1=0.5, lr=1e-3, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_FAST_CACHE", str(folder / "cache"))
-        demo.run(folder / "model", 2, TEXT, folder / "run", recipe, 16, text_from=folder / "text.txt")
+        demo.run(folder / "model", 1, TEXT, folder / "run", recipe, 16, text_from=folder / "text.txt")
     return folder
 
 
@@ -89,7 +89,7 @@ def test_a_run_needs_nothing_more(here):
     sae, activations = sf.load("run/checkpoint"), activations_of(here)
     store = FeatureStore.open("run/store", sae)
     assert_encoded(store, sae, torch.tensor(activations.activations))
-    assert store.context_length == 16 and store.info["layer"] == 2
+    assert store.context_length == 16 and store.info["layer"] == 1
     ids, pieces = store.pieces
     assert TEXT.startswith("".join(pieces[i] for i in ids))
     assert said.startswith(f"{store.n_activations:,} activations of {store.n_tokens:,} tokens (L0 ")
@@ -202,7 +202,7 @@ def test_a_missing_package_is_named_before_any_work(here, monkeypatch):
 
 def test_the_demo_is_found_again_without_a_file(monkeypatch, tmp_path):
     """The demo's text is no file: it is read from this Python again."""
-    source = dict(model="m", layer=3, context_length=128, text=encoding.STDLIB, activations="key")
+    source = dict(model="m", place={"layer": 2}, context_length=128, text=encoding.STDLIB, activations="key")
     (tmp_path / "metrics.json").write_text(json.dumps({"source": source}))
     monkeypatch.setenv("SAE_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(encoding, "stdlib_documentation", lambda: "the library's")
@@ -214,4 +214,4 @@ def test_the_demo_is_found_again_without_a_file(monkeypatch, tmp_path):
 
     monkeypatch.setattr(encoding, "harvest", harvest)
     encoding.activations_of(tmp_path)
-    assert asked == [("m", "the library's", 3, 128)]
+    assert asked == [("m", "the library's", 2, 128)]

@@ -11,7 +11,8 @@ from tiny_models import WORDS, save_tiny_model, tiny_model, tiny_tokenizer
 from sae_fast.extras import MissingExtra
 from sae_fast.train import activations
 from sae_fast.train import harvest as harvesting
-from sae_fast.train.harvest import HiddenStates, harvest
+from sae_fast.train.harvest import harvest
+from sae_fast.train.transformer import HiddenStates, Source
 
 TEXT = "The gate opens when its sum\nis above zero . " * 9
 CONTEXT = 6
@@ -28,33 +29,94 @@ def model_folders(transformers, tmp_path_factory):
 
 
 def harvested(model_folders, tmp_path, kind="bert", **arguments):
-    defaults = dict(layer=2, context_length=CONTEXT, batch_size=4, cache=tmp_path, device="cpu", progress=False)
+    defaults = dict(layer=1, context_length=CONTEXT, batch_size=4, cache=tmp_path, device="cpu", progress=False)
     arguments = defaults | arguments
     return harvest(model_folders[kind], arguments.pop("text", TEXT), **arguments)
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "gpt_neox", "albert"])
-@pytest.mark.parametrize("layer", range(4))
-def test_stopping_early_changes_nothing(transformers, kind, layer):
+KINDS = {"bert": "encoder.layer.{}", "gpt2": "h.{}", "llama": "layers.{}", "gpt_neox": "layers.{}"}
+
+
+def source_of(transformers, kind):
+    """A Source of a tiny model that is in no folder."""
     model = tiny_model(transformers, kind)
+    return model, Source("tiny", tiny_tokenizer(transformers, kind), model.config, model, "")
+
+
+def outputs(model, name, ids):
+    """What each run of a module gives in a whole pass."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, __, out: seen.append(out))
+    with torch.inference_mode():
+        model(input_ids=ids)
+    handle.remove()
+    return [out if isinstance(out, torch.Tensor) else out[0] for out in seen]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "albert"])
+@pytest.mark.parametrize("layer", range(3))
+def test_a_layer_is_the_output_of_that_block_counted_from_0(transformers, kind, layer):
+    model, source = source_of(transformers, kind)
     ids = torch.arange(12).view(2, 6)
     with torch.inference_mode():
-        wanted = model(input_ids=ids, output_hidden_states=True).hidden_states[layer]
-    hidden_states = HiddenStates(model, layer)
-    # ALBERT shares one block among all layers, and the last layer has no block after it: both run to the end.
-    assert (hidden_states.block is not None) == (kind != "albert" and layer < 3)
-    assert torch.equal(hidden_states(ids), wanted)
-    assert torch.equal(model(input_ids=ids, output_hidden_states=True).hidden_states[layer], wanted)  # left as it was
+        whole = model(input_ids=ids, output_hidden_states=True).hidden_states
+    name = KINDS.get(kind, "encoder.albert_layer_groups.0").format(layer)
+    wanted = outputs(model, name, ids)[layer if kind == "albert" else 0]
+    place = source.place(layer, None)
+    hook_name = name if kind in ("bert", "albert") else f"blocks.{layer}.hook_resid_post"
+    assert (place.site, place.hook_name, place.layer) == (name, hook_name, layer)
+    states = HiddenStates(model, place)
+    assert torch.equal(states(ids), wanted) and states.d == 16
+    # hidden_states counts the embedding, and its last one has been through the final norm, where there is one.
+    assert torch.equal(wanted, whole[layer + 1]) == (layer < 2 or kind in ("bert", "albert"))
+    assert torch.equal(model(input_ids=ids, output_hidden_states=True).hidden_states[layer], whole[layer])  # as it was
+
+
+@pytest.mark.parametrize(
+    "hook, site, hook_name, layer",
+    [
+        ("h.1", "h.1", "blocks.1.hook_resid_post", 1),
+        ("transformer.h.1", "h.1", "blocks.1.hook_resid_post", 1),
+        ("blocks.1.hook_resid_post", "h.1", "blocks.1.hook_resid_post", 1),
+        ("blocks.0.hook_resid_pre", "h.0:input", "blocks.0.hook_resid_pre", 0),
+        ("h.2.attn", "h.2.attn", "h.2.attn", 2),
+        ("h.2.mlp.c_proj:input", "h.2.mlp.c_proj:input", "h.2.mlp.c_proj:input", 2),
+        ("ln_f", "ln_f", "ln_f", None),
+        ("ln_final.hook_normalized", "ln_f", "ln_final.hook_normalized", None),
+        ("hook_embed", "wte", "hook_embed", None),
+    ],
+)
+def test_a_hook_is_a_module_or_a_name_of_transformer_lens(transformers, hook, site, hook_name, layer):
+    model, source = source_of(transformers, "gpt2")
+    place = source.place(None, hook)
+    assert (place.site, place.hook_name, place.layer) == (site, hook_name, layer)
+    states, ids = HiddenStates(model, place), torch.arange(12).view(2, 6)
+    name, _, at_input = site.partition(":")
+    if not at_input:
+        assert torch.equal(states(ids), outputs(model, name, ids)[0])
+    assert states.d == (64 if "c_proj" in site else 16)
+
+
+def test_the_final_norm_is_not_the_last_block(transformers, model_folders, tmp_path):
+    last, norm = (harvested(model_folders, tmp_path, "gpt2", **at) for at in (dict(layer=2), dict(layer=None, hook="ln_f")))
+    assert last.folder != norm.folder and not np.allclose(last.activations, norm.activations)
+
+
+def test_the_width_that_is_wanted_is_asked_before_the_model_runs(model_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(harvesting, "_run", lambda *_: pytest.fail("ran the model"))
+    for place in (dict(layer=1), dict(layer=None, hook="encoder.layer.1.intermediate")):
+        with pytest.raises(ValueError, match=r"d: got (16|32) dimensions at .*, want 12, those of the SAE"):
+            harvested(model_folders, tmp_path, d=12, **place)
 
 
 def test_blocks_above_the_layer_do_not_run(transformers):
-    model = tiny_model(transformers, "bert")
+    model, source = source_of(transformers, "bert")
     runs = []
     for i, block in enumerate(model.encoder.layer):
         block.register_forward_hook(lambda *_, i=i: runs.append(i))
-    hidden_states = HiddenStates(model, 2)
+    states = HiddenStates(model, source.place(1, None))
     runs.clear()
-    hidden_states(torch.arange(6).view(1, 6))
+    states(torch.arange(6).view(1, 6))
     assert runs == [0, 1]
 
 
@@ -102,7 +164,7 @@ def test_a_cached_store_is_reused_and_anything_else_is_not(model_folders, tmp_pa
         assert harvested(model_folders, tmp_path).folder == first.folder
         monkeypatch.setenv("SAE_FAST_CACHE", str(tmp_path))
         assert harvested(model_folders, None).folder == first.folder
-    others = [dict(layer=1), dict(context_length=5), dict(text=TEXT + "the gate"), dict(kind="gpt2")]
+    others = [dict(layer=0), dict(context_length=5), dict(text=TEXT + "the gate"), dict(kind="gpt2")]
     folders = {harvested(model_folders, tmp_path, **other).folder for other in others}
     assert len(folders) == 4 and first.folder not in folders
     with monkeypatch.context() as patch:
@@ -165,7 +227,7 @@ def test_a_full_disk_is_noticed_before_the_model_runs(model_folders, tmp_path, m
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(layer=4), r"layer: got 4, want 0 .* to 3"),
+        (dict(layer=3), r"layer: got 3, want 0 to 2 \(the output of the model's last block\)"),
         (dict(layer=-1), "layer: got -1"),
         (dict(context_length=31), "context_length: got 31, want at most 30"),
         (dict(context_length=0), "context_length: got 0"),
@@ -186,7 +248,7 @@ def test_no_model_there(transformers, tmp_path):
 
 def test_activations_that_are_not_finite(model_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(HiddenStates, "__call__", lambda self, ids: torch.full((*ids.shape, 16), torch.nan))
-    with pytest.raises(ValueError, match="layer 2 are not all finite"):
+    with pytest.raises(ValueError, match=r"encoder\.layer\.1 are not all finite"):
         harvested(model_folders, tmp_path)
 
 

@@ -34,8 +34,8 @@ class Task(NamedTuple):
 
 
 def real(seed: int, batch_size: int, held_out: int, quick: bool) -> Task:
-    """Layer 3 of MiniLM on the standard library's documentation.  The seed chooses the order of the training tokens; the
-    tokens held out are the same for all."""
+    """The third layer of MiniLM (block 2) on the standard library's documentation.  The seed chooses the order of the
+    training tokens; the tokens held out are the same for all."""
     train_part, mean, scale, rows = harvested(quick, held_out)
     return Task(mean, lambda: (x / scale for x in train_part.batches(batch_size, seed=seed)), rows, None)
 
@@ -43,7 +43,7 @@ def real(seed: int, batch_size: int, held_out: int, quick: bool) -> Task:
 @lru_cache(maxsize=1)
 def harvested(quick: bool, held_out: int) -> tuple[Any, Tensor, float, Tensor]:
     text = stdlib_documentation()
-    store = harvest(demo.demo_model(), text[:QUICK_CHARACTERS] if quick else text, 3, device="cpu")
+    store = harvest(demo.demo_model(), text[:QUICK_CHARACTERS] if quick else text, 2, device="cpu")
     train_part, held_part = store.split()
     mean, scale = demo._mean_and_scale(train_part)
     rows = next(held_part.batches(min(held_out, held_part.n_tokens), seed=0))

@@ -27,7 +27,7 @@ from sae_fast import demo
 from sae_fast.analysis import attribution, edges, splice
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
 from sae_fast.extras import require
-from sae_fast.train.harvest import _quiet
+from sae_fast.train.transformer import quiet
 
 TITLE = "Attribution across a step: exact, AtP, integrated gradients, jump-corrected"
 SETTING = (
@@ -43,7 +43,7 @@ SEEDS, QUICK_SEEDS = 6, 2
 STEPS, QUICK_STEPS = (1, 3, 10, 32, 100, 320, 1000, 3200), (1, 4, 16, 64)
 KINDS = {"Gated": sf.GatedSAE, "ReLU": sf.ReluSAE}
 HELD_OUT = 8192  # activations
-LAYER, SITE = 3, "encoder.layer.2"  # hidden state 3 of the demo's model is what its block 2 gives
+LAYER, SITE = 3, "encoder.layer.2"  # the third layer of the demo's model is block 2, counted from 0
 TOKENS, PAIRS, QUICK_TOKENS, QUICK_PAIRS = 6, 4, 4, 2  # of a text, and pairs of texts, in the transformer
 CURVES = {"R1": TERMS["reconstruction"], "R2": TERMS["sparsity"], "R3": ACCENT, "R3, jump-corrected": TERMS["auxiliary"]}
 
@@ -171,7 +171,7 @@ def in_the_transformer(kind: str, seed: int, quick: bool) -> dict[str, Any]:
     sae = trained_sae(kind, task, 96 if quick else 1024, {"Gated": 3.0, "ReLU": 1.6}[kind], 60 if quick else 300, seed)
     store, _, scale, _ = _tasks.harvested(quick, HELD_OUT)
     demo._scale(sae, scale)
-    with _quiet(transformers):
+    with quiet(transformers):
         model = transformers.AutoModel.from_pretrained(demo.demo_model()).eval()
     tokens, pairs = (QUICK_TOKENS, QUICK_PAIRS) if quick else (TOKENS, PAIRS)
     begins = np.random.default_rng(seed).integers(0, len(store.tokens) - tokens, 2 * pairs)

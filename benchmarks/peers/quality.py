@@ -264,7 +264,7 @@ def main(
     """Trains the demo's SAE four times, in turns, and says how much sooner ours is as good."""
     out = out or ROOT / "benchmarks" / "results" / machine.slug()
     recipe = demo.Recipe(steps=steps, seed=seed, device="cpu")
-    store = harvest(demo.demo_model(), stdlib_documentation(), 3, device="cpu")
+    store = harvest(demo.demo_model(), stdlib_documentation(), 2, device="cpu")
     train_part, held_part = store.split(recipe.holdout)
     mean, scale = demo._mean_and_scale(train_part)
     held_out = next(held_part.batches(min(EVALUATION_ROWS, held_part.n_tokens), seed=seed)) / scale

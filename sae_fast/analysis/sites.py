@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae_fast.analysis import _lens_names
+
 Change = Callable[[Tensor], Tensor]
 
 
@@ -24,7 +26,8 @@ class Site(NamedTuple):
 
 def find(model: nn.Module, site: str | nn.Module | Site) -> Site:
     """The site of a name: that of a module of the model for its output, such as "encoder.layer.2", with ":input" after it
-    for what the module is given; or the module itself.  ValueError with the near names if there is none."""
+    for what the module is given; or, in a transformer, TransformerLens' name, such as "blocks.2.hook_resid_post"; or the
+    module itself.  ValueError with the near names if there is none."""
     if isinstance(site, Site):
         return site
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -35,6 +38,8 @@ def find(model: nn.Module, site: str | nn.Module | Site) -> Site:
         return Site(name, site, at_input=False)
     if not isinstance(site, str):
         raise ValueError(f"site: got {type(site).__name__}, want the name of a module, or the module")
+    if site not in modules:
+        site = _lens_names.site_of(model, site) or site
     name, colon, end = site.partition(":")
     if colon and end not in ("input", "output"):
         raise ValueError(f"site: got {site!r}, want {name!r}, {name + ':output'!r} or {name + ':input'!r}")

@@ -15,7 +15,7 @@ def encode(
     sae: Annotated[str, typer.Argument(help="The folder of a demo or train run, or any SAE that `convert` reads.")],
     out: Annotated[Path | None, typer.Option(help="The store's folder; by default RUN/store, or out/store.")] = None,
     model: Annotated[str | None, typer.Option(help="A Hugging Face model: its folder or hub id.")] = None,
-    layer: Annotated[int | None, typer.Option(help="0: the embedding; i: the output of block i.")] = None,
+    layer: Annotated[int | None, typer.Option(help="i: the output of block i, counted from 0.")] = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 file to run the model over.")] = None,
     context_length: Annotated[
         int | None, typer.Option(help="Tokens per context: 128 of a text; of --activations each token is its own.")

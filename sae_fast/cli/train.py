@@ -12,7 +12,7 @@ from sae_fast.cli._common import Out, Seed, Steps, one_line_errors, show
 
 def train(
     model: Annotated[str, typer.Option(help="A Hugging Face model: its folder or hub id.")],
-    layer: Annotated[int, typer.Option(help="0: the embedding; i: the output of block i.")],
+    layer: Annotated[int, typer.Option(help="i: the output of block i, counted from 0.")],
     text: Annotated[Path, typer.Option(help="A UTF-8 file to run the model over.")],
     out: Out = Path("out/train"),
     d_sae: Annotated[int, typer.Option(help="Features.")] = 6144,

@@ -6,15 +6,15 @@ A store is a folder, made by `sae_fast.train.harvest.harvest`:
     tokens.npy        [n_tokens] int32
     spans.npy         [n_tokens, 2] int64, where each token begins and ends in the text, in characters
     text.txt          the text, UTF-8
-    store.json        d, n_tokens, context_length, layer, model, and the key under which it is cached
+    store.json        d, n_tokens, context_length, site, hook_name, layer, model, text, when it was harvested, and
+                      the key under which it is cached
 
-Only whole contexts are kept. Special tokens around a context ([CLS], [SEP], BOS) went through the model, but
-are not kept.
+Only whole contexts are kept. Special tokens around a context ([CLS], [SEP], BOS) and in the text went through
+the model, but are not kept.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VERSION = 1  # of the format, and of how a text becomes contexts: raise it when either changes
+from sae_fast import files
+
+VERSION = 2  # of the format, and of how a text becomes contexts: raise it when either changes
 
 
 class ActivationStore:
@@ -39,17 +41,30 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
-        """The store in a folder that `harvest` made. Raises FileNotFoundError or ValueError if there is
-        none.
+        """The store in a folder that `harvest` made. Raises FileNotFoundError if there is none, and ValueError
+        if it is damaged or of another version.
         """
         folder = Path(folder)
         if not (folder / "store.json").is_file():
             raise FileNotFoundError(f"{str(folder)!r} holds no activation store: there is no store.json in it")
-        info = json.loads((folder / "store.json").read_text())
-        if info["version"] != VERSION:
-            got = f"the store in {str(folder)!r} has version {info['version']}"
-            raise ValueError(f"{got}, want {VERSION}: harvest again")
-        return cls(folder, info, range(info["n_tokens"] // info["context_length"]))
+        try:
+            info = files.read_json(folder / "store.json")
+            version = files.key(info, folder / "store.json", int, "version")
+            if version != VERSION:
+                raise ValueError(f"got version {version}, want {VERSION}")
+            d, n_tokens, length = (
+                files.key(info, folder / "store.json", int, name) for name in ("d", "n_tokens", "context_length")
+            )
+            shapes = {"activations.npy": (n_tokens, d), "tokens.npy": (n_tokens,), "spans.npy": (n_tokens, 2)}
+            for name, shape in shapes.items():
+                if (got := np.load(folder / name, mmap_mode="r").shape) != shape:
+                    raise ValueError(f"{name}: got shape {got}, want {shape}")
+            if not 0 < length <= n_tokens:
+                raise ValueError(f"context_length: got {length}, want 1 to {n_tokens}")
+        except (ValueError, EOFError, FileNotFoundError) as error:
+            reason = f"the activation store in {str(folder)!r} cannot be used: {error}"
+            raise ValueError(f"{reason}; delete that folder and harvest again") from error
+        return cls(folder, info, range(n_tokens // length))
 
     @property
     def d(self) -> int:

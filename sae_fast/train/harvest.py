@@ -1,4 +1,4 @@
-"""Run a transformer over a text once, and keep what one layer says in an ActivationStore on disk."""
+"""Run a transformer over a text once, and keep what one of its sites says in an ActivationStore on disk."""
 
 from __future__ import annotations
 
@@ -7,73 +7,99 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from sae_fast.extras import require
-from sae_fast.files import appear
+from sae_fast import files
+from sae_fast.devices import usable
 from sae_fast.train.activations import VERSION, ActivationStore
+from sae_fast.train.transformer import HiddenStates, Place, Source
 
 PIECE = 1 << 16  # characters given to the tokenizer at a time
-WEIGHTS_AND_TOKENIZER = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
 def harvest(
     model: str | Path,
     text: str,
-    layer: int,
+    layer: int | None = None,
     *,
+    hook: str | None = None,
     context_length: int = 128,
     batch_size: int = 32,
+    d: int | None = None,
+    text_from: str = "",
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> ActivationStore:
-    """`hidden_states[layer]` of a Hugging Face transformer on every token of a text, computed once and
+    """What comes through one site of a Hugging Face transformer on every token of a text, computed once and
     cached on disk.
 
     model: a folder or a hub id, read with `transformers`; run in fp32, on the GPU if there is one, without
-    the blocks above `layer`. layer: 0 is the embedding, i the output of block i. The text is cut into
-    contexts of `context_length` tokens; what does not fill the last one is dropped. batch_size: contexts
-    run at a time. cache: the folder that holds the stores, by default `$SAE_FAST_CACHE` or
-    `~/.cache/sae_fast`.
+    what comes after the site. layer: i is the output of block i, counted from 0, before any final norm. hook:
+    any other site, by the name of a module ("encoder.layer.2.attention", or with ":input" what it is given) or
+    TransformerLens' name ("blocks.0.hook_resid_pre", "hook_embed", "ln_final.hook_normalized"). d: the width
+    that is wanted. The text is cut into contexts of `context_length` tokens; what does not fill the last one
+    is dropped. batch_size: contexts run at a time. text_from: what the cache's list calls the text. cache: the
+    folder that holds the stores, by default `$SAE_FAST_CACHE` or `~/.cache/sae_fast`.
 
-    A store is reused if model files, layer, context length and text are the same. An interrupted harvest
-    leaves none. Raises ValueError for arguments that do not fit the model, OSError if the disk is too full,
-    and MissingExtra if `transformers` is not installed.
+    Special tokens go through the model and are not kept: those that the tokenizer puts around a context (a BOS
+    before it, where it has one), and those that stand in the text, such as "<|endoftext|>" between documents;
+    a context is `context_length` tokens besides them. Where the tokenizer has neither BOS nor others, the token
+    before a context takes the BOS's place, as the first position of a causal model is an attention sink, which
+    says nothing of its token.
+
+    A store is reused if model files, site, context length and text are the same. An interrupted harvest
+    leaves none. Raises ValueError for arguments that do not fit the model, for a model whose files lack weights
+    that the site depends on and for a damaged store in the cache, OSError if the disk is too full, and
+    MissingExtra if `transformers` is not installed.
     """
-    source = _open_model(model, layer, context_length)
-    key = _key(model=source.fingerprint, layer=layer, context_length=context_length, text=_hash(text.encode()))
+    device = usable(device)
+    source = Source.open(model)
+    place = source.place(layer, hook)
+    source.check_length(context_length)
+    key = _key(model=source.fingerprint, site=place.site, run=place.run, context_length=context_length, text=hash_of(text))
     root = cache_folder(cache) / "activations"
     if (root / key).is_dir():
-        return ActivationStore.open(root / key)
-    contexts = _contexts(source.tokenizer, text, context_length)
+        return _of_width(ActivationStore.open(root / key), d)
+    if place.is_block:
+        _check_width(place, source.config.hidden_size, d)
+    contexts = _contexts(source, text, context_length)
+    states = source.load(place, device)
+    _check_width(place, states.d, d)
+    n_tokens = contexts.kept.size
     info = {
-        "d": source.config.hidden_size,
-        "n_tokens": contexts.ids.size,
+        "d": states.d,
+        "n_tokens": n_tokens,
         "context_length": context_length,
-        "layer": layer,
+        "layer": place.layer,
+        "hook_name": place.hook_name,
+        "place": {"layer": place.layer} if place.is_block else {"hook": place.hook_name},  # for harvest
+        "site": place.site,
         "model": str(model),
+        "prepend_bos": bool(contexts.prefix),
+        "text": {"from": text_from, "characters": len(text), "sha256": hash_of(text)},
+        "harvested": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "key": key,
         "version": VERSION,
     }
     root.mkdir(parents=True, exist_ok=True)
-    _check_disk(root, 4 * info["n_tokens"] * info["d"] + 20 * contexts.ids.size + 4 * len(text))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    files.sweep(root)  # what killed harvests left may be what fills the disk
+    _check_disk(root, n_tokens * (4 * states.d + 20) + 4 * len(text))
     try:
-        with appear(root / key) as folder:
-            np.save(folder / "tokens.npy", contexts.ids.reshape(-1).astype(np.int32))
-            np.save(folder / "spans.npy", contexts.spans)
+        with files.appear(root / key) as folder:
+            np.save(folder / "tokens.npy", contexts.ids[contexts.kept].reshape(-1).astype(np.int32))
+            np.save(folder / "spans.npy", contexts.spans[contexts.kept].reshape(-1, 2))
             (folder / "text.txt").write_bytes(text.encode())
             (folder / "store.json").write_text(json.dumps(info, indent=2) + "\n")
-            _run(source, contexts, layer, batch_size, device, progress, folder / "activations.npy")
+            _run(states, contexts, place, batch_size, device, progress, folder / "activations.npy")
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster: its store is as good
             raise
@@ -85,159 +111,48 @@ def cache_folder(cache: str | Path | None = None) -> Path:
     return Path(cache or os.environ.get("SAE_FAST_CACHE") or "~/.cache/sae_fast").expanduser()
 
 
-class HiddenStates:
-    """ids [N, T] int64 → `hidden_states[layer]` [N, T, d] of a Hugging Face transformer, without the blocks
-    above it.
-
-    The i-th hidden state is what block i (counting from 0) is given, in every architecture; the last one
-    has also been through the final norm. So the model is left by an exception when that block is reached.
-    Whether this gives what `output_hidden_states` does is checked when it is built; where it does not, the
-    whole model runs.
-    """
-
-    def __init__(self, model: nn.Module, layer: int):
-        self.model, self.layer = model, layer
-        self.config: Any = model.config
-        probe = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-        wanted = self._run_all(probe)
-        self.block = next((block for block in self._candidates() if _same(self._run_until(block, probe), wanted)), None)
-
-    @torch.inference_mode()
-    def __call__(self, ids: Tensor) -> Tensor:
-        hidden = self._run_all(ids) if self.block is None else self._run_until(self.block, ids)
-        assert hidden is not None
-        return hidden
-
-    def _candidates(self) -> Iterator[nn.Module]:
-        n_layers = self.config.get_text_config().num_hidden_layers
-        for module in self.model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == n_layers and self.layer < n_layers:
-                yield module[self.layer]
-
-    @torch.inference_mode()
-    def _run_all(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids, output_hidden_states=True).hidden_states[self.layer]
-
-    @torch.inference_mode()
-    def _run_until(self, block: nn.Module, ids: Tensor) -> Tensor | None:
-        def leave(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            raise _Reached(args[0] if args else kwargs.get("hidden_states"))
-
-        handle = block.register_forward_pre_hook(leave, with_kwargs=True)
-        try:
-            self.model(input_ids=ids)
-        except _Reached as reached:
-            return reached.hidden
-        finally:
-            handle.remove()
-        return None
+def hash_of(text: str) -> str:
+    """The SHA-256 of a text, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-class _Reached(Exception):
-    def __init__(self, hidden: Tensor | None):
-        self.hidden = hidden
-
-
-def _same(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and torch.equal(a, b)
-
-
-class _Source(NamedTuple):
-    load: Callable[[], nn.Module]
-    tokenizer: Any
-    config: Any
-    fingerprint: str
+# ---- The text -------------------------------------------------------------------------------------------------------
 
 
 class _Contexts(NamedTuple):
-    ids: np.ndarray  # [n_contexts, context_length] int64
-    spans: np.ndarray  # [n_contexts * context_length, 2] int64, characters of the text
+    ids: np.ndarray  # [n] int64, the whole text's, special tokens among them
+    spans: np.ndarray  # [n, 2] int64, characters of the text
+    kept: np.ndarray  # [n_contexts, context_length] int64, positions in `ids`
+    begin: np.ndarray  # [n_contexts] int64, where in `ids` what is run begins; it ends with the last that is kept
     prefix: list[int]  # special tokens before and after every context
     suffix: list[int]
 
 
-def _open_model(model: str | Path, layer: int, context_length: int) -> _Source:
-    """The model's configuration and tokenizer, checked against the arguments; its weights are loaded on
-    demand.
-    """
-    transformers = require("transformers", extra="demo")
-    if context_length < 1:
-        raise ValueError(f"context_length: got {context_length}, want at least 1 token")
-    if layer < 0:
-        raise ValueError(f"layer: got {layer}, want 0 (the embedding) or more")
-    if str(model).startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise ValueError(f"model: the folder {str(model)!r} does not exist")
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"model: the folder {str(model)!r} holds no config.json, want a Hugging Face model")
-    with _quiet(transformers):
-        try:
-            config = transformers.AutoConfig.from_pretrained(model)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"model: {str(model)!r} is neither a folder nor a hub id that loads: {reason}") from error
-    if config.is_encoder_decoder or not hasattr(config.get_text_config(), "num_hidden_layers"):
-        raise ValueError(f"model: got a {config.model_type} model, want one stack of transformer blocks over text")
-    if not tokenizer.is_fast:
-        raise ValueError(f"model: its tokenizer, a {type(tokenizer).__name__}, is slow, want one that keeps offsets")
-    text_config = config.get_text_config()
-    if not 0 <= layer <= text_config.num_hidden_layers:
-        last = f"{text_config.num_hidden_layers} (the model's last block)"
-        raise ValueError(f"layer: got {layer}, want 0 (the embedding) to {last}")
-    special = sum(map(len, _special_tokens(tokenizer)))
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if longest is not None and context_length + special > longest:
-        most = f"at most {longest - special}, what the model takes"
-        raise ValueError(f"context_length: got {context_length}, want {most}")
-
-    def load() -> nn.Module:
-        with _quiet(transformers):
-            return transformers.AutoModel.from_pretrained(model).float().eval()
-
-    return _Source(load, tokenizer, text_config, _fingerprint(model, config))
-
-
-def _fingerprint(model: str | Path, config: Any) -> str:
-    """What identifies a model's weights: the hub's commit, or a hash of the files in its folder."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{config._commit_hash}"
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in WEIGHTS_AND_TOKENIZER:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts (before, after) a text; a BOS where it puts nothing but has one.
-
-    The first position of a causal model is an attention sink, whose activation says nothing of the token
-    there.
-    """
-    probe = tokenizer("a", return_special_tokens_mask=True)
-    ids, special = probe["input_ids"], probe["special_tokens_mask"]
-    first, last = special.index(0), len(special) - special[::-1].index(0)
-    if len(ids) == last - first and tokenizer.bos_token_id is not None:
-        return [tokenizer.bos_token_id], []
-    return ids[:first], ids[last:]
-
-
-def _contexts(tokenizer: Any, text: str, context_length: int) -> _Contexts:
+def _contexts(source: Source, text: str, context_length: int) -> _Contexts:
     pieces = list(_pieces(text)) or [""]
-    encoded = tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = source.tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.concatenate([np.array(i, dtype=np.int64) for i in encoded["input_ids"]])
     begins = np.cumsum([0, *map(len, pieces)])
     spans = [np.array(o, np.int64).reshape(-1, 2) + b for o, b in zip(encoded["offset_mapping"], begins, strict=False)]
-    n_contexts = len(ids) // context_length
+    prefix, suffix = source.special_tokens
+    vocabulary = source.skeleton.get_input_embeddings().num_embeddings
+    if (largest := max([*prefix, *suffix, int(ids.max(initial=0))])) >= vocabulary:
+        token = source.tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(f"model: its tokenizer gives {token!r} the id {largest}, and its vocabulary has {vocabulary}")
+    words = np.flatnonzero(~np.isin(ids, source.not_text))
+    lead = 0 if prefix else 1
+    n_contexts = max(len(words) - lead, 0) // context_length
     if n_contexts == 0:
-        raise ValueError(f"text: got {len(ids)} tokens, want at least one context of {context_length}")
-    kept = n_contexts * context_length
-    ids = ids[:kept].reshape(n_contexts, context_length)
-    return _Contexts(ids, np.concatenate(spans)[:kept], *_special_tokens(tokenizer))
+        raise ValueError(f"text: got {len(words)} tokens, want at least one context of {context_length + lead}")
+    kept = words[lead : lead + n_contexts * context_length].reshape(n_contexts, context_length)
+    begin = words[: n_contexts * context_length : context_length] if lead else kept[:, 0]
+    most = int((kept[:, -1] + 1 - begin).max()) - lead
+    if source.longest is not None and most > source.longest:
+        raise ValueError(
+            f"context_length: got {context_length}, which with the special tokens that the text has in them makes "
+            f"contexts of up to {most} tokens, want at most {source.longest}, what the model takes"
+        )
+    return _Contexts(ids, np.concatenate(spans), kept, begin, prefix, suffix)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -256,36 +171,76 @@ def _pieces(text: str) -> Iterator[str]:
         yield "".join(piece)
 
 
+# ---- Running --------------------------------------------------------------------------------------------------------
+
+
 def _run(
-    source: _Source,
+    states: HiddenStates,
     contexts: _Contexts,
-    layer: int,
+    place: Place,
     batch_size: int,
     device: torch.device,
     progress: bool,
     file: Path,
 ) -> None:
-    """Write the activations of all contexts, a batch of contexts at a time."""
-    hidden_states = HiddenStates(source.load().to(device), layer)
-    n_contexts, length = contexts.ids.shape
-    d = source.config.hidden_size
-    out = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(n_contexts * length, d))
-    before, after = (
-        torch.tensor(contexts.prefix, dtype=torch.int64),
-        torch.tensor(contexts.suffix, dtype=torch.int64),
+    """Write the activations of all contexts, a batch of contexts at a time; those of one length go together."""
+    n_contexts, length = contexts.kept.shape
+    before, after = (torch.tensor(ids, dtype=torch.int64) for ids in (contexts.prefix, contexts.suffix))
+    lengths = contexts.kept[:, -1] + 1 - contexts.begin
+    bar = tqdm(
+        total=n_contexts * length, desc=f"harvest {place.hook_name}", unit="tok", unit_scale=True, disable=not progress
     )
-    with tqdm(total=len(out), desc=f"harvest layer {layer}", unit="tok", unit_scale=True, disable=not progress) as bar:
-        for begin in range(0, n_contexts, batch_size):
-            ids = torch.from_numpy(contexts.ids[begin : begin + batch_size])
-            wrapped = torch.cat([before.expand(len(ids), -1), ids, after.expand(len(ids), -1)], dim=1)
-            hidden = hidden_states(wrapped.to(device))[:, len(before) : len(before) + length]
-            rows = hidden.reshape(-1, d).float().cpu()
-            if not rows.isfinite().all():
-                where = f"in contexts {begin} to {begin + len(ids) - 1}"
-                raise ValueError(f"model: the activations of layer {layer} are not all finite {where}")
-            out[begin * length : begin * length + len(rows)] = rows.numpy()
-            bar.update(len(rows))
-    out.flush()
+    with bar, _rows(file, n_contexts * length, states.d) as write:
+        for size in np.unique(lengths):
+            same = np.flatnonzero(lengths == size)
+            for chosen in np.split(same, range(batch_size, len(same), batch_size)):
+                begin = contexts.begin[chosen, None]
+                ids = torch.from_numpy(contexts.ids[begin + np.arange(size)])
+                wrapped = torch.cat([before.expand(len(ids), -1), ids, after.expand(len(ids), -1)], dim=1)
+                hidden = states(wrapped.to(device))
+                at = torch.from_numpy(contexts.kept[chosen] - begin + len(before)).to(device)
+                rows = hidden.gather(1, at[:, :, None].expand(-1, -1, states.d)).float().cpu()
+                if not rows.isfinite().all():
+                    where = f"in contexts {chosen[0]} to {chosen[-1]}"
+                    raise ValueError(f"model: the activations at {place.hook_name} are not all finite {where}")
+                for first, block in zip(chosen.tolist(), rows.numpy(), strict=True):
+                    write(first * length, block)
+                bar.update(rows.shape[0] * length)
+
+
+@contextmanager
+def _rows(file: Path, n: int, d: int) -> Iterator[Any]:
+    """A .npy file of [n, d] float32, and a function (row, values) that writes into it.  Its space is taken at once where
+    the system can; written, not mapped: a full disk is an OSError that names the file, no SIGBUS."""
+    try:
+        with file.open("wb") as stream:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (n, d)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            stream.flush()
+            begin = stream.tell()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, begin + 4 * n * d)
+
+            def write(row: int, values: np.ndarray) -> None:
+                stream.seek(begin + 4 * d * row)
+                stream.write(np.ascontiguousarray(values, dtype="<f4").data)
+
+            yield write
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
+
+
+def _check_width(place: Place, got: int, want: int | None) -> None:
+    if want is not None and got != want:
+        raise ValueError(f"d: got {got} dimensions at {place.hook_name}, want {want}, those of the SAE")
+
+
+def _of_width(store: ActivationStore, want: int | None) -> ActivationStore:
+    if want is not None and store.d != want:
+        raise ValueError(f"d: got {store.d} dimensions at {store.info.get('hook_name')}, want {want}, those of the SAE")
+    return store
 
 
 def _check_disk(folder: Path, needed: int) -> None:
@@ -298,24 +253,5 @@ def _check_disk(folder: Path, needed: int) -> None:
         )
 
 
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the loading bars and reports of `transformers`, whose settings are put back."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _key(**parts: Any) -> str:
-    return _hash(json.dumps({"version": VERSION, **parts}, sort_keys=True).encode())[:24]
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return hash_of(json.dumps({"version": VERSION, **parts}, sort_keys=True))[:24]
