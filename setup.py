@@ -5,7 +5,6 @@ Metadata is in pyproject.toml.  No torch is needed to build: the kernels take ra
 """
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -15,20 +14,25 @@ from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
 # Every file in csrc/cpu is compiled once per row of this table, into a namespace of its own; which one runs is
-# decided at run time (csrc/bindings.cpp), so one build serves every x86-64 machine.
+# decided at run time (csrc/bindings.cpp), so one build serves every x86-64 machine.  The compiler says which rows it can
+# build: it may be for another machine than this one.
 X86 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
-ISAS = {"plain": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISAS["avx2"] = X86
-    ISAS["avx512"] = [
-        *X86, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
-    ]  # fmt: skip
+ISAS = {
+    "plain": [],
+    "avx2": X86,
+    "avx512": [*X86, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+}
+WANTED = (
+    "want a C++17 compiler and Python's headers (Debian, Ubuntu: apt install g++ python3-dev; Fedora: dnf install gcc-c++ "
+    "python3-devel; macOS: xcode-select --install); CXX names another compiler"
+)
 
 # ---- CUDA: releases 12 and 13.  SAE_FAST_CUDA=1 asks for it, SAE_FAST_CUDA=0 forbids it. -------------------------------
 
@@ -79,20 +83,55 @@ def cuda_extensions():
     return [Extension("sae_fast._C_cuda", list(map(str, sources)), depends=list(map(str, headers)))]
 
 
+class ExtensionsFirst(build):
+    """What fails for want of a compiler says so before anything is copied."""
+
+    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
+
+
 class Build(build_ext):
     def build_extension(self, ext):
         if ext.name == "sae_fast._C_cuda":
             return self.build_cuda(ext)
-        for isa, flags in ISAS.items():
+        openmp, isas = self.choose()
+        ext.define_macros = [(f"SAE_FAST_HAS_{isa.upper()}", "1") for isa in isas]
+        ext.extra_compile_args += [*FLAGS, *openmp]
+        ext.extra_link_args += openmp
+        for isa in isas:
             ext.extra_objects += self.compiler.compile(
                 [str(p) for p in sorted((CSRC / "cpu").glob("*.cpp"))],
                 output_dir=str(Path(self.build_temp) / isa),
                 macros=[("SAE_FAST_ISA", isa), (f"SAE_FAST_ISA_{isa.upper()}", "1")],
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*FLAGS, *flags, "-fvisibility=hidden"],
+                extra_postargs=[*FLAGS, *openmp, *ISAS[isa], "-fvisibility=hidden"],
                 depends=[str(p) for p in (CSRC / "include" / "sae_fast").glob("*.hpp")],
             )
         super().build_extension(ext)
+
+    def choose(self):
+        """The flag for OpenMP and the instruction sets that the compiler can build."""
+        complaint = self.complaint("#include <vector>\n#include <Python.h>", *FLAGS)
+        if complaint:
+            raise SystemExit(f"error: the CPU kernels cannot be built: {complaint}; {WANTED}")
+        openmp = ["-fopenmp"]
+        if self.complaint("#include <omp.h>", *openmp):
+            openmp = [flag for flag in ["-fopenmp-simd"] if not self.complaint("", flag)]
+            print("this compiler has no OpenMP: the CPU kernels will run on one thread", file=sys.stderr)
+        isas = [isa for isa, flags in ISAS.items() if not (flags and self.complaint("#include <immintrin.h>", *flags))]
+        return openmp, isas
+
+    def complaint(self, source, *flags):
+        """What the compiler says against this source, in a line, or None."""
+        command = getattr(self.compiler, "compiler_so_cxx", None)
+        if command is None:
+            return f"got the compiler {self.compiler.compiler_type}, want g++ or clang++"
+        command = [*command, *(f"-I{folder}" for folder in self.include_dirs), *flags, "-fsyntax-only", "-x", "c++", "-"]
+        try:
+            done = subprocess.run(command, input=source, capture_output=True, text=True)
+        except OSError as error:
+            return f"{command[0]}: {error.strerror}"
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [command[0]]
+        return lines[0].strip() if done.returncode else None
 
     def build_cuda(self, ext):
         """With nvcc alone, file beside file; what is newer than its sources stays."""
@@ -122,23 +161,17 @@ class Build(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=[
-            "sae_fast", "sae_fast.ops", "sae_fast.nn", "sae_fast.train", "sae_fast.interop", "sae_fast.analysis",
-            "sae_fast.cli", "sae_fast.kernels",
-        ],
+        packages=sorted({*find_packages(include=["sae_fast", "sae_fast.*"]), "sae_fast.kernels"}),
         package_dir={"sae_fast": "sae_fast", "sae_fast.kernels": "kernels"},
-        package_data={"sae_fast.analysis": ["web/*"]},
+        package_data={"": ["py.typed", "*.json", "web/*"]},
         ext_modules=[
             Pybind11Extension(
                 "sae_fast._C",
                 [str(CSRC / "bindings.cpp")],
                 include_dirs=[str(CSRC / "include")],
-                define_macros=[(f"SAE_FAST_HAS_{isa.upper()}", "1") for isa in ISAS],
-                extra_compile_args=FLAGS,
-                extra_link_args=["-fopenmp"],
                 depends=[str(p) for p in CSRC.rglob("*.[ch]pp")],
             ),
             *cuda_extensions(),
         ],
-        cmdclass={"build_ext": Build},
-    )  # fmt: skip
+        cmdclass={"build": ExtensionsFirst, "build_ext": Build},
+    )

@@ -9,3 +9,7 @@ float32, in an order that the arguments decide: every sum has one owner, and res
                        end = indptr[1:]; one from :mod:`compact` may have gaps, in which nothing is ever read.
   feature i            entries colptr[i] .. colptr[i + 1] of rows and perm; always packed
 """
+
+from sae_fast.extras import require
+
+require("triton", extra="gpu")

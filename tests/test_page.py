@@ -8,8 +8,6 @@ import json
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -263,21 +261,3 @@ def test_the_command_makes_the_store_that_a_run_lacks(tmp_path, monkeypatch):
     about, chunks = read_page(run / "report.html")
     assert about["n_tokens"] == FeatureStore.open(run / "store").n_tokens == activations.n_tokens
     assert {word.strip() for word in chunks["text"]["words"]} <= set(WORDS)
-
-
-def test_an_installed_package_has_the_page(tmp_path):
-    root = Path(__file__).parents[1]
-    build = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_py",
-        "--build-lib",
-        str(tmp_path),
-        "egg_info",
-        "--egg-base",
-        str(tmp_path),
-    ]
-    subprocess.run(build, cwd=root, check=True, capture_output=True)
-    wanted = {file.name for file in (root / "sae_fast" / "analysis" / "web").iterdir()}
-    assert {file.name for file in (tmp_path / "sae_fast" / "analysis" / "web").iterdir()} == wanted

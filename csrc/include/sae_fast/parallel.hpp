@@ -1,11 +1,11 @@
 // The one place that knows about threads.  With SAE_FAST_STD_THREADS they are std::thread's instead of OpenMP's, for the
-// thread sanitizer, which takes libgomp's barriers for races.
+// thread sanitizer, which takes libgomp's barriers for races; a compiler without OpenMP gives one thread.
 #pragma once
 #include <cstdint>
 #ifdef SAE_FAST_STD_THREADS
 #include <thread>
 #include <vector>
-#else
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -35,9 +35,11 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
   for (int t = 1; t < threads; ++t) workers.emplace_back(work, t);
   work(0);
   for (auto& worker : workers) worker.join();
-#else
+#elif defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
   work(omp_get_thread_num());
+#else
+  work(0);
 #endif
 }
 
