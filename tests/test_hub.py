@@ -53,13 +53,15 @@ def client(server: Server, tmp_path: Path, script: str) -> dict:
 PUSH = """
 sae = sf.GatedSAE(8, 20, seed=3)
 formats, about = ("sae_fast", "saelens", "saebench"), dict(model_name="m", layer=2)
+interop.push_to_hub(sae, "user/saes", "saelens", folder="v5_32k_layer_0.pt")
 urls = [interop.push_to_hub(sae, "user/saes", f, folder=f, **about) for f in formats]
 print(json.dumps([str(u) for u in urls]))
 """
 LOAD = """
 x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 wanted = sf.GatedSAE(8, 20, seed=3)
-places = ["user/saes/sae_fast", "user/saes/saelens", "user/saes/saebench/ae.pt", "user/saes/saelens@main"]
+places = ["user/saes/sae_fast", "user/saes/saelens", "user/saes/saebench/ae.pt", "user/saes/saelens@main",
+          "user/saes/v5_32k_layer_0.pt", "user/saes/v5_32k_layer_0.pt/"]
 assert sf.load(places[2]).metadata["layer"] == 2, "its config came along"
 loaded = [sf.load(p) for p in places]
 print(json.dumps([all(torch.equal(a, b) for a, b in zip(s.parameters(), wanted.parameters())) for s in loaded]))
@@ -84,15 +86,33 @@ def test_what_is_pushed_is_loaded_from_another_process(server, tmp_path):
     below.mkdir()
     (below / "sae_weights.safetensors").write_text("another")
     server.log.clear()
-    assert client(server, tmp_path, LOAD) == [True] * 4
+    assert client(server, tmp_path, LOAD) == [True] * 6
     fetched = {line.partition("/resolve/")[2].partition("/")[2] for line in server.log if "/resolve/" in line}
-    assert {f.partition("/")[0] for f in fetched} == {"sae_fast", "saelens", "saebench"}
+    assert {f.partition("/")[0] for f in fetched} == {"sae_fast", "saelens", "saebench", "v5_32k_layer_0.pt"}
     assert not [f for f in fetched if "checkpoints" in f or "README" in f], "only what is needed is fetched"
     (below / "sae_weights.safetensors").unlink()
     repo, folder, several = client(server, tmp_path, FAIL)
     assert repo.startswith("FileNotFoundError: path: there is no 'user/none' here, and the Hub gave no 'user/none'")
     assert folder.startswith("FileNotFoundError: path: user/saes on the Hub holds no SAE in 'nowhere'")
-    assert "there are weights in sae_fast, saebench, saelens: name one of them" in several
+    assert "there are weights in sae_fast, saebench, saelens, v5_32k_layer_0.pt: name one of them" in several
+
+
+def test_what_is_known_but_not_read_is_named_by_the_names_on_the_hub(server, tmp_path):
+    files = {
+        "layer_20/width_16k/average_l0_71/params.npz": "Gemma Scope",
+        "resid_post/layer_3/params.safetensors": "Gemma Scope 2",
+        "L3R-8x/hyperparams.json": "Llama Scope",
+        "layer3.sae.pt": "Qwen-Scope",
+    }
+    for name in files:
+        (tmp_path / "hub/user/other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hub/user/other" / name).write_text("unread")
+    (tmp_path / "hub/user/other/L3R-8x/checkpoints").mkdir()
+    (tmp_path / "hub/user/other/L3R-8x/checkpoints/final.safetensors").write_text("unread")
+    places = [f"user/other/{name}".rpartition("/")[0] for name in files]
+    script = FAIL.replace('("user/none", "user/saes/nowhere", "user/saes")', repr(tuple(places)))
+    for said, format in zip(client(server, tmp_path, script), files.values(), strict=True):
+        assert f"this is of {format}, a format that is known but cannot be read yet" in said, said
 
 
 def test_a_folder_here_comes_before_one_there(tmp_path, monkeypatch):

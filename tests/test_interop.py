@@ -131,8 +131,7 @@ def test_folding_decoder_norms_keeps_the_function_and_unfolding_restores_the_bit
             _norms.fold(sae)
         assert all(same_bits(t, before[n]) for n, t in sae.state_dict().items())
     how = _norms.fold(sae, chosen_with_norms=chooses)
-    norms = sae.W_dec.double().norm(dim=1)
-    assert norms[3] == 0 and ((norms[norms > 0] - 1).abs() <= _norms.tolerance(dtype)).all()
+    assert _norms.is_unit(sae) and not sae.encode(x)[:, 3].any(), "a row of norm 0 is any unit row, its feature silent"
     if not chooses and dtype == torch.float32:
         torch.testing.assert_close(sae(x), wanted, rtol=1e-4, atol=1e-2)
     _norms.unfold(sae, _norms.Unfold.of_tensors(how.tensors(), how.digest))
@@ -250,8 +249,9 @@ def test_a_truncated_file_is_named(format, kind, keep, tmp_path):
 def test_a_missing_misshapen_or_unknown_tensor_is_named(format, kind, tmp_path):
     interop.save(make(kind), tmp_path, format)
     file = weights(tmp_path)
-    names = list(torch.load(file) if file.suffix == ".pt" else load_file(file))
-    for name in names:
+    for name in torch.load(file) if file.suffix == ".pt" else load_file(file):
+        if name in ("k", "threshold") and "topk" in kind and format == "dictionary_learning":
+            continue  # which older files have not
         interop.save(make(kind), tmp_path, format, overwrite=True)
         edit_tensors(tmp_path, lambda t, name=name: t.pop(name))
         with pytest.raises(ValueError, match=rf"'?{name}'? ?.*missing|missing.*{name}"):
@@ -425,7 +425,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(how, tmp_path):
         torch.save(Attack(mark), file)
     else:
         torch.save({**state, "r_mag": Attack(mark)}, file, _use_new_zipfile_serialization=how == "in a state_dict")
-    with pytest.raises(ValueError, match=r"ae.pt: (want tensors and plain values: it names code|truncated or damaged)"):
+    with pytest.raises(ValueError, match=r"ae.pt: want (tensors and plain values: it names code|what torch.save writes)"):
         sf.load(tmp_path)
     assert not mark.exists(), "the code was run"
     torch.load(file, weights_only=False) if how != "a plain pickle" else pickle.loads(file.read_bytes())

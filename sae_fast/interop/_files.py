@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ class Tensors:
         for name, tensor in self._left.items():
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{file}: {name}: got {type(tensor).__name__}, want a tensor")
+            if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+                raise ValueError(f"{file}: {name}: got a {tensor.layout} tensor on {tensor.device}, want plain numbers")
 
     def __contains__(self, name: str) -> bool:
         return name in self._left
@@ -30,7 +34,8 @@ class Tensors:
         return set(self._left)
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor of that name, of a shape in which None stands for any size."""
+        """The tensor of that name, of a shape in which None stands for any size: for that there must be numbers in the
+        file, as a small file may claim any shape for a view of one number."""
         if name not in self._left:
             raise ValueError(f"{self.file}: tensor {name!r} is missing; it holds {sorted(self._left)}")
         tensor = self._left.pop(name)
@@ -38,6 +43,11 @@ class Tensors:
         if not fits:
             wanted = ", ".join("any" if w is None else str(w) for w in shape)
             raise ValueError(f"{self.file}: {name}: got shape {tuple(tensor.shape)}, want ({wanted})")
+        held = tensor.untyped_storage().nbytes() // tensor.element_size()
+        if None in shape and tensor.numel() > held:
+            raise ValueError(
+                f"{self.file}: {name}: got shape {tuple(tensor.shape)}, but the file holds {held} numbers of it"
+            )
         return tensor
 
     def finish(self) -> None:
@@ -50,28 +60,50 @@ def read_safetensors(file: Path) -> Tensors:
     return Tensors(file, files.read_safetensors(file))
 
 
+# In torch's words:
+CODE = re.compile(r"GLOBAL \S+|unrecognized function .*|new object for .*|build Tensor, .*|.* must be imported .*")
+
+
 def read_pt(file: Path) -> Any:
-    """What torch.save wrote, as far as it is tensors and plain values."""
+    """What torch.save wrote, as far as it is tensors and plain values.  Errors as of :func:`read_safetensors`."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file")
+    if said := files.lfs_pointer(file) or _packed(file):
+        raise ValueError(f"{file}: {said}")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file}: there is no such file") from error
     except pickle.UnpicklingError as error:
-        reason = str(error).replace("\n", " ")
-        if "Unsupported global" in reason or "Unsupported class" in reason or "Unsupported operand" in reason:
-            wanted = "want tensors and plain values: it names code, and a pickle is never executed"
-            raise ValueError(f"{file}: {wanted} ({_global(reason)})") from error
-        raise ValueError(f"{file}: truncated or damaged: {reason[:200]}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek beyond the end gives
+        raise ValueError(f"{file}: {_why_not(str(error))}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which a seek beyond the end gives
             raise
-        raise ValueError(f"{file}: truncated or damaged: {str(error)[:200]}") from error
+        raise ValueError(f"{file}: truncated or damaged: {error}") from error
+    except Exception as error:  # a damaged pickle may ask for anything
+        raise ValueError(f"{file}: truncated or damaged: {' '.join(str(error).split())[:200]}") from error
 
 
-def _global(reason: str) -> str:
-    """What torch says of the code that a pickle asks for, without its advice to run it."""
-    start = reason.find("Unsupported")
-    return reason[start:].split(" was not", 1)[0].split(". ", 1)[0][:200]
+def _packed(file: Path) -> str | None:
+    """What to say of an archive that would take more memory than it has bytes; torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            needed = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return None  # an old file of torch, or a damaged one, which torch.load says
+    size = file.stat().st_size
+    return f"got {needed} bytes packed into {size}, want what torch.save writes" if needed > size else None
+
+
+def _why_not(reason: str) -> str:
+    """Why torch did not read a pickle, without its advice to run it."""
+    reason = reason.partition("Check the documentation of torch.load")[0].rpartition("WeightsUnpickler error:")[2]
+    reason = re.sub(r".*Re-running `torch.load`.*", "", reason)
+    code = CODE.search(reason)
+    if code:
+        what = code.group().partition(" was not")[0].strip()[:200]
+        return f"want tensors and plain values: it names code, and a pickle is never executed ({what})"
+    if "Unsupported operand" in reason:
+        return "want what torch.save writes: it is something else, or damaged, and a pickle is never executed"
+    return f"truncated or damaged: {' '.join(reason.split())[:200]}"
 
 
 def pt_writer(tensors: Mapping[str, Tensor]) -> files.Writer:

@@ -3,6 +3,8 @@
 The function of an SAE does not change when W_dec's row i is divided by n_i and W_enc's row and the biases of feature i are
 multiplied by it; f_i becomes n_i times as large.  Exact in the reals, rounded in floats.  ``Unfold`` keeps what it takes to
 undo the roundings too.  Where features are chosen by comparing them (TopK, BatchTopK) others would be: there it is refused.
+
+A row of norm 0 gives nothing, and counts 0: its feature never fires then, and its row is any unit row.
 """
 
 from __future__ import annotations
@@ -37,6 +39,17 @@ def is_unit(sae: SparseAutoencoder) -> bool:
     return bool(((norms(sae).double() - 1).abs() <= tolerance(sae.W_dec.dtype)).all())
 
 
+def why_not_unit(sae: SparseAutoencoder) -> str | None:
+    """What to say of decoder rows that are not unit, and what helps; None where they are."""
+    if is_unit(sae):
+        return None
+    zero = (norms(sae) == 0).nonzero()[:, 0].tolist()
+    some = ", ".join(map(str, zero[:5])) + (" …" if len(zero) > 5 else "")
+    said = f"W_dec: rows {some} are zero" if zero else "W_dec: its rows are not unit"
+    helps = "folded, it would choose others" if chooses(sae) else "want fold_decoder_norm"
+    return f"{said}; {helps}"
+
+
 def scaled(sae: SparseAutoencoder) -> list[str]:
     """The parameters whose row or element i is multiplied by n_i.  r_mag is not: it multiplies u, which already is."""
     return ["W_enc", *(name for name in sae.per_feature if name != "r_mag")]
@@ -64,17 +77,21 @@ class Unfold:
 
 @torch.no_grad()
 def fold(sae: SparseAutoencoder, chosen_with_norms: bool = False) -> Unfold:
-    """Makes W_dec's rows unit, in place.  A row of norm 0 stays as it is.  ``chosen_with_norms``: of a TopK or BatchTopK
-    SAE that is meant to choose by π_i ‖d_i‖, which it does from then on."""
+    """Makes W_dec's rows unit, in place; a row of norm 0 becomes the first axis, and its feature silent.
+    ``chosen_with_norms``: of a TopK or BatchTopK SAE that is meant to choose by π_i ‖d_i‖, which it does from then on."""
     if chooses(sae) and not chosen_with_norms and not is_unit(sae):
         raise ValueError(f"sae: got a {type(sae).__name__} whose decoder rows are not unit: folded, it would choose others")
     if sae.W_enc.dtype == torch.float64:
         raise ValueError("sae: got torch.float64, want a narrower dtype to fold decoder norms in")
     n = norms(sae)
-    n = torch.where(n > 0, n, 1)
+    if not bool(torch.isfinite(n).all()):
+        raise ValueError(f"sae: got decoder rows of norm {float(n[~torch.isfinite(n)][0])}, want finite ones to fold")
     before = {name: sae.get_parameter(name).detach().clone() for name in ("W_dec", *scaled(sae))}
     for name in before:
         _scale(sae.get_parameter(name), n, inverse=name == "W_dec")
+        if not bool(torch.isfinite(sae.get_parameter(name)).all()) and bool(torch.isfinite(before[name]).all()):
+            raise ValueError(f"sae: {name}: folded, it does not fit into {before[name].dtype}")
+    sae.W_dec[n == 0] = torch.eye(1, sae.d_in, dtype=sae.W_dec.dtype, device=sae.W_dec.device)
     ulps = {}
     for name, was in before.items():
         back = sae.get_parameter(name).detach().clone()
@@ -106,8 +123,9 @@ def digest(sae: SparseAutoencoder) -> str:
 
 
 def _scale(t: Tensor, n: Tensor, inverse: bool) -> None:
-    """By float64, so that there is one rounding."""
-    factor = n.double() if t.dim() == 1 else n.double()[:, None]
+    """By float64, so that there is one rounding.  A row of norm 0 is divided by 1."""
+    factor = torch.where(n == 0, 1, n.double()) if inverse else n.double()
+    factor = factor if t.dim() == 1 else factor[:, None]
     t.copy_(t.double() / factor if inverse else t.double() * factor)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import torch
 
 from sae_fast.interop import _norms, hub
-from sae_fast.interop.formats import FORMATS, Loaded, find
-from sae_fast.nn import GatedSAE, SparseAutoencoder
+from sae_fast.interop.formats import FORMATS, Loaded, config_of, find
+from sae_fast.nn import GatedSAE, SparseAutoencoder, arguments
 
 UNIT = ("dictionary_learning", "saebench")  # whose SAEs have unit decoder rows
 SHARED = {"saebench": {"dictionary_learning"}}  # the format in whose files another one is
@@ -30,7 +32,7 @@ def load(
     ``path`` that is not there is taken as a place on the Hugging Face Hub: "user/repo", "user/repo/folder",
     "user/repo/folder@revision".
     ``activation_scale`` s: the SAE was trained on s · x, and is made one of x: W_enc·s, W_dec/s, b_dec/s (SAELens'
-    normalize_activations "expected_average_only_in" keeps s outside its files).
+    normalize_activations "expected_average_only_in", whose s is in the files of training checkpoints only).
     ``fold_decoder_norm``: decoder rows are made unit and features count their norms: exact in the reals, f_i times n_i.
 
     ``sae.metadata`` has where it came from: format, model_name, layer, hook_name, and the config as it was.  A warning says
@@ -104,15 +106,20 @@ def _read(path: str | os.PathLike, scale: float | None, fold: bool, stacklevel: 
     loaded.sae.metadata["format"] = format.NAME
     if loaded.unfold is not None and _norms.digest(loaded.sae) != loaded.unfold.digest:
         loaded.unfold = None  # it was trained on since
-    if loaded.unscaled is not None and scale is None:
-        raise ValueError(f"{loaded.unscaled}: the scale is not in the files; want activation_scale")
+    bad = [f"{name}: {n} of its numbers are NaN or infinite" for name, n in loaded.sae.not_finite().items()]
+    if scale is None and loaded.unscaled is not None:
+        scale = loaded.scale
+        if scale is None:
+            raise ValueError(f"{loaded.unscaled}: the scale is not in the files; want activation_scale")
     if scale is not None:
+        if loaded.scale is not None and not math.isclose(_checked(scale), loaded.scale, rel_tol=1e-3):
+            raise ValueError(f"activation_scale: got {scale}, but the files say {loaded.scale}")
         _scale(loaded.sae, scale)
         loaded.unfold = None
     if fold:
         _norms.fold(loaded.sae)
         loaded.unfold = None
-    for note in loaded.notes if not fold else [n for n in loaded.notes if "fold_decoder_norm" not in n]:
+    for note in bad + [n for n in loaded.notes if not (fold and "fold_decoder_norm" in n)]:
         warnings.warn(f"{place}: {note}", stacklevel=stacklevel)
     return loaded
 
@@ -129,10 +136,16 @@ def _write(
         raise ValueError(f"format: got {format!r}, want one of {sorted(FORMATS)}")
     if others := {name for name, f in FORMATS.items() if f.finds(Path(path))} - SHARED.get(format, {format}):
         raise FileExistsError(f"path: {path} holds an SAE of {', '.join(sorted(others))}; want a folder of its own")
+    files = FORMATS[next(iter(SHARED.get(format, {format})))]
+    if overwrite and (Path(path) / files.CONFIG).exists() and not files.finds(Path(path)):
+        raise FileExistsError(f"path: the {files.CONFIG} in {path} is not of such an SAE; want a folder of its own")
+    sae.check_dtypes()
     sae = copy.deepcopy(sae)
     sae.metadata |= {name: value for name, value in about.items() if value is not None}
+    if about["layer"] is not None:
+        sae.metadata["layer"] = arguments.whole("layer", about["layer"], 0, wanted="an int from 0")
     if fold is None:
-        came_so = format == "dictionary_learning" and "dictionary_learning" in sae.metadata.get("configs", {})
+        came_so = format == "dictionary_learning" and bool(config_of(sae, "dictionary_learning"))
         fold = format in UNIT and not came_so and not _norms.is_unit(sae) and not _norms.chooses(sae)
     FORMATS[format].write(sae, Path(path), overwrite, _norms.fold(sae) if fold else None)
     return sae
@@ -141,8 +154,11 @@ def _write(
 @torch.no_grad()
 def _scale(sae: SparseAutoencoder, scale: float) -> None:
     """From an SAE of scale · x to one of x."""
-    if not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
-        raise ValueError(f"activation_scale: got {scale!r}, want a positive number")
+    scale = _checked(scale)
     sae.W_enc.mul_(scale)
     sae.W_dec.div_(scale)
     sae.b_dec.div_(scale)
+
+
+def _checked(scale: Any) -> float:
+    return float(arguments.average("activation_scale", scale, sys.float_info.max, "a positive number"))

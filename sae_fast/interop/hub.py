@@ -9,9 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sae_fast.extras import require
+from sae_fast.interop.formats import foreign
 from sae_fast.nn import SparseAutoencoder
 
 PLACE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<inside>[^@]+?))?/?(?:@(?P<revision>[^@]+))?")
+WEIGHTS = (".pt", ".safetensors")
 WANTED = ("*.pt", "*.safetensors", "*.json")
 
 
@@ -31,32 +33,36 @@ def fetch(place: str) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise FileNotFoundError(f"path: there is no {place!r} here, and the Hub gave no {repo!r}: {reason}") from error
     local = root / inside
-    if local.is_file() or (local.is_dir() and any(p.suffix in (".pt", ".safetensors") for p in local.iterdir())):
+    if local.is_file() or (local.is_dir() and any(p.suffix in WEIGHTS and p.is_file() for p in local.iterdir())):
         return local
-    raise FileNotFoundError(
-        f"path: {repo} on the Hub holds no SAE in {inside or 'its root'!r}{_instead(hub, repo, revision)}"
-    )
+    files = _listed(hub, repo, revision)
+    here = [str(PurePosixPath(f).relative_to(inside)) for f in files if PurePosixPath(f).is_relative_to(inside)]
+    if format := foreign.of_files([PurePosixPath(inside).name] if here == ["."] else here):
+        raise ValueError(f"path: {place}: {foreign.said(format)}")
+    folders = sorted({str(PurePosixPath(f).parent) for f in files if f.endswith(WEIGHTS)} - {"."})
+    some = ", ".join(folders[:5]) + (" …" if len(folders) > 5 else "")
+    instead = f"; there are weights in {some}: name one of them" if folders else ""
+    raise FileNotFoundError(f"path: {repo} on the Hub holds no SAE in {inside or 'its root'!r}{instead}")
 
 
 def _patterns(inside: str) -> tuple[list[str], list[str]]:
-    """What to fetch and what not: the files of a folder, not of the folders in it; of a file also the config that goes with
-    it.  A * of the Hub's patterns goes across folders."""
+    """What to fetch and what not: the files of a folder, not of the folders in it; of what may be a file also that, and the
+    configs that go with it.  A * of the Hub's patterns goes across folders."""
     here = glob.escape(inside)
-    if inside.endswith(".pt"):
+    below = f"{here}/" if here else ""
+    wanted = [f"{below}{name}" for name in WANTED]
+    if inside.endswith(".pt"):  # a folder's name may, too
         folders = [str(p) for p in list(PurePosixPath(here).parents)[:2]]
-        return [here, *(f"{folder}/config.json".removeprefix("./") for folder in folders)], []
-    here = f"{here}/" if here else ""
-    return [f"{here}{name}" for name in WANTED], [f"{here}*/*"]
+        wanted += [here, f"{here.removesuffix('.pt')}_cfg.json"]
+        wanted += [f"{folder}/config.json".removeprefix("./") for folder in folders]
+    return wanted, [f"{below}*/*"]
 
 
-def _instead(hub: Any, repo: str, revision: str | None) -> str:
+def _listed(hub: Any, repo: str, revision: str | None) -> list[str]:
     try:
-        files = hub.HfApi().list_repo_files(repo, revision=revision)
+        return hub.HfApi().list_repo_files(repo, revision=revision)
     except (hub.errors.HfHubHTTPError, OSError):
-        return ""
-    folders = sorted({str(PurePosixPath(f).parent) for f in files if f.endswith((".pt", ".safetensors"))} - {"."})
-    some = ", ".join(folders[:5]) + (" …" if len(folders) > 5 else "")
-    return f"; there are weights in {some}: name one of them" if folders else ""
+        return []
 
 
 def push_to_hub(

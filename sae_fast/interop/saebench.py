@@ -55,8 +55,8 @@ def as_saebench(sae: SparseAutoencoder, model_name: str, hook_layer: int, hook_n
 
     ``ValueError`` if its decoder rows are not unit, which the evaluations need (``sf.load(..., fold_decoder_norm=True)``).
     """
-    if not _norms.is_unit(sae):
-        raise ValueError("sae: W_dec's rows are not unit; want fold_decoder_norm=True when it is loaded")
+    if said := _norms.why_not_unit(sae):
+        raise ValueError(f"sae: {said}")
     return SAEBenchSAE(sae, model_name, hook_layer, hook_name)
 
 

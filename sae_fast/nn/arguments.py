@@ -16,9 +16,10 @@ def whole(name: str, value: Any, low: int = 1, high: int | None = None, wanted: 
     return int(value)
 
 
-def average(name: str, value: Any, high: int, wanted: str) -> int | float:
+def average(name: str, value: Any, high: float, wanted: str) -> int | float:
     """A number 0 < value ≤ ``high``; an int where it is whole."""
-    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else 0
+    plain = value.item() if isinstance(value, np.generic) else value
+    number: Any = plain if isinstance(plain, Real) and not isinstance(plain, bool) else 0
     if not 0 < number <= high:
         raise ValueError(f"{name}: got {value!r}, want {wanted}")
     return int(number) if number == int(number) else float(number)

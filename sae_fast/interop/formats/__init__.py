@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from sae_fast.interop.formats import dictionary_learning, native, saebench, saelens, sparsify
-from sae_fast.interop.formats._common import Format, Loaded
+from sae_fast.interop.formats import dictionary_learning, foreign, native, saebench, saelens, sparsify
+from sae_fast.interop.formats._common import Format, Loaded, config_of
 
 _MODULES = (dictionary_learning, saelens, sparsify, native, saebench)  # in the order in which they are looked for
 FORMATS: dict[str, Format] = {module.NAME: cast(Format, module) for module in _MODULES}
@@ -19,8 +19,12 @@ def find(path: Path) -> Format:
         raise ValueError(f"path: {path} holds SAEs of {' and '.join(f.NAME for f in found)}; want a folder of one")
     if found:
         return found[0]
+    if path.is_dir() and (format := foreign.of_files(foreign.below(path))):
+        raise ValueError(f"path: {path}: {foreign.said(format)}")
     if (path / "config.json").is_file():
         return FORMATS["sae_fast"]  # which says what is wrong with it
+    if path.is_file() and (format := foreign.of_files([path.name])):
+        raise ValueError(f"path: {path}: {foreign.said(format)}")
     if path.is_file():
         raise ValueError(f"path: got the file {path}, want a folder, or a .pt file of dictionary_learning")
     if files := sorted(p.name for p in path.glob("*.pt")):
@@ -38,4 +42,4 @@ def find(path: Path) -> Format:
 _WANTED = (
     "config.json of sae_fast, ae.pt (dictionary_learning), sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)"
 )
-__all__ = ["FORMATS", "Format", "Loaded", "find"]
+__all__ = ["FORMATS", "Format", "Loaded", "config_of", "find"]

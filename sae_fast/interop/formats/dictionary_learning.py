@@ -19,8 +19,20 @@ from sae_fast.files import json_writer, key, read_json, safetensors_writer, writ
 from sae_fast.interop import _norms
 from sae_fast.interop._files import Tensors, pt_writer, read_pt, read_safetensors
 from sae_fast.interop._norms import Unfold
-from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
-from sae_fast.nn import SparseAutoencoder
+from sae_fast.interop.formats import foreign
+from sae_fast.interop.formats._common import (
+    KEY,
+    Loaded,
+    build,
+    config_of,
+    layer_of,
+    mapping,
+    own,
+    refuse,
+    remember,
+    to_keep,
+)
+from sae_fast.nn import SparseAutoencoder, arguments
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG, UNFOLD = "ae.pt", "config.json", "sae_fast_unfold.safetensors"
@@ -36,6 +48,7 @@ def read(path: Path) -> Loaded:
     config, config_file = _config(file)
     trainer = key(config, config_file, dict, "trainer") if "trainer" in config else {}
     state, factor = _state(file)
+    foreign.refuse(file, state)
     tensors = Tensors(file, state)
     if OLDEST in tensors:
         raise ValueError(
@@ -45,7 +58,7 @@ def read(path: Path) -> Loaded:
     name = _class(config, config_file, tensors)
     sae = READERS[name](tensors, config, config_file)
     tensors.finish()
-    sae.metadata = kept(config, NAME) | sae.metadata
+    remember(sae, config, NAME)
     for ours, theirs in (("model_name", "lm_name"), ("layer", "layer")):
         if trainer.get(theirs) not in (None, ""):
             sae.metadata[ours] = trainer[theirs]
@@ -58,7 +71,10 @@ def read(path: Path) -> Loaded:
 def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
     name, tensors = _tensors(sae)
     config = config_of(sae, NAME)
-    trainer = dict(config.get("trainer", {}))
+    if name == "AutoEncoder" and not config and (zero := (_norms.norms(sae) == 0).nonzero()[:, 0].tolist()):
+        said = f"W_dec: rows {zero[:5]} are zero, with which the package loads no such file; want fold_decoder_norm"
+        raise refuse(NAME, sae, said)
+    trainer = mapping(config.get("trainer"))
     if trainer.get("dict_class") != name:
         trainer = {"dict_class": name, "trainer_class": TRAINERS[name]}
     trainer.setdefault("trainer_class", TRAINERS[name])
@@ -107,7 +123,7 @@ def _class(config: dict[str, Any], file: Path, tensors: Tensors) -> str:
         if name not in READERS:
             raise ValueError(f"{file}: trainer.dict_class: got {name!r}, want one of {sorted(READERS)}")
         return name
-    fitting = [name for name, keys in KEYS.items() if keys == tensors.names()]
+    fitting = [name for name, keys in KEYS.items() if keys - ADDED <= tensors.names() <= keys]
     if len(fitting) != 1:
         said = f"its tensors {sorted(tensors.names())} fit {' and '.join(fitting) or 'no class'}"
         raise ValueError(f"{file}: trainer.dict_class: missing, and {said}")
@@ -120,14 +136,14 @@ def _gated(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:
     b_dec, W_dec = tensors.take("decoder_bias", d), tensors.take("decoder.weight", d, F).T
     b_gate, b_mag, r_mag = (tensors.take(name, F) for name in ("gate_bias", "mag_bias", "r_mag"))
     values = dict(W_enc=W_enc, b_gate=b_gate, b_mag=b_mag, r_mag=r_mag, W_dec=W_dec, b_dec=b_dec)
-    return _filled(nn.GatedSAE, tensors.file, values)
+    return build(nn.GatedSAE, tensors.file, values)
 
 
 def _relu(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:
     W_enc = tensors.take("encoder.weight", None, None)
     F, d = W_enc.shape
     b_enc, W_dec, b_dec = tensors.take("encoder.bias", F), tensors.take("decoder.weight", d, F).T, tensors.take("bias", d)
-    return _filled(nn.ReluSAE, tensors.file, dict(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec))
+    return build(nn.ReluSAE, tensors.file, dict(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec))
 
 
 def _relu_new(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:
@@ -135,7 +151,7 @@ def _relu_new(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:
     F, d = W_enc.shape
     b_enc, W_dec = tensors.take("encoder.bias", F), tensors.take("decoder.weight", d, F).T
     values = dict(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=tensors.take("decoder.bias", d))
-    return _filled(nn.ReluSAE, tensors.file, values, apply_b_dec_to_input=False)
+    return build(nn.ReluSAE, tensors.file, values, apply_b_dec_to_input=False)
 
 
 def _jumprelu(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:
@@ -145,19 +161,19 @@ def _jumprelu(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:
         W_enc=W_enc, b_enc=tensors.take("b_enc", F), threshold=tensors.take("threshold", F),
         W_dec=tensors.take("W_dec", F, d), b_dec=tensors.take("b_dec", d),
     )  # fmt: skip
-    return _filled(nn.JumpReluSAE, tensors.file, values, apply_b_dec_to_input=False)
+    return build(nn.JumpReluSAE, tensors.file, values, apply_b_dec_to_input=False)
 
 
 def _topk(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:
     values, k, threshold = _linear_topk(tensors, config, file)
-    sae = _filled(nn.TopKSAE, tensors.file, values, k=k)
+    sae = build(nn.TopKSAE, tensors.file, values, k=k)
     sae.metadata["threshold"] = float(threshold)  # which its encode takes when it is asked to, instead of the k largest
     return sae
 
 
 def _batchtopk(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:
     values, k, threshold = _linear_topk(tensors, config, file)
-    return _filled(nn.BatchTopKSAE, tensors.file, values, {"threshold": threshold}, k=k)
+    return build(nn.BatchTopKSAE, tensors.file, {**values, "threshold": threshold}, k=k)
 
 
 def _matryoshka(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:
@@ -166,36 +182,36 @@ def _matryoshka(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder
     values = dict(
         W_enc=W_enc, b_enc=tensors.take("b_enc", F), W_dec=tensors.take("W_dec", F, d), b_dec=tensors.take("b_dec", d)
     )
-    k, threshold = _k(tensors, config, file), tensors.take("threshold")
-    groups = tensors.take("group_sizes", None).tolist()
-    if sum(groups) != F:
-        raise ValueError(f"{tensors.file}: group_sizes: got {groups}, want sizes that sum to {F}")
-    return _filled(nn.BatchTopKSAE, tensors.file, values, {"threshold": threshold}, k=k, group_sizes=groups)
+    values["threshold"] = _threshold(tensors)
+    k, groups = _k(tensors, config, file), tensors.take("group_sizes", None).tolist()
+    return build(nn.BatchTopKSAE, tensors.file, values, k=k, group_sizes=groups)
 
 
-def _linear_topk(tensors: Tensors, config: dict, file: Path) -> tuple[dict[str, Tensor], int, Tensor]:
+def _linear_topk(tensors: Tensors, config: dict, file: Path) -> tuple[dict[str, Tensor], int | float, Tensor]:
     W_enc = tensors.take("encoder.weight", None, None)
     F, d = W_enc.shape
     values = dict(
         W_enc=W_enc, b_enc=tensors.take("encoder.bias", F), W_dec=tensors.take("decoder.weight", d, F).T,
         b_dec=tensors.take("b_dec", d),
     )  # fmt: skip
-    return values, _k(tensors, config, file), tensors.take("threshold")
+    return values, _k(tensors, config, file), _threshold(tensors)
 
 
-def _k(tensors: Tensors, config: dict, file: Path) -> int:
-    k = int(tensors.take("k"))
-    said = config.get("trainer", {}).get("k", k)
-    if said != k:
+def _threshold(tensors: Tensors) -> Tensor:
+    """A scalar; −1, unset, in files from before 2024-12-22, which have none."""
+    return tensors.take("threshold").float() if "threshold" in tensors else torch.tensor(-1.0)
+
+
+def _k(tensors: Tensors, config: dict, file: Path) -> int | float:
+    """That of the tensors, with which the config's must agree; in files from before 2024-12-22 it is the config's."""
+    said = mapping(config.get("trainer")).get("k")
+    if "k" not in tensors:
+        return arguments.whole(f"{file}: trainer.k", said, wanted=f"a positive int, as {tensors.file} holds no k")
+    held = tensors.take("k").item()
+    k = arguments.average(f"{tensors.file}: k", held, 2**31, "a positive whole number")
+    if said is not None and said != k:
         raise ValueError(f"{file}: trainer.k: got {said!r}, but {tensors.file} holds k = {k}")
     return k
-
-
-def _filled(cls, file: Path, values: dict[str, Tensor], buffers: dict[str, Tensor] | None = None, **options):
-    F, d = values["W_enc"].shape
-    sae = cls(d, F, dtype=dtype_of(file, **values), seed=0, **options)
-    fill(sae, **values, **(buffers or {}))
-    return sae
 
 
 @torch.no_grad()
@@ -203,6 +219,8 @@ def _scale_biases(sae: SparseAutoencoder, factor: float) -> None:
     for name, tensor in sae.state_dict().items():
         if name not in ("W_enc", "W_dec", "r_mag") and not (name == "threshold" and tensor.dim() == 0 and tensor < 0):
             tensor.mul_(factor)
+    if isinstance(sae, nn.TopKSAE) and sae.metadata["threshold"] >= 0:
+        sae.metadata["threshold"] *= factor
 
 
 def _notes(sae: SparseAutoencoder, name: str) -> list[str]:
@@ -223,9 +241,8 @@ def _notes(sae: SparseAutoencoder, name: str) -> list[str]:
 
 
 def _unfold(folder: Path, sae: SparseAutoencoder, config: dict[str, Any]) -> Unfold | None:
-    own = config.get(KEY)
-    digest = own.get("unfold") if isinstance(own, dict) else None
-    if digest is None or not (folder / UNFOLD).is_file():
+    digest = own(config).get("unfold")
+    if not isinstance(digest, str) or not (folder / UNFOLD).is_file():
         return None
     tensors = read_safetensors(folder / UNFOLD)
     matrices = ("ulps.W_enc", "ulps.W_dec")
@@ -252,6 +269,7 @@ TRAINERS = {  # the trainer that makes each class
     "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
 }
 _LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
+ADDED = {"k", "threshold"}  # on 2024-12-22: files from before have neither
 KEYS = {
     "GatedAutoEncoder": {"encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"},
     "AutoEncoder": {*_LINEAR, "bias"},
@@ -286,12 +304,19 @@ def _tensors(sae: SparseAutoencoder) -> tuple[str, dict[str, Tensor]]:
     if not isinstance(sae, (nn.TopKSAE, nn.BatchTopKSAE)):
         raise refuse(NAME, sae, "it has no such class")
     _want(sae, centred, True)
+    if not isinstance(sae.k, int):
+        raise refuse(NAME, sae, f"k: got {sae.k}, and its k is whole")
+    if not sae.all_active:
+        raise refuse(NAME, sae, f"active_groups: got {sae.active_groups}, and its files say nothing of groups that are off")
     k = torch.tensor(sae.k, dtype=torch.int32)
     if isinstance(sae, nn.TopKSAE):
         if sae.group_sizes is not None:
             raise refuse(NAME, sae, "group_sizes: its TopK class has no groups")
-        threshold = torch.tensor(sae.metadata.get("threshold", -1.0), dtype=torch.float32)
-        return "AutoEncoderTopK", {**linear, "b_dec": state["b_dec"], "k": k, "threshold": threshold}
+        threshold = sae.metadata.get("threshold", -1.0)
+        if not isinstance(threshold, (int, float)):
+            raise refuse(NAME, sae, f"metadata['threshold']: got {threshold!r}, want a number")
+        both = {"k": k, "threshold": torch.tensor(threshold, dtype=torch.float32)}
+        return "AutoEncoderTopK", {**linear, "b_dec": state["b_dec"], **both}
     both = {"b_dec": state["b_dec"], "k": k, "threshold": state["threshold"].float()}
     if sae.group_sizes is None:
         return "BatchTopKSAE", {**linear, **both}

@@ -10,7 +10,7 @@ from sae_fast.interop.formats._common import Loaded
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.train import checkpoint
 
-NAME = "sae_fast"
+NAME, CONFIG = "sae_fast", checkpoint.MANIFEST
 
 
 def finds(path: Path) -> bool:

@@ -11,7 +11,7 @@ from sae_fast.interop.formats import dictionary_learning
 from sae_fast.interop.formats._common import Loaded, layer_of, refuse
 from sae_fast.nn import ReluSAE, SparseAutoencoder
 
-NAME = "saebench"
+NAME, CONFIG = "saebench", "config.json"
 
 
 def finds(path: Path) -> bool:
@@ -28,8 +28,8 @@ def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold 
         raise refuse(NAME, sae, f"layer: got {layer!r}, want an int, in sae.metadata or as an argument (--layer)")
     if not sae.metadata.get("model_name"):
         raise refuse(NAME, sae, "model_name: missing; want it in sae.metadata or as an argument (--model-name)")
-    if not _norms.is_unit(sae):
-        raise refuse(NAME, sae, "W_dec: its rows are not unit; want fold_decoder_norm")
+    if said := _norms.why_not_unit(sae):
+        raise refuse(NAME, sae, said)
     if isinstance(sae, ReluSAE) and not sae.apply_b_dec_to_input:
         raise refuse(NAME, sae, "apply_b_dec_to_input: got False, and its ReLU class always subtracts b_dec")
     if sae.d_sae < sae.d_in:

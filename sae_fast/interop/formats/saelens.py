@@ -7,6 +7,8 @@ none of it: normalisation of each example, whitening, fine-tuning scales.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,25 @@ from sae_fast.files import json_writer, key, read_json, safetensors_writer, writ
 from sae_fast.interop import _norms
 from sae_fast.interop._files import Tensors, read_safetensors
 from sae_fast.interop._norms import Unfold
-from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
-from sae_fast.nn import SparseAutoencoder
+from sae_fast.interop.formats import foreign
+from sae_fast.interop.formats._common import (
+    KEY,
+    Loaded,
+    build,
+    config_of,
+    layer_of,
+    mapping,
+    own,
+    refuse,
+    remember,
+    to_keep,
+)
+from sae_fast.nn import SparseAutoencoder, arguments
+from sae_fast.nn.grouped import GroupedSAE
 
 NAME = "saelens"
 WEIGHTS, CONFIG, VERSION = "sae_weights.safetensors", "cfg.json", "6.0.0"
+SCALER = "activation_scaler.json"  # of a training checkpoint
 ARCHITECTURES = {
     "gated": "gated",
     "sae_fast_gated": "gated",  # the training classes of sae_fast.interop.saelens
@@ -41,6 +57,7 @@ def finds(path: Path) -> bool:
 
 def read(path: Path) -> Loaded:
     file, tensors = path / CONFIG, read_safetensors(path / WEIGHTS)
+    foreign.refuse(tensors.file, dict.fromkeys(tensors.names()))
     stored = read_json(file)
     config = _of_version_6(stored, file)
     said = key(config, file, str, "architecture") if "architecture" in config else "standard"
@@ -53,10 +70,9 @@ def read(path: Path) -> Loaded:
         if key(config, file, int, name) != want:
             raise ValueError(f"{file}: {name}: got {config[name]}, but {WEIGHTS} holds {want}")
     metadata = config.get("metadata", {})
-    own = metadata.get(KEY)
-    own = own if isinstance(own, dict) else {}
-    sae = _as_it_was(sae, own.get("class"), own.get("options", {}))
-    sae.metadata |= kept({**stored, KEY: own}, NAME)
+    kept = own(metadata)
+    sae = _as_it_was(sae, kept)
+    remember(sae, {**stored, KEY: kept}, NAME)
     for name in ("model_name", "hook_name"):
         if metadata.get(name):
             sae.metadata[name] = metadata[name]
@@ -68,8 +84,10 @@ def read(path: Path) -> Loaded:
             "[..., heads · d_head]"
         )
     unscaled = config.get("normalize_activations")
+    if unscaled in (None, "none"):
+        return Loaded(sae, notes=notes)
     return Loaded(
-        sae, unscaled=None if unscaled in (None, "none") else f"{file}: normalize_activations: {unscaled!r}", notes=notes
+        sae, unscaled=f"{file}: normalize_activations: {unscaled!r}", scale=_scaling_factor(path / SCALER), notes=notes
     )
 
 
@@ -77,10 +95,10 @@ def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold 
     architecture, more = _architecture(sae)
     state = {name: t for name, t in sae.state_dict().items() if name != "threshold" or t.dim() == 1}
     if isinstance(sae, nn.BatchTopKSAE):  # as the package itself saves one: JumpReLU with one threshold for all
-        state["threshold"] = sae.threshold.to(sae.W_enc.dtype).expand(sae.d_sae)
+        state["threshold"] = sae.threshold.to(torch.promote_types(torch.float32, sae.W_enc.dtype)).expand(sae.d_sae)
     state["W_enc"] = state["W_enc"].T
     config = config_of(sae, NAME)
-    metadata = dict(config.get("metadata", {}))
+    metadata = mapping(config.get("metadata"))
     if ARCHITECTURES.get(config.get("architecture", "")) != architecture or not metadata:  # another, or before version 6
         config = {}
     metadata.setdefault("sae_lens_version", VERSION)
@@ -156,19 +174,18 @@ def _layer(architecture: str, tensors: Tensors, config: dict, file: Path) -> tup
         "topk": (nn.TopKSAE, ("b_enc",)),
         "batchtopk": (nn.BatchTopKSAE, ("b_enc",)),
     }[architecture]
+    if architecture == "jumprelu" and "log_threshold" in tensors:  # of a training before 6.48
+        values["threshold"] = tensors.take("log_threshold", F).exp()
+        vectors = ("b_enc",)
     values |= {name: tensors.take(name, F) for name in vectors}
-    buffers = {}
     if architecture in ("topk", "batchtopk"):
-        options["k"] = _k(config, file)
+        k = arguments.average(f"{file}: k", config.get("k"), F, f"a number with 0 < k ≤ d_sae = {F}")
+        options["k"] = k if architecture == "batchtopk" else arguments.whole(f"{file}: k", k, wanted="a whole number")
     if architecture == "batchtopk":
-        buffers["threshold"] = tensors.take("topk_threshold") if "topk_threshold" in tensors else torch.tensor(-1.0)
+        values["threshold"] = tensors.take("topk_threshold").float() if "topk_threshold" in tensors else torch.tensor(-1.0)
         if "matryoshka_widths" in config:
-            widths = key(config, file, list, "matryoshka_widths")
-            options["group_sizes"] = [b - a for a, b in zip([0, *widths], widths, strict=False)]
-            if not widths or widths[-1] != F or not all(n > 0 for n in options["group_sizes"]):
-                raise ValueError(f"{file}: matryoshka_widths: got {widths}, want them ascending to d_sae = {F}")
-    sae = cls(d, F, dtype=dtype_of(tensors.file, **values), seed=0, **options)
-    fill(sae, **values, **buffers)
+            options["group_sizes"] = _groups(config["matryoshka_widths"], file, F)
+    sae = build(cls, tensors.file, values, **options)
     if not config.get("rescale_acts_by_decoder_norm", False):
         return sae, []
     unit = _norms.is_unit(sae)
@@ -177,26 +194,40 @@ def _layer(architecture: str, tensors: Tensors, config: dict, file: Path) -> tup
     return sae, [] if unit else [said]
 
 
-def _k(config: dict, file: Path) -> int:
-    k = key(config, file, (int, float), "k")
-    if k != int(k):
-        raise ValueError(f"{file}: k: got {k}, want a whole number")
-    return int(k)
+def _groups(widths: Any, file: Path, d_sae: int) -> list[int]:
+    """The sizes of groups that end at these features."""
+    name, wanted = f"{file}: matryoshka_widths", f"ints ascending to d_sae = {d_sae}"
+    if not isinstance(widths, list) or not widths:
+        raise ValueError(f"{name}: got {widths!r}, want {wanted}")
+    ends = [0, *(arguments.whole(name, n, 1, d_sae, wanted) for n in widths)]
+    found = [b - a for a, b in pairwise(ends)]
+    if ends[-1] != d_sae or min(found) < 1:
+        raise ValueError(f"{name}: got {widths!r}, want {wanted}")
+    return found
 
 
-def _as_it_was(sae: SparseAutoencoder, name: Any, options: dict[str, Any]) -> SparseAutoencoder:
+def _scaling_factor(file: Path) -> float | None:
+    """What a training multiplied the activations by, where a checkpoint of it says so."""
+    factor = read_json(file).get("scaling_factor") if file.is_file() else None
+    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < inf):
+        raise ValueError(f"{file}: scaling_factor: got {factor!r}, want a positive number or null")
+    return factor
+
+
+def _as_it_was(sae: SparseAutoencoder, kept: dict[str, Any]) -> SparseAutoencoder:
     """A BatchTopKSAE that was written as JumpReLU with one threshold for all features."""
-    threshold = sae.state_dict().get("threshold")
-    if name != "BatchTopKSAE" or not isinstance(sae, nn.JumpReluSAE) or threshold is None:
+    state = sae.state_dict()
+    threshold = state.get("threshold")
+    if kept.get("class") != "BatchTopKSAE" or not isinstance(sae, nn.JumpReluSAE) or threshold is None:
         return sae
     if not bool((threshold == threshold[0]).all()):
         return sae
-    state = {k: v for k, v in sae.state_dict().items() if k != "threshold"}
-    again = nn.BatchTopKSAE(
-        sae.d_in, sae.d_sae, dtype=sae.W_enc.dtype, seed=0, apply_b_dec_to_input=sae.apply_b_dec_to_input, **options
-    )
-    fill(again, **state, threshold=threshold[0])
-    return again
+    state["threshold"] = threshold[0].float()
+    options = {"apply_b_dec_to_input": sae.apply_b_dec_to_input, **mapping(kept.get("options"))}
+    try:
+        return nn.BatchTopKSAE.of_state("sae", sae.d_in, sae.d_sae, sae.W_enc.dtype, state, **options)
+    except (TypeError, ValueError):  # what was kept may be anything
+        return sae
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
@@ -204,6 +235,8 @@ def _as_it_was(sae: SparseAutoencoder, name: Any, options: dict[str, Any]) -> Sp
 
 def _architecture(sae: SparseAutoencoder) -> tuple[str, dict[str, Any]]:
     """SAELens' architecture for this SAE, and the config that it alone has."""
+    if isinstance(sae, GroupedSAE) and not sae.all_active:
+        raise refuse(NAME, sae, f"active_groups: got {sae.active_groups}, and none of its groups is ever off")
     if isinstance(sae, nn.TopKSAE):
         if sae.group_sizes is not None:
             raise refuse(NAME, sae, "group_sizes: its TopK class has no groups")

@@ -9,7 +9,7 @@ from sae_fast import nn
 from sae_fast.files import json_writer, key, read_json, safetensors_writer, write_files
 from sae_fast.interop._files import read_safetensors
 from sae_fast.interop._norms import Unfold
-from sae_fast.interop.formats._common import KEY, Loaded, config_of, dtype_of, fill, kept, layer_of, refuse, to_keep
+from sae_fast.interop.formats._common import KEY, Loaded, build, config_of, layer_of, refuse, remember, to_keep
 from sae_fast.nn import SparseAutoencoder
 
 NAME = "sparsify"
@@ -39,15 +39,13 @@ def read(path: Path) -> Loaded:
     tensors.finish()
     if key(config, file, int, "d_in") != d:
         raise ValueError(f"{file}: d_in: got {config['d_in']}, but {WEIGHTS} holds {d}")
-    if F not in (config.get("num_latents"), d * (config.get("expansion_factor") or 0)):
+    factor = config.get("expansion_factor")
+    if F not in (config.get("num_latents"), d * factor if isinstance(factor, (int, float)) else None):
         raise ValueError(f"{file}: num_latents: got {config.get('num_latents')!r}, but {WEIGHTS} holds {F}")
     transcode = config.get("transcode", False)
-    sae = nn.TopKSAE(
-        d, F, key(config, file, int, "k"), dtype=dtype_of(tensors.file, **values), seed=0,
-        apply_b_dec_to_input=not transcode,  # b_dec is the output's mean there
-    )  # fmt: skip
-    fill(sae, **values)
-    sae.metadata |= kept(config, NAME)
+    k, centred = key(config, file, int, "k"), not transcode  # b_dec is the output's mean in a transcoder
+    sae = build(nn.TopKSAE, tensors.file, values, k=k, apply_b_dec_to_input=centred)
+    remember(sae, config, NAME)
     if layer_of(path.resolve().name) is not None:  # else it is no hookpoint's folder
         sae.metadata.setdefault("hook_name", path.resolve().name)
     notes = ["transcode: this is a transcoder: what it gives is another place's activation"] if transcode else []
