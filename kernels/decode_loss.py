@@ -121,7 +121,9 @@ def _finish(
 def scratch(V: int, B: int, d: int, C: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """The partials and squares of :func:`decode_loss`."""
     slices = cdiv(d, CUDA_COLUMNS if _cuda.takes("decode_loss") else config("decode_loss")["columns"])
-    return torch.empty(V, slices, C, device=device), torch.empty(B, slices, 2, device=device)
+    sizes = (V, slices, C), (B, slices, 2)
+    partials, squares = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
+    return partials, squares
 
 
 def decode_loss(

@@ -58,9 +58,9 @@ def candidates(
     (B, d), features, device = x.shape, layer.W.shape[0], x.device
     K = padded(d)
     x16 = torch.empty(B, K, dtype=torch.float16, device=device)
-    norms = torch.empty(B, norm_columns(d), device=device)
+    norms = torch.empty(B, norm_columns(d), dtype=torch.float32, device=device)
     round_rows(x, x16, norms, shift, centred, flag)
-    of_rows, of_features = torch.empty(3, B, device=device), torch.empty(3, features, device=device)
+    of_rows, of_features = norms.new_empty(3, B), norms.new_empty(3, features)
     row_terms(norms, K, of_rows)
     feature_terms(layer.norms, layer.bias, layer.cut, K, of_features, margins=exact)
     mask = torch.empty(B, words(features), dtype=torch.int32, device=device)

@@ -15,6 +15,7 @@ import torch
 # Before anything imports Triton: without a GPU its interpreter runs the kernels.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+import ways
 from hypothesis import HealthCheck, settings
 
 from sae_fast.ops import _dense, _dispatch
@@ -72,6 +73,12 @@ def route(request, monkeypatch):
     for op in _dense.CROSSOVER:
         monkeypatch.setitem(_dense.CROSSOVER, op, crossover)
     return request.param
+
+
+@pytest.fixture
+def screened(monkeypatch):
+    """A bfloat16 product, whatever the processor: where there is a shadow it is used."""
+    ways.take_product(monkeypatch, "screen")
 
 
 @pytest.fixture

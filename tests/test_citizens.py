@@ -9,20 +9,28 @@ import os
 import pickle
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from helpers import Judge, assert_same_bits, randn, same_bits, strided
+from helpers import Judge, assert_same_bits, randn, same_bits, strided, tensors_in
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils import parameters_to_vector, parametrizations, parametrize, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 import sae_fast as sf
+from sae_fast import ops
+from sae_fast.ops import _dense
 
 LAYERS = [  # a layer of d_in, d_sae and keywords
     pytest.param(sf.GatedSAE, id="GatedSAE"),
@@ -36,6 +44,9 @@ trainable = pytest.mark.parametrize("layer", [case for case in LAYERS if hasattr
 D, F, BATCH = 19, 130, 24
 L1 = 0.7
 WEIGHTS = torch.linspace(-1, 2, D)  # an outside loss on x̂ is (x̂ · WEIGHTS).sum()
+
+
+pytestmark = pytest.mark.usefixtures("screened")  # what a frozen block keeps is used by a screen only
 
 
 @pytest.fixture(autouse=True)
@@ -437,6 +448,8 @@ def test_a_layer_goes_through_the_meta_device(layer):
         twin.load_state_dict(sae.state_dict(), assign=twin is meta)
         assert same_bits(twin(x), sae(x))
     made_there = layer(D, F, device="meta")
+    with torch.device("meta"):
+        assert all(p.is_meta for p in layer(D, F, seed=0).parameters())
     made_there.load_state_dict(sae.state_dict(), assign=True)
     assert same_bits(made_there(x), sae(x))
 
@@ -482,6 +495,32 @@ def test_gradients_under_autocast_are_those_without(layer, backward_too):
         assert scalar.dtype == torch.float32, name
         assert_same_bits(list(found.values()), list(gradients(sae, objective(sae, x)).values()))
         judge(layer_64, sae, found, objective, x)
+
+
+def as_by_default(layer) -> list:
+    """What a layer gives, and its parameters after a step."""
+    sae, x = make(layer), batch(BATCH)
+    with sae.frozen():
+        found = [sae.encode(x), *gradients(sae, outside(sae(x))).values()]
+    if hasattr(sae, "loss"):
+        found += [loss(sae, x), *gradients(sae, loss(sae, x)).values()]
+        sf.Trainer(sae, lr=1e-2, l1_coefficient=L1).step(x)
+    return [*found, *sae.parameters()]
+
+
+@layers
+@pytest.mark.parametrize("crossover", [-1.0, float("inf")], ids=["dense", "sparse"])
+def test_torchs_default_dtype_is_for_what_says_no_dtype(layer, crossover, monkeypatch):
+    """What the engine writes to has the layer's."""
+    for op in _dense.CROSSOVER:
+        monkeypatch.setitem(_dense.CROSSOVER, op, crossover)
+    wanted = as_by_default(layer)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert_same_bits(as_by_default(layer), wanted)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 # ---- Hooks and parametrizations -------------------------------------------------------------------------------------
@@ -628,6 +667,150 @@ def test_vmap_is_refused_by_name(layer):
         torch.vmap(lambda v: sae.decode(code.with_values(v)))(torch.stack([code.values, code.values]))
     f = sae.encode(x)
     torch.testing.assert_close(torch.vmap(sae.decode)(f), sae.decode(f))  # of a dense code it is torch's own product
+
+
+def twice(grad: Callable, f: Callable) -> Callable:
+    return grad(lambda W: grad(f)(W).sum())
+
+
+def other_weights(run: Callable) -> Callable:
+    """A call of (layer, x) as ``run`` transforms it: a function of W_enc, taken of another one than the layer's."""
+    return lambda sae, x: run(lambda W: functional_call(sae, {"W_enc": W}, (x,)), replaced(sae)["W_enc"])
+
+
+def fake(sae, x: Tensor) -> Tensor:
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        return functional_call(sae, {n: mode.from_tensor(p) for n, p in sae.named_parameters()}, (mode.from_tensor(x),))
+
+
+def distributed(sae, x: Tensor) -> Tensor:
+    mesh = init_device_mesh("cpu", (1,))
+    whole = {name: DTensor.from_local(p.detach(), mesh) for name, p in sae.named_parameters()}
+    return functional_call(sae, whole, (DTensor.from_local(x, mesh),))
+
+
+def traced(mode: str, pre_dispatch: bool = False) -> Callable:
+    """A graph of W_enc, made of the layer's and run with another."""
+
+    def run(sae, x: Tensor) -> Tensor:
+        def u_of(W: Tensor) -> Tensor:
+            shadow = sae._frozen and sae._frozen.of(W)
+            return ops.encode(x, W, getattr(sae, sae.per_feature[0]), shadow=shadow, **sae._encoder()).u
+
+        trace = make_fx(u_of, tracing_mode=mode, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)
+        return trace(sae.W_enc.detach())(replaced(sae)["W_enc"])
+
+    return run
+
+
+def changed(module: nn.Module, sae, x: Tensor) -> Tensor:
+    """What a graph of the layer gives after the weights that it shares with it were changed."""
+    with torch.no_grad():
+        module(x)
+        for p in sae.parameters():
+            p.mul_(1.1)
+        return module(x)
+
+
+def exported(sae, x: Tensor, strict: bool) -> Tensor:
+    return torch.export.export(sae, (x,), strict=strict).module()(x)
+
+
+def on_meta(sae, x: Tensor) -> Tensor:
+    with torch.device("meta"):
+        return sae(x)
+
+
+WRAPPED = {
+    "grad": other_weights(lambda f, W: torch.func.grad(lambda W: outside(f(W)))(W)),
+    "grad of x": lambda sae, x: torch.func.grad(lambda x: outside(sae(x)))(x),
+    "grad of grad": other_weights(lambda f, W: twice(torch.func.grad, lambda W: f(W).sum())(W)),
+    "vjp": other_weights(lambda f, W: torch.func.vjp(f, W)[1](torch.ones(BATCH, D))),
+    "jvp": other_weights(lambda f, W: torch.func.jvp(f, (W,), (W,))),
+    "vmap": other_weights(lambda f, W: torch.vmap(f)(torch.stack([W, W]))),
+    "functionalize": other_weights(lambda f, W: torch.func.functionalize(f)(W)),
+    "functionalize of x": lambda sae, x: torch.func.functionalize(sae)(x),
+    "fake": fake,
+    "meta": other_weights(lambda f, W: f(W.to("meta"))),
+    "meta as the default": on_meta,
+    "distributed": distributed,
+    "compiled": other_weights(lambda f, W: torch.compile(f, backend="aot_eager", fullgraph=True)(W)),
+    "make_fx, real": traced("real"),
+    "make_fx, fake": traced("fake"),
+    "make_fx, symbolic": traced("symbolic"),
+    "make_fx, before autograd": traced("real", pre_dispatch=True),
+    "exported": partial(exported, strict=False),
+    "exported, strict": partial(exported, strict=True),
+    "jit.trace": lambda sae, x: changed(torch.jit.trace(sae, (x,), check_trace=False), sae, x),
+    "negated": other_weights(lambda f, W: f(torch._neg_view(W))),
+    "transposed": other_weights(lambda f, W: f(W.T) if W.shape[0] == W.shape[1] else f(W)),
+}
+
+
+def outcome(run: Callable[[], Tensor]) -> tuple[str, list[Tensor]]:
+    """What comes of it: tensors, or an error and how its message begins."""
+    try:
+        found = tensors_in(run())
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:60]}", []
+    return str([(t.dtype, t.dim()) for t in found]), [] if is_fake(found[0]) else found
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_in_a_frozen_block_a_wrapped_or_recorded_weight_has_the_outcome_that_it_has_outside(kind, one_rank):
+    """Whatever torch puts in the place of a tensor has no memory to read, and a graph no use for a constant.  That it is as
+    outside also if its weight is the first in the block, and if there is a shadow already."""
+    results = {}
+    for block in ("none", "first", "later"):
+        sae, x = make(sf.GatedSAE, d=40, features=40) if kind == "transposed" else make(sf.GatedSAE), batch(BATCH)
+        x = batch(BATCH, d=40) if kind == "transposed" else x
+        torch._dynamo.reset()
+        with nullcontext() if block == "none" else sae.frozen():
+            if block == "later":
+                sae(x)
+                assert sae._frozen.shadow is not None
+            results[block] = outcome(lambda sae=sae, x=x: WRAPPED[kind](sae, x))
+    what, found = results.pop("none")
+    for block, (again, tensors) in results.items():
+        assert again == what, block
+        assert_same_bits(tensors, found)
+
+
+def test_only_of_a_tensor_in_memory_is_a_shadow_made():
+    W, kept = batch(F), ops.KeptShadow()
+
+    def refused(W: Tensor) -> Tensor:
+        assert kept.of(W) is None and not kept.serves(W)
+        for use in (ops.make_shadow, lambda W: ops.refresh_shadow(W, sound), lambda W: ops.stale_rows(W, sound, 0, F)):
+            with pytest.raises(ValueError, match=r"W: got a .* that is wrapped or recorded, want one with values"):
+                use(W)
+        return W.sum()
+
+    sound = ops.make_shadow(W)
+    with FakeTensorMode() as mode:
+        refused(mode.from_tensor(W))
+    refused(torch._neg_view(W))
+    torch.func.grad(refused)(W)
+    torch.vmap(refused)(W[None])
+    assert kept.shadow is None
+    assert_same_bits(kept.of(W), sound)
+    assert kept.serves(W) and not kept.serves(torch._neg_view(W))
+
+
+def test_a_square_weights_transpose_is_another_weight():
+    """At the same address, of the same shape and version."""
+    W, kept = randn(F, F), ops.KeptShadow()
+    assert_same_bits(kept.of(W), ops.make_shadow(W))
+    assert not kept.serves(W.T)
+    assert_same_bits(kept.of(W.T), ops.make_shadow(W.T))
 
 
 @layers

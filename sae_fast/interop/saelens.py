@@ -179,7 +179,8 @@ def _to_dense(code: SparseCode) -> Tensor:
     """[B, F], outside of autograd."""
     if cpu_rejects(code.values) is not None:
         return code.to_dense()
-    out, values = torch.empty(code.batch, code.d_sae), code.magnitudes.contiguous()
+    values = code.magnitudes.contiguous()
+    out = values.new_empty(code.batch, code.d_sae)
     return _dense.scatter(code.indptr, code.indices, None, 0, code.batch, values, out)
 
 

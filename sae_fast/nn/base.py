@@ -59,12 +59,14 @@ class SparseAutoencoder(nn.Module):
         self._settle: Callable[[], None] | None = None  # a Trainer's, whose steps on a GPU may still be under way
         self.register_state_dict_pre_hook(_settle_first)
         shape = self.d_sae, self.d_in
-        if torch.empty(0, device=device).is_meta:
-            W_dec = torch.empty(shape, device="meta")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type == "meta":
+            W_dec = torch.empty(shape, device=device)
         else:
             seed = None if seed is None else arguments.whole("seed", seed, -(2**63), 2**64 - 1, "an int of 64 bits")
             generator = None if seed is None else torch.Generator().manual_seed(seed)
-            W_dec = nn.functional.normalize(torch.randn(shape, generator=generator), dim=1)
+            random = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            W_dec = nn.functional.normalize(random, dim=1)
         self.W_enc = nn.Parameter(W_dec.to(device, dtype, copy=True))
         self.W_dec = nn.Parameter(W_dec.to(device, dtype, copy=True))
         self.b_dec = nn.Parameter(torch.zeros(self.d_in, dtype=dtype, device=device))

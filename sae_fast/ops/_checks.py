@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from sae_fast.code import Shadow
-from sae_fast.ops._native import _C, address
+from sae_fast.ops._native import _C, address, in_memory
 
 
 def shape(name: str, tensor: Tensor, *want: int | str) -> None:
@@ -121,7 +122,9 @@ def largest(x: Tensor) -> Tensor:
 
 
 def finite(name: str, x: Tensor) -> None:
-    """Raises ``ValueError`` with the first non-finite index.  Synchronises on a GPU."""
+    """Raises ``ValueError`` with the first non-finite index.  Synchronises on a GPU.  A fake tensor has no values."""
+    if is_fake(x):
+        return
     try:
         sound = bool(torch.isfinite(largest(x)))
     except RuntimeError as error:
@@ -170,6 +173,13 @@ def adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip) -> None:
         raise ValueError(f"step: got {step}, want one after the last_step of every row, up to {int(last_step.max())}")
     if not (lr >= 0 and 0 <= beta2 < 1 and eps > 0):
         raise ValueError(f"lr, beta2, eps: got {lr}, {beta2}, {eps}, want lr ≥ 0, 0 ≤ beta2 < 1, eps > 0")
+
+
+def memory(name: str, tensor: Tensor) -> None:
+    """For what reads a tensor's memory outside of any op, where nothing unwraps it."""
+    if not in_memory(tensor):
+        got = f"a {type(tensor).__name__} that is wrapped or recorded"
+        raise ValueError(f"{name}: got {got}, want one with values in memory")
 
 
 def engine_weight(W: Tensor) -> None:

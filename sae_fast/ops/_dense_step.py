@@ -58,17 +58,16 @@ def _by_engine(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_aux
     (n, d), features = x_c.shape, W_dec.shape[0]
     gated = code.values.shape[0] == 2
     dW_enc, dW_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
-    sums = torch.zeros(PARTS, 5, features)
-    squares = torch.zeros(2, dtype=torch.float64)
-    residual_sum, errors = torch.zeros(d), torch.empty(n, d)
+    sums = W_dec.new_zeros(PARTS, 5, features)
+    squares = W_dec.new_zeros(2, dtype=torch.float64)
+    residual_sum, errors = W_dec.new_zeros(d), W_dec.new_empty(n, d)
     for first, last in _dense.chunks(n, 2 * features):
         rows = slice(first, last)
         offset = b_dec - target[rows]
         blocks: list[Tensor] = []
         for v, values in enumerate(code.values):
-            block = _dense.scatter(
-                code.indptr, code.indices, None, first, last, values, torch.empty(last - first, features)
-            )
+            block = W_dec.new_empty(last - first, features)
+            _dense.scatter(code.indptr, code.indices, None, first, last, values, block)
             r = torch.addmm(offset, block, W_dec)
             if v == 0:
                 errors[rows] = r

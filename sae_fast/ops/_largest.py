@@ -55,6 +55,6 @@ def find(
         largest.settle(layer, threads())
     nnz = largest.select(threads())
     indptr = torch.empty(x.shape[0] + 1, dtype=torch.int64)
-    indices, u = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz)
+    indices, u = torch.empty(nnz, dtype=torch.int32), x.new_empty(nnz)
     largest.finish(address(indptr), address(indices), address(u), threads())
     return indptr, indices, u

@@ -7,7 +7,25 @@ from torch import Tensor
 
 from sae_fast.ops._dispatch import _C
 
-__all__ = ["_C", "address", "contiguous", "threads"]
+__all__ = ["_C", "address", "contiguous", "in_memory", "threads"]
+
+# Dispatch keys of a tensor that stands for another: a subclass with ops of its own (fake, distributed), torch.func's
+# wrappers, and views that change what they show.
+_WRAPPED = [
+    getattr(torch._C.DispatchKey, name)
+    for name in (
+        "Python", "FuncTorchGradWrapper", "FuncTorchBatched", "Functionalize", "Negative", "Conjugate", "ZeroTensor",
+    )
+]  # fmt: skip
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's values are in its memory, as they are, and what is made of them is no constant of a graph: False
+    for what torch.func, a FakeTensorMode, make_fx, torch.jit.trace or a mesh of devices wraps or records."""
+    keys = torch._C._dispatch_keys(tensor)
+    recorder = torch._C._get_dispatch_mode(_PROXY) or torch._ops._get_dispatch_mode_pre_dispatch(_PROXY)
+    return not (any(map(keys.has, _WRAPPED)) or recorder is not None or torch.jit.is_tracing())
 
 
 def address(tensor: Tensor | None) -> int:
@@ -16,7 +34,10 @@ def address(tensor: Tensor | None) -> int:
         return 0
     if not tensor.is_contiguous():
         raise RuntimeError("the engine takes contiguous tensors only")
-    return tensor.data_ptr()
+    pointer = tensor.data_ptr()
+    if not pointer and tensor.numel():
+        raise RuntimeError(f"the engine takes tensors with memory, not a {type(tensor).__name__} on {tensor.device}")
+    return pointer
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -37,9 +37,14 @@ def _sums_in_bf16() -> str | None:
     # Sums of 1 and 2^-8 that any rounding to bfloat16 on the way would lose.
     ones = torch.full((64, 1024), 2.0**-4, dtype=torch.bfloat16)
     ones[:, 0] = 1
-    if not bool((torch.mm(ones, ones.T) == 1 + 1023 / 256).all()):
+    if not bool((product(ones, ones, ones.new_empty(64, 64)) == 1 + 1023 / 256).all()):
         return "this torch's bfloat16 product does not sum in float32"
     return None
+
+
+def product(rows: Tensor, operand: Tensor, out: Tensor) -> Tensor:
+    """rows operandᵀ into ``out``, all bfloat16, summed in float32."""
+    return torch.mm(rows, operand.T, out=out)
 
 
 class Operands:
@@ -86,7 +91,7 @@ def outlier_columns(x: Tensor, rounded: Tensor) -> Tensor:
     One norm over all columns is useless where a few dimensions are a hundred times larger than the rest (massive
     activations); these get a bound of their own."""
     n, d = x.shape
-    sums = torch.empty(PARTS, d)
+    sums = x.new_empty(PARTS, d)
     _C.column_residuals(address(x), address(rounded), n, d, rounded.shape[1], PARTS, address(sums), threads())
     energy = sums.sum(0)
     top = energy.topk(min(OUTLIERS, d))
@@ -96,7 +101,7 @@ def outlier_columns(x: Tensor, rounded: Tensor) -> Tensor:
 def round_rows(A: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """Rows of A [n, d] float32 as bfloat16 [n, K], zeros in the columns past d, and their norms, as a Shadow has them."""
     n, d = A.shape
-    rows, norms = torch.empty(n, K, dtype=torch.bfloat16), torch.empty(n, 2, dtype=torch.float64)
+    rows, norms = A.new_empty(n, K, dtype=torch.bfloat16), A.new_empty(n, 2, dtype=torch.float64)
     _C.round_rows(address(A), n, d, K, address(rows), address(norms), threads())
     return rows, norms
 

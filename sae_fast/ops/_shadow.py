@@ -9,11 +9,12 @@ from torch import Tensor
 from sae_fast.code import Shadow
 from sae_fast.ops import _checks, _screen
 from sae_fast.ops._dispatch import cpu_rejects, triton_rejects
-from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops._native import _C, address, in_memory, threads
 
 
 def make_shadow(W: Tensor) -> Shadow:
     """The Shadow of W [F, d], in one pass.  It holds as long as W's values do."""
+    _checks.memory("W", W)
     W = W.detach().contiguous()
     if triton_rejects(W) is None:
         from sae_fast.kernels.round import rounded
@@ -25,6 +26,7 @@ def make_shadow(W: Tensor) -> Shadow:
 
 def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
     """Brings a Shadow up to date with its W, in place."""
+    _checks.memory("W", W)
     _checks.shadow(W, *shadow)
     if shadow.of_gpu:
         from sae_fast.kernels.round import round_rows
@@ -36,6 +38,7 @@ def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
 
 def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
     """How many rows of W[first:last] are no longer what the Shadow was made from.  Synchronises on a GPU."""
+    _checks.memory("W", W)
     _checks.shadow(W, *shadow)
     part = Shadow(*(t[first:last] for t in shadow))
     if shadow.of_gpu:
@@ -59,10 +62,13 @@ class KeptShadow:
         return KeptShadow, ()  # a copy starts anew
 
     def of(self, W: Tensor) -> Shadow | None:
-        """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves."""
-        if triton_rejects(W) and (cpu_rejects(W) or _screen.unavailable()):
+        """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves, or where
+        torch wraps what is made: the op makes its own."""
+        if not in_memory(W) or (triton_rejects(W) and (cpu_rejects(W) or _screen.unavailable())):
             return None
         if not self.serves(W):
+            if not in_memory(torch.empty(0, device=W.device)):
+                return None
             self.shadow = make_shadow(W)
             self.follows(W)
         return self.shadow
@@ -72,8 +78,9 @@ class KeptShadow:
         if self.shadow is None or self._made_from is None or W.is_inference():  # of which torch counts no changes
             return False
         memory, version = self._made_from
-        same = W.data_ptr() == memory.data_ptr() and W._version == version and W.shape == memory.shape
-        return same and self.shadow.of_gpu == (triton_rejects(W) is None)
+        if not in_memory(W) or (W.shape, W.stride(), W._version) != (memory.shape, memory.stride(), version):
+            return False
+        return W.data_ptr() == memory.data_ptr() and self.shadow.of_gpu == (triton_rejects(W) is None)
 
     def follows(self, W: Tensor) -> None:
         """W has changed, and the Shadow with it."""

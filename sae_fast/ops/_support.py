@@ -66,12 +66,12 @@ def find(
         nnz = compactor.nnz()
         indptr = torch.empty(rows.shape[0] + 1, dtype=torch.int64)
         indices.append(torch.empty(nnz, dtype=torch.int32))
-        u.append(torch.empty(nnz))
+        u.append(x.new_empty(nnz))
         compactor.finish(address(indptr), address(indices[-1]), address(u[-1]), threads())
         counts.append(indptr.diff())
     indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64)
     if not counts:
-        return indptr, torch.empty(0, dtype=torch.int32), torch.empty(0)
+        return indptr, torch.empty(0, dtype=torch.int32), x.new_empty(0)
     torch.cumsum(_cat(counts), 0, out=indptr[1:])
     return indptr, _cat(indices), _cat(u)
 
@@ -105,7 +105,7 @@ def _screened(compactor, layer, operands: _screen.Operands) -> None:
     weights = torch.empty(_width(rows, features), K, dtype=torch.bfloat16)
     for first, last, tile in tiles(rows, features, torch.bfloat16):
         operand = operands.weights(first, last, weights)
-        torch.mm(operands.rows, operand.T, out=tile)
+        _screen.product(operands.rows, operand, tile)
         if operands.margins:
             if operands.test == "floor":
                 excess = operands.excess(operand)

@@ -74,10 +74,10 @@ def _bounds(groups: Sequence[int] | None, features: int) -> list[int]:
 def _cpu(indptr, indices, values, W_dec, bounds):
     indptr, indices, values, W_dec = contiguous(indptr, indices, values, W_dec)
     rows, (features, d) = indptr.shape[0] - 1, W_dec.shape
-    out = torch.empty(values.shape[0], len(bounds) - 1, rows, d)
+    out = W_dec.new_empty(values.shape[0], len(bounds) - 1, rows, d)
     if _dense.is_dense("decode", indices.shape[0], rows, features):
         for first, last in _dense.chunks(rows, features):
-            block = torch.empty(last - first, features)
+            block = W_dec.new_empty(last - first, features)
             for v in range(values.shape[0]):
                 _dense.scatter(indptr, indices, None, first, last, values[v], block)
                 for g, (lo, hi) in enumerate(pairwise(bounds)):

@@ -121,11 +121,10 @@ def _cpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normali
     (rows, d), nnz, V = target.shape, indices.shape[0], values.shape[0]
     if _dense.is_dense("decode_loss", nnz, rows, W_dec.shape[0]):
         return _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser)
-    residual = torch.empty(rows, d)
-    residual_aux = torch.empty(rows if V == 2 else 0, d)
-    losses, grads = torch.empty(rows, 3), torch.empty(V, nnz)
+    residual, residual_aux = target.new_empty(rows, d), target.new_empty(rows if V == 2 else 0, d)
+    losses, grads = target.new_empty(rows, 3), torch.empty_like(values)
     if nnz == 0:  # torch gives an empty tensor the address 0, which would read as "no gates"
-        values = torch.empty(V, 1)
+        values = values.new_empty(V, 1)
     gates = values[1] if V == 2 else None
     _C.decode_loss(
         (address(indptr), address(indices)), rows, nnz, address(values[0]), address(gates), address(W_dec),
@@ -137,10 +136,10 @@ def _cpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normali
 
 def _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
     rows, features = target.shape[0], W_dec.shape[0]
-    residuals = torch.empty(values.shape[0], *target.shape)
+    residuals = target.new_empty(values.shape[0], *target.shape)
     grads = torch.empty_like(values)
     for first, last in _dense.chunks(rows, features):
-        block = torch.empty(last - first, features)
+        block = target.new_empty(last - first, features)
         for v, (residual, grad) in enumerate(zip(residuals, grads, strict=True)):
             _dense.scatter(indptr, indices, None, first, last, values[v], block)
             torch.addmm(b_dec - target[first:last], block, W_dec, out=residual[first:last])
@@ -158,7 +157,7 @@ def _gpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normali
     (rows, d), V = target.shape, values.shape[0]
     residuals, grads = target.new_empty(V, rows, d), torch.empty_like(values)
     partials, squares = kernel.scratch(V, rows, d, indices.shape[0], target.device)
-    losses = torch.empty(rows, 3, device=target.device)
+    losses = torch.empty(rows, 3, dtype=torch.float32, device=target.device)
     kernel.decode_loss(
         indptr[:-1], indptr[1:], indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, residuals, partials,
         squares, losses, grads,

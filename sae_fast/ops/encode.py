@@ -150,7 +150,7 @@ def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, p
         indptr, indices, u = _support.find(x, W_enc, bias, cut, precision, shadow)
     else:
         indptr, indices, u = _largest.find(x, W_enc, bias, k, support == "batch_topk", precision, shadow)
-    values = torch.empty(2 if activation == "gated" else 1, u.shape[0])
+    values = u.new_empty(2 if activation == "gated" else 1, u.shape[0])
     vectors = [v if v is None else v.contiguous() for v in (scale, b_mag, threshold)]
     _C.activate(
         ACTIVATIONS.index(activation), u.shape[0], address(indices), address(u), address(bias),

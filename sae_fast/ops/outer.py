@@ -117,7 +117,7 @@ def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
     colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
     if features is None and _dense.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
         for first, last in _dense.chunks(out.shape[0], A[0].shape[0]):
-            block = torch.empty(last - first, A[0].shape[0])
+            block = out.new_empty(last - first, A[0].shape[0])
             for v, a in zip(values, A, strict=True):
                 _dense.scatter(colptr, rows, perm, first_feature + first, first_feature + last, v, block)
                 out[first:last].addmm_(block, a)

@@ -51,7 +51,7 @@ def _(indptr, indices, A, W):
 def _cpu(indptr, indices, A, W):
     indptr, indices, A, W = contiguous(indptr, indices, A, W)
     (rows, d), features = A.shape, W.shape[0]
-    out = torch.empty(indices.shape[0])
+    out = A.new_empty(indices.shape[0])
     if _dense.is_dense("sampled_dots", indices.shape[0], rows, features):
         for first, last in _dense.chunks(rows, features):
             _dense.gather(indptr, indices, first, last, A[first:last] @ W.T, out)

@@ -38,10 +38,10 @@ class DeviceStep:
         self.beta2, self.eps, self.grad_clip = beta2, eps, grad_clip
         device = sae.W_enc.device
         self.adam = new_adam(device)
-        self.l1 = torch.zeros((), device=device)
+        self.l1 = torch.zeros((), dtype=torch.float32, device=device)
         self.flag = torch.zeros((), dtype=torch.int32, device=device)
         self.report = torch.zeros(len(REPORT), dtype=torch.float64, device=device)
-        self.ones = torch.ones(capacity, device=device)
+        self.ones = self.l1.new_ones(capacity)
         bias, *self._vectors = sae.per_feature
         self._gradient_names = [bias, *(("r_mag", "b_mag") if sae.activation == "gated" else ())]
 
@@ -55,7 +55,7 @@ class DeviceStep:
     def run(self, x: Tensor) -> None:
         """One step on x [B, d]; ``report`` says what it saw."""
         sae, flag = self.sae, self.flag
-        x_c = torch.empty(x.shape, device=x.device)
+        x_c = self.ones.new_empty(x.shape)
         code, total, longest = self._encode(x, x_c)
         weight = self.l1 * sae.W_dec.norm(dim=1) if self.dialect == "saelens" else self.l1.expand(sae.d_sae).contiguous()
         losses, residuals, entries = self._decode(x, code, weight)
@@ -64,7 +64,7 @@ class DeviceStep:
 
         def sums(columns: Tensor) -> Tensor:
             """[F, n]: each feature's sums of columns [C, n]: outer with an entry in the place of an example."""
-            out = torch.empty(sae.d_sae, columns.shape[1], device=x.device)
+            out = self.ones.new_empty(sae.d_sae, columns.shape[1])
             outer(csc[0], csc[2].int(), csc[2], [self.ones], [columns], None, 0, out, split, accumulate=False)
             return out
 
@@ -111,11 +111,10 @@ class DeviceStep:
     def _decode(self, x, code, weight):
         """losses [3], residuals [V, B, d] and the entries' gradients."""
         (B, d), (V, C), device = x.shape, code.values.shape, x.device
-        residuals, grads = torch.empty(V, B, d, device=device), torch.empty(V, C, device=device)
-        losses = torch.empty(B, 3, device=device)
+        residuals, grads, losses = (self.ones.new_empty(size) for size in ((V, B, d), (V, C), (B, 3)))
         scale = self.sae.get_parameter("r_mag").exp() if V == 2 else None
-        delta, decoder = torch.zeros(2, C, device=device)  # zeros in the gaps
-        entries = StepOutputs(code.u, scale, delta, torch.empty(C, 4, device=device), decoder)
+        delta, decoder = self.ones.new_zeros(2, C)  # zeros in the gaps
+        entries = StepOutputs(code.u, scale, delta, self.ones.new_empty(C, 4), decoder)
         decode_loss(
             code.begin, code.end, code.indices, code.values, self.sae.W_dec, self.sae.b_dec, x, weight, float(B), residuals,
             *loss_scratch(V, B, d, C, device), losses, grads, entries,

@@ -1,0 +1,52 @@
+"""The ways to a code's support (sae_fast/ops/_support.py), each forced on any machine.
+
+The screen needs a bfloat16 product that sums in float32.  Where the processor has none it is emulated: the same operands in
+float32, rounded to bfloat16 at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_fast.ops import _bound, _largest, _screen, _support
+
+TERMS = ("x_residual", "low_residual", "accumulation", "w_residual", "w_outliers", "bias", "least")  # Screen::Term
+BOUNDED = ("screen", "bound")  # the ways by a product that bounds
+WAYS = (*BOUNDED, "dots")
+
+
+def emulated_product(rows: Tensor, operand: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(rows.float() @ operand.float().T)
+
+
+def take_product(patch: pytest.MonkeyPatch, way: str) -> None:
+    """A processor with a bfloat16 product ("screen") or without one ("bound"), whatever this one has."""
+    if way == "bound":
+        patch.setattr(_screen, "unavailable", lambda: "this is a test")
+    elif _screen.unavailable() is not None:
+        patch.setattr(_screen, "unavailable", lambda: None)
+        patch.setattr(_screen, "product", emulated_product)
+
+
+@contextmanager
+def forced(way: str, dense_above: float = 2.0, without: dict[str, float] | None = None, **settings: int) -> Iterator[None]:
+    """Every batch takes one of WAYS.  ``without``: factors of the bound's terms; ``settings``: of _support, or ROOM."""
+    rows = 2**62 if way == "dots" else 0
+    terms = torch.ones(len(TERMS), dtype=torch.float64)
+    for term, factor in (without or {}).items():
+        terms[TERMS.index(term)] = factor
+    with pytest.MonkeyPatch.context() as patch:
+        take_product(patch, way if way in BOUNDED else "screen")
+        patch.setattr(_support, "FEW_ROWS", {"shadow": rows, "no shadow": rows})
+        patch.setattr(_support, "DENSE_ABOVE", dense_above)
+        patch.setattr(_largest, "DENSE_ABOVE", 2.0)
+        patch.setattr(_screen, "TERMS", terms)
+        patch.setattr(_bound, "ROWS", 0)
+        for name, value in settings.items():
+            patch.setattr(_largest if name == "ROOM" else _support, name, value)
+        yield
