@@ -460,6 +460,9 @@ def edit(path, **changes):
     (path / "store.json").write_text(json.dumps(info))
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-10])
 
@@ -470,6 +473,17 @@ def truncate(file):
         (lambda p: edit(p, version=2), "version: got 2, want 1; a newer sae_fast wrote it"),
         (lambda p: edit(p, format="else"), "not a feature store"),
         (lambda p: edit(p, d_sae="many"), "d_sae: got 'many'"),
+        (lambda p: edit(p, d_sae=True), "d_sae: got True"),
+        (lambda p: edit(p, context_length=-1), "context_length: got -1"),
+        (lambda p: edit(p, n_tokens=0), "n_tokens: got 0"),
+        (
+            lambda p: edit(p, n_tokens=10**15),
+            r"store.json: damaged: n_tokens: got 1000000000000000, but its files hold \d+",
+        ),
+        (lambda p: edit(p, n_tokens=10**30), "n_tokens: got 10{30}, but its files hold"),
+        (lambda p: edit(p, d_sae=10**12), "d_sae: got 1000000000000, but its files hold"),
+        (lambda p: edit(p, n_activations=7), "n_activations: got 7, but its files hold"),
+        (lambda p: (p / "store.json").write_text(LFS), "store.json: a Git LFS pointer, not the file itself"),
         (lambda p: (p / "store.json").write_text("{"), "store.json: damaged: not valid JSON: .*; write the store again"),
         (lambda p: (p / "store.json").write_text("[]"), "not a feature store"),
         (lambda p: (p / "features.parquet").unlink(), "damaged: features.parquet is missing"),
@@ -479,12 +493,20 @@ def truncate(file):
             r"damaged: activations/00000000.parquet has \d+ bytes, want",
         ),
     ],
-    ids=range(8),
+    ids=range(16),
 )
 def test_a_store_that_is_damaged(broken, damage, message):
     damage(broken)
     with pytest.raises(ValueError, match=message):
         FeatureStore.open(broken)
+
+
+def test_the_tokens_of_a_store_without_text_are_counted_by_its_densities(tmp_path):
+    write_store(tmp_path / "a", gated(), activations())
+    assert FeatureStore.open(tmp_path / "a").n_tokens == len(activations())
+    edit(tmp_path / "a", n_tokens=10**15)
+    with pytest.raises(ValueError, match="n_tokens: got 1000000000000000, but its files hold"):
+        FeatureStore.open(tmp_path / "a")
 
 
 @pytest.mark.parametrize("where", [0, -8])

@@ -95,7 +95,7 @@ def texts(store: FeatureStore, shown: Contexts) -> tuple[Chunk, Chunk]:
 
     Windows overlap a lot, so what they cover is kept as one stream of tokens, in runs of neighbours in one context.
     """
-    covered = np.zeros(store.n_tokens + 1, dtype=np.int64)
+    covered = np.zeros((shown.first + shown.length).max(initial=0) + 1, dtype=np.int64)
     np.add.at(covered, shown.first, 1)
     np.add.at(covered, shown.first + shown.length, -1)
     tokens = np.flatnonzero(np.cumsum(covered[:-1]))

@@ -25,6 +25,7 @@ from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis._store_contexts import Context, Contexts, choose, windows
 from sae_fast.analysis._store_writer import FORMAT, MANIFEST, VERSION, write_store
 from sae_fast.extras import require
+from sae_fast.files import lfs_pointer
 from sae_fast.nn import SparseAutoencoder
 
 __all__ = ["Context", "Contexts", "FeatureStore", "write_store"]
@@ -72,7 +73,9 @@ class FeatureStore:
                 raise ValueError(f"{path}: damaged: {name} is missing; write the store again")
             if (found := (path / name).stat().st_size) != size:
                 raise ValueError(f"{path}: damaged: {name} has {found} bytes, want {size}; write the store again")
-        return cls(path, info)
+        store = cls(path, info)
+        store._check_counts()
+        return store
 
     def sql(self, query: str, parameters: Sequence[Any] | None = None) -> Any:
         """What DuckDB answers, a relation: print it, or take ``.fetchall()``, ``.df()``, ``.fetchnumpy()``, ``.arrow()``.
@@ -230,6 +233,20 @@ class FeatureStore:
                 yield i, token[a:b], activation[a:b]
             begin = end
 
+    def _check_counts(self) -> None:
+        """``ValueError`` unless the manifest counts what the files hold: arrays are made of these sizes."""
+        query = "SELECT count(*), coalesce(sum(fires), 0), max(fires), arg_max(density, fires) FROM features"
+        [(d_sae, n_activations, fires, density)] = self._ask(query).fetchall()
+        counts = dict(d_sae=d_sae, n_activations=int(n_activations))
+        if self.has_text:
+            counts["n_tokens"] = self._ask("SELECT count(*) FROM tokens").fetchall()[0][0]
+        elif fires and density:  # of a store in which nothing fires, nothing says it
+            counts["n_tokens"] = round(fires / density)
+        for name, count in counts.items():
+            if self.info[name] != count:
+                said = f"{name}: got {self.info[name]}, but its files hold {count}"
+                raise ValueError(f"{self.path / MANIFEST}: damaged: {said}; write the store again")
+
     def _checked(self, features: int | Sequence[int] | None) -> np.ndarray:
         """[n] int64, or ValueError for one that does not exist."""
         if features is None:
@@ -278,14 +295,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"{file}: damaged: not valid JSON: {error}; write the store again") from error
+        said = lfs_pointer(file) or f"damaged: not valid JSON: {error}; write the store again"
+        raise ValueError(f"{file}: {said}") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise ValueError(f"{file}: got no format {FORMAT!r}: this is not a feature store")
     if info.get("version") != VERSION:
         newer = "; a newer sae_fast wrote it" if isinstance(info.get("version"), int) and info["version"] > VERSION else ""
         raise ValueError(f"{file}: version: got {info.get('version')!r}, want {VERSION}{newer}")
     kinds: dict[str, tuple[type, ...]] = dict(sae=(str,), files=(dict,), context_length=(int, type(None)))
+    least = dict(d_sae=1, n_tokens=1, n_activations=0, context_length=1)
     for key, kind in (kinds | dict.fromkeys(("d_sae", "n_tokens", "n_activations"), (int,))).items():
-        if not isinstance(info.get(key, ...), kind):
+        value = info.get(key, ...)
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < least[key]):
             raise ValueError(f"{file}: {key}: got {info.get(key)!r}; the file is damaged, write the store again")
     return info
