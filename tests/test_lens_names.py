@@ -7,6 +7,7 @@ import torch
 from tiny_models import tiny_model
 from torch import nn
 
+import sae_fast as sf
 from sae_fast.analysis import sites
 
 PLACES = {
@@ -61,10 +62,14 @@ def test_names_of_transformer_lens_are_those_of_modules(kind):
             assert (found.name, found.at_input) == (site.removesuffix(":input"), ":" in site), name
 
 
-def test_the_stream_adds_up_at_the_sites_that_are_found():
-    """resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out: in GPT-2, under a head, too."""
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "gemma2", "gemma3", "olmo2"])
+def test_the_stream_adds_up_at_the_sites_that_are_found(kind):
+    """resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out: under a head, too."""
     transformers = pytest.importorskip("transformers")
-    model = transformers.GPT2LMHeadModel(tiny_model(transformers, "gpt2").config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(tiny_model(transformers, kind).config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.rand(p.shape, generator=torch.Generator().manual_seed(0)))  # norms with weights of their own
     ids = torch.arange(12).view(2, 6)
     at = {
         name: sites.read(model, sites.find(model, f"blocks.1.hook_{name}"), {"input_ids": ids})[0]
@@ -72,6 +77,27 @@ def test_the_stream_adds_up_at_the_sites_that_are_found():
     }
     torch.testing.assert_close(at["resid_pre"] + at["attn_out"], at["resid_mid"])
     torch.testing.assert_close(at["resid_mid"] + at["mlp_out"], at["resid_post"])
+
+
+def test_every_analysis_takes_such_a_name():
+    transformers = pytest.importorskip("transformers")
+    model, ids = tiny_model(transformers, "gpt2"), {"input_ids": torch.arange(12).view(2, 6)}
+    sae, names = sf.GatedSAE(16, 24, seed=0), ("blocks.1.hook_resid_post", "h.1")
+
+    def metric(output):
+        return output.last_hidden_state.sum()
+
+    for of in (
+        lambda name: _spliced(model, name, sae, ids),
+        lambda name: sf.analysis.attribution.patch(model, name, sae, ids, metric=metric).effects,
+    ):
+        theirs, ours = map(of, names)
+        assert theirs.any() and torch.equal(theirs, ours)
+
+
+def _spliced(model, name, sae, ids):
+    with sf.analysis.splice(model, name, sae, error="drop"), torch.no_grad():
+        return model(**ids).last_hidden_state
 
 
 def test_a_block_that_is_not_there_and_a_model_that_is_no_transformer():

@@ -11,10 +11,15 @@ WORDS = ["the", "of", "and", "a", "gate", "opens", "when", "its", "sum", "is", "
 def tiny_model(transformers, kind):
     sizes = dict(vocab_size=len(WORDS) + 3, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
     torch.manual_seed(0)
+    llama = dict(sizes, intermediate_size=32, max_position_embeddings=32, num_key_value_heads=1, pad_token_id=0)
     config = {
         "bert": lambda: transformers.BertConfig(**sizes, intermediate_size=32, max_position_embeddings=32),
         "gpt2": lambda: transformers.GPT2Config(**sizes, n_positions=32, bos_token_id=1, eos_token_id=1),
         "llama": lambda: transformers.LlamaConfig(**sizes, intermediate_size=32, max_position_embeddings=32),
+        "gemma2": lambda: transformers.Gemma2Config(**llama, head_dim=8),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**llama, head_dim=8),
+        "olmo2": lambda: transformers.Olmo2Config(**llama),
+        "qwen3": lambda: transformers.Qwen3Config(**llama, head_dim=8),
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**sizes, intermediate_size=32, max_position_embeddings=32),
         "albert": lambda: transformers.AlbertConfig(**sizes, intermediate_size=32, embedding_size=8),
     }[kind]()

@@ -1,7 +1,8 @@
 """TransformerLens' names of the places in a transformer, as the names of `transformers`' modules.
 
 A block of the GPT kind normalises what it reads, one of the BERT kind what it gives: there `hook_resid_post` comes before
-the norm, and `hook_normalized_resid_post` is what the block gives.
+the norm, and `hook_normalized_resid_post` is what the block gives.  Gemma's since 2, and OLMo's, also normalise what
+attention and MLP add to the stream, of which the hooks see that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ NAME = re.compile(r"blocks\.(\d+)\.((?:attn|mlp)\.)?hook_\w+|ln_final\.hook_\w+|
 ATTENTION, MLP = ("attn", "self_attn", "attention", "self_attention"), ("mlp", "feed_forward", "ffn")
 PROJECTION = ("c_proj", "o_proj", "out_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "fc_out")
 FINAL, POSITIONS = ("ln_f", "norm", "final_layer_norm", "final_layernorm", "final_norm"), ("wpe", "position_embeddings")
-BERT, GPT = (  # what TransformerLens calls it → where it is in a block, the first of these that is there
+BERT, GPT, GEMMA = (  # what TransformerLens calls it → where it is in a block, the first of these that is there
     {
         "hook_resid_pre": (":input",),
         "hook_attn_out": ("attention.output.dense",),
@@ -31,10 +32,15 @@ BERT, GPT = (  # what TransformerLens calls it → where it is in a block, the f
         "hook_resid_pre": (":input",),
         "hook_attn_out": ATTENTION,
         "attn.hook_z": tuple(f"{attention}.{last}:input" for attention in ATTENTION for last in PROJECTION),
-        "hook_resid_mid": ("pre_feedforward_layernorm:input", "ln_2:input", "post_attention_layernorm:input"),
+        "hook_resid_mid": ("ln_2:input", "post_attention_layernorm:input"),
         "mlp.hook_post": tuple(f"{mlp}.{last}:input" for mlp in MLP for last in PROJECTION),
         "hook_mlp_out": MLP,
         "hook_resid_post": ("",),
+    },
+    {
+        "hook_attn_out": ("post_attention_layernorm",),
+        "hook_resid_mid": ("pre_feedforward_layernorm:input", *(f"{mlp}:input" for mlp in MLP)),
+        "hook_mlp_out": ("post_feedforward_layernorm",),
     },
 )
 
@@ -68,6 +74,8 @@ def site_of(model: nn.Module, name: str) -> str | None:
             raise ValueError(f"site: got {name!r}, want one of {len(names)} blocks, counted from 0")
         block = names[int(found[1])]
         kinds = BERT if normalises_output(modules[block]) else GPT
+        if f"{block}.post_feedforward_layernorm" in modules:
+            kinds = GPT | GEMMA
         parallel = any(getattr(model.config, said, False) for said in ("use_parallel_residual", "parallel_attn"))
         place = name.removeprefix(f"blocks.{found[1]}.")
         ends: Iterable[str] = () if parallel and place == "hook_resid_mid" else kinds.get(place, ())

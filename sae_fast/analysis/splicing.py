@@ -104,9 +104,10 @@ def splice(
     ε is x − x̂(f) of the same pass, so "keep" and "recompute" give the same values (without an edit: x), until
     `Spliced.hold` makes it that of a chosen pass: then later passes are x̂ + ε of that one, and jump where a gate opens.
 
-    site: the name of a module, for its output (the first, if it gives several), or with ":input" for what it is given; or
-    the module.  edit: SparseCode → SparseCode or dense [..., F], such as `ablate([3, 17])`.  where: bool, broadcastable to
-    x.shape[:-1]: the positions that go through the SAE, others stay as they are; the code is then that of the rows taken.
+    site: the name of a module, for its output (the first, if it gives several), or with ":input" for what it is given;
+    TransformerLens' name of a place in a transformer, "blocks.2.hook_resid_post"; or the module.  edit: SparseCode →
+    SparseCode or dense [..., F], such as `ablate([3, 17])`.  where: bool, broadcastable to x.shape[:-1]: the positions that
+    go through the SAE, others stay as they are; the code is then that of the rows taken.
 
     >>> with splice(model, "encoder.layer.2", sae, edit=ablate([17])) as spliced:
     ...     model(input_ids)
