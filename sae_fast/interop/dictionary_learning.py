@@ -8,6 +8,7 @@ encode and decode are the package's.  Same seed, same weights to start from.
 
 from __future__ import annotations
 
+import inspect
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +71,25 @@ def _takes(trainer: str, dict_class: type, known: type) -> None:
     changed = [name for name in names if getattr(dict_class, name) is not getattr(known, name)]
     if changed:
         raise ValueError(f"dict_class: {dict_class.__name__} has its own {', '.join(changed)}, want {known.__name__}'s")
+
+
+def _signed_as(package: type) -> Callable[[Callable], Callable]:
+    """Gives an ``__init__`` of any arguments the signature of the package's, which it passes them to, and ``init_l0``."""
+    signature = inspect.signature(package.__init__)  # type: ignore[misc]
+    new = inspect.Parameter("init_l0", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
+
+    def signed(init: Callable) -> Callable:
+        init.__signature__ = signature.replace(parameters=[*signature.parameters.values(), new])  # type: ignore[attr-defined]
+        return init
+
+    return signed
+
+
+def _dict_class(package: type, *args: Any, **kwargs: Any) -> Any:
+    """The dict_class among the arguments of the package's trainer, which may be given by position."""
+    bound = inspect.signature(package).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments["dict_class"]
 
 
 class _OnEngine:
@@ -153,9 +173,10 @@ class GatedSAETrainer(_OnEngine, gdm.GatedSAETrainer):
     package starts with half of all gates open, which is slow for as long as it lasts.  None: as the package.
     """
 
-    def __init__(self, *args: Any, dict_class: type = GatedAutoEncoder, init_l0: float | None = None, **kwargs: Any):
-        _takes("GatedSAETrainer", dict_class, GatedAutoEncoder)
-        super().__init__(*args, dict_class=dict_class, **kwargs)
+    @_signed_as(gdm.GatedSAETrainer)
+    def __init__(self, *args: Any, init_l0: float | None = None, **kwargs: Any):
+        _takes("GatedSAETrainer", _dict_class(gdm.GatedSAETrainer, *args, **kwargs), GatedAutoEncoder)
+        super().__init__(*args, **kwargs)
         biases = {"gate_bias": "b_gate", "mag_bias": "b_mag", "decoder_bias": "b_dec"}
         names = {"encoder.weight": "W_enc", "r_mag": "r_mag", **biases}
         self._start(nn.GatedSAE, names, init_l0)
@@ -177,9 +198,10 @@ class StandardTrainer(_OnEngine, standard.StandardTrainer):
     """dictionary_learning's StandardTrainer, same arguments, dead-neuron resampling included; ``init_l0`` as
     :class:`GatedSAETrainer`.  Its Adam has β1 = 0.9, so every row is visited in every step."""
 
-    def __init__(self, *args: Any, dict_class: type = AutoEncoder, init_l0: float | None = None, **kwargs: Any):
-        _takes("StandardTrainer", dict_class, AutoEncoder)
-        super().__init__(*args, dict_class=dict_class, **kwargs)
+    @_signed_as(standard.StandardTrainer)
+    def __init__(self, *args: Any, init_l0: float | None = None, **kwargs: Any):
+        _takes("StandardTrainer", _dict_class(standard.StandardTrainer, *args, **kwargs), AutoEncoder)
+        super().__init__(*args, **kwargs)
         names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "bias": "b_dec"}
         self._start(nn.ReluSAE, names, init_l0, betas=(0.9, 0.999))
 

@@ -58,8 +58,22 @@ def test_the_constructor_takes_what_the_packages_takes_and_gives_the_same_weight
     assert list(state(mine)) == list(state(theirs))
     assert_same_bits(list(state(mine).values()), list(state(theirs).values()))
     assert mine.config == theirs.config
-    positional = (5000, D_IN, D_SAE, 3, "a-model")
+    positional = (5000, D_IN, D_SAE, 3, "a-model", type(theirs.ae), 1e-4)
     assert ours_cls(*positional, device="cpu").config == theirs_cls(*positional, device="cpu").config
+
+
+@pairs
+def test_the_signatures_are_the_packages(kind):
+    theirs, mine = PAIRS[kind]
+    *own, new = inspect.signature(mine).parameters.values()
+    assert own == list(inspect.signature(theirs).parameters.values())
+    assert (new.name, new.kind, new.default) == ("init_l0", inspect.Parameter.KEYWORD_ONLY, None)
+    with pytest.raises(TypeError, match=r"missing .*'steps'"):
+        mine()
+    for name, function in inspect.getmembers(theirs, inspect.isfunction):
+        wanted, got = (inspect.signature(f).parameters.values() for f in (function, getattr(mine, name)))
+        if name != "__init__":
+            assert [(p.name, p.kind, p.default) for p in got] == [(p.name, p.kind, p.default) for p in wanted], name
 
 
 @pairs

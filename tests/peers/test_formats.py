@@ -28,6 +28,7 @@ from dictionary_learning.utils import (
 )
 from sae_lens import SAE, TrainingSAE
 from sae_lens.registry import get_sae_class, get_sae_training_class
+from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 from sparsify import SparseCoder, SparseCoderConfig
 
@@ -246,6 +247,39 @@ def test_other_dtypes_are_kept(dtype, tmp_path):
     assert str(SAE.load_from_disk(tmp_path / "b").W_enc.dtype) == str(dtype)
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_files_from_before_k_and_threshold_were_in_them_give_what_those_give_that_have_them(kind, tmp_path):
+    theirs = make_dl(kind, tmp_path)
+    if kind != "topk":
+        theirs.threshold.fill_(-1)
+        torch.save(theirs.state_dict(), tmp_path / "ae.pt")
+    x, said = data(), warnings.catch_warnings()
+    with said:
+        warnings.simplefilter("ignore")  # the threshold was never set
+        wanted = sf.load(tmp_path)(x)
+        torch.save({n: t for n, t in theirs.state_dict().items() if n not in ("k", "threshold")}, tmp_path / "ae.pt")
+        assert torch.equal(sf.load(tmp_path)(x), wanted)
+        sf.interop.convert(tmp_path, tmp_path / "b", "dictionary_learning")
+    again, _ = load_dictionary(str(tmp_path / "b"), "cpu")
+    assert int(again.k) == K
+    if kind == "topk":
+        torch.testing.assert_close(again(x), wanted, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("to", ["dictionary_learning", "saebench"])
+@pytest.mark.parametrize("cls", [sf.GatedSAE, sf.ReluSAE])
+def test_a_decoder_row_of_norm_0_is_written_as_the_package_loads_it(cls, to, tmp_path):
+    sae = cls(D, F, seed=0)
+    randomise(sae)
+    sae.W_dec.data[4] = 0
+    sf.interop.save(sae, tmp_path, to, layer=3, model_name="a/model")
+    again, _ = load_dictionary(str(tmp_path), "cpu")
+    x = data()
+    torch.testing.assert_close(again(x), sae(x), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(again.decoder.weight.norm(dim=0), torch.ones(F))
+    assert not again.encode(x)[:, 4].any() and sae.encode(x)[:, 4].any()
+
+
 # ---- SAELens --------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +360,80 @@ def test_checkpoints_of_a_training_are_read(architecture, tmp_path):
     if "matryoshka" in architecture:
         assert training.group_sizes == (10, 25, 35)
     assert isinstance(TrainingSAE.load_from_disk(tmp_path / "training"), cls)
+
+
+def exact_in_bfloat16(sae: TrainingSAE, seed: int = 0) -> Tensor:
+    """Fills it with small integers, on which bfloat16 rounds nothing, and gives examples of such."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sae.named_parameters():
+            p.copy_(torch.randint(-1, 2, p.shape, generator=g))
+            if name == "threshold":
+                p.copy_(torch.randint(0, 4, p.shape, generator=g) + 2.0**-12)  # the integer itself, in bfloat16
+    return torch.randint(-1, 2, (64, D), generator=g).bfloat16()
+
+
+def test_a_threshold_in_float32_beside_bfloat16_gives_saelens_own_bits(tmp_path):
+    cls, config_cls = get_sae_training_class("jumprelu")
+    theirs = cls(config_cls(d_in=D, d_sae=F, dtype="bfloat16"))
+    x = exact_in_bfloat16(theirs)
+    assert (theirs.W_enc.dtype, theirs.threshold.dtype) == (torch.bfloat16, torch.float32)
+    theirs.save_model(tmp_path / "training")
+    theirs.save_inference_model(tmp_path / "inference")
+    for folder in ("training", "inference"):
+        wanted = SAE.load_from_disk(tmp_path / "inference") if folder == "inference" else theirs
+        mine = sf.load(tmp_path / folder)
+        assert mine.W_enc.dtype == torch.bfloat16 and same_bits(mine.threshold.float(), theirs.threshold)
+        with torch.no_grad():
+            assert torch.equal(mine.encode(x), wanted.encode(x)) and torch.equal(mine(x), wanted(x))  # −0 is 0
+            assert 0 < (mine.encode(x) != 0).float().mean() < 0.5
+        for to in ("sae_fast", "saelens"):
+            sf.interop.convert(tmp_path / folder, tmp_path / folder / to, to)
+            again = sf.load(tmp_path / folder / to)
+            assert all(same_bits(t, again.state_dict()[name]) for name, t in mine.state_dict().items())
+        assert_same_files(tmp_path / "inference", tmp_path / folder / "saelens")
+        assert torch.equal(SAE.load_from_disk(tmp_path / folder / "saelens").encode(x), theirs.encode(x))
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("k", [1.5, 0.5])
+def test_a_fractional_k_loads_by_its_threshold(architecture, k, tmp_path):
+    cls, config_cls = get_sae_training_class(architecture)
+    arguments = {"matryoshka_widths": [10, 35, F]} if "matryoshka" in architecture else {}
+    theirs = cls(config_cls(d_in=D, d_sae=F, k=k, decoder_init_norm=1.0, **arguments))
+    randomise(theirs, unit="W_dec")
+    theirs.topk_threshold.fill_(0.7)
+    theirs.save_model(tmp_path / "a")
+    theirs.save_inference_model(tmp_path / "b")
+    mine, x = sf.load(tmp_path / "a"), data()
+    assert mine.k == k and type(mine) is sf.BatchTopKSAE
+    torch.testing.assert_close(mine.encode(x), SAE.load_from_disk(tmp_path / "b").encode(x), rtol=2e-5, atol=2e-5)
+    sf.interop.convert(tmp_path / "a", tmp_path / "c", "saelens")
+    assert sf.load(tmp_path / "c").k == k
+    torch.testing.assert_close(SAE.load_from_disk(tmp_path / "c").encode(x), mine.encode(x), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gated", "standard", "jumprelu", "topk", "batchtopk"])
+def test_the_scale_of_a_training_checkpoint_is_the_one_that_saelens_folds(architecture, tmp_path):
+    cls, config_cls = get_sae_training_class(architecture)
+    arguments = {"k": K} if "topk" in architecture else {}
+    config = config_cls(
+        d_in=D, d_sae=F, normalize_activations="expected_average_only_in", decoder_init_norm=1.0, **arguments
+    )
+    theirs = cls(config)
+    randomise(theirs, unit="W_dec")
+    if architecture == "batchtopk":
+        theirs.topk_threshold.fill_(1.5)
+    theirs.save_model(tmp_path)
+    ActivationScaler(scaling_factor=2.5).save(str(tmp_path / "activation_scaler.json"))
+    mine, x = sf.load(tmp_path), data()
+    theirs.fold_activation_norm_scaling_factor(2.5)
+    theirs.save_inference_model(tmp_path / "inference")
+    wanted = SAE.load_from_disk(tmp_path / "inference")
+    # Features that count their norms have them of the folded decoder in SAELens.
+    counted = 2.5 if getattr(config, "rescale_acts_by_decoder_norm", False) else 1.0
+    torch.testing.assert_close(mine.encode(x), wanted.encode(x) * counted, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(mine(x), wanted(x), rtol=2e-5, atol=2e-5)
 
 
 def test_a_batchtopk_of_ours_comes_back_from_saelens_as_one(tmp_path):

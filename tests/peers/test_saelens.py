@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import itertools
 import json
 import logging
@@ -220,6 +221,15 @@ def test_a_step_from_saelens_own_start_is_near_too(kind):
         assert not saes[-1].training_forward_pass(step_input(x)).feature_acts.is_sparse
         judge_step(judge, kind, x, saes, 64)
     judge.verdict()
+
+
+def test_the_signatures_are_saelens(kind):
+    theirs, theirs_config, ours, our_config, _ = KINDS[kind]
+    assert inspect.signature(our_config) == inspect.signature(theirs_config)
+    pairs = [(theirs, ours)] + [(f, getattr(ours, name)) for name, f in inspect.getmembers(theirs, inspect.isfunction)]
+    for own, new in pairs:
+        wanted, got = (inspect.signature(f).parameters.values() for f in (own, new))
+        assert [(p.name, p.kind, p.default) for p in got] == [(p.name, p.kind, p.default) for p in wanted], own
 
 
 @pytest.mark.parametrize("norm", [0.1, None])
