@@ -11,7 +11,7 @@ ENGINE := $(VENV)/.built
 demo test test-slow test-peers claims: export OMP_WAIT_POLICY ?= passive
 
 demo: $(ENGINE)
-	$(BIN)/sae-fast demo
+	$(BIN)/sae-fast demo --overwrite
 
 # A process a core, each with one thread; whoever has none left takes over half of what another has.
 test test-slow test-peers: export OMP_NUM_THREADS ?= 1

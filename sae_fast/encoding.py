@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +15,15 @@ from torch import Tensor
 
 from sae_fast import interop
 from sae_fast.analysis import _store_writer
+from sae_fast.analysis._identity import fingerprint
+from sae_fast.devices import usable
 from sae_fast.extras import require
+from sae_fast.nn import SparseAutoencoder
+from sae_fast.run_folder import STORE, run_of
 from sae_fast.train.activations import ActivationStore
-from sae_fast.train.harvest import cache_folder, harvest
+from sae_fast.train.harvest import cache_folder, harvest, reopened
 from sae_fast.train.text import read_text_file, stdlib_documentation
+from sae_fast.train.transformer import Source
 
 STDLIB = "stdlib_documentation()"  # where a run's text is from, when it is not a file
 
@@ -28,87 +34,159 @@ def encode(
     *,
     model: str | None = None,
     layer: int | None = None,
+    hook: str | None = None,
     text: Path | None = None,
     context_length: int | None = None,
     activations: Path | None = None,
     batch_size: int = _store_writer.BATCH,
     overwrite: bool = False,
-    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    anyway: bool = False,
+    device: str | None = None,
     progress: bool = True,
 ) -> tuple[Path, dict[str, Any]]:
     """Writes the feature store of an SAE; returns (its folder, what its store.json says and ``seconds``).
 
-    source: the folder of a run of `sae-fast demo` or `train`, whose activations are found again by its metrics.json and
-    whose store goes into it; or any SAE that :func:`sae_fast.load` takes, with either ``model``, ``layer`` and ``text``,
-    or ``activations``, a .npy or .safetensors file of [N, d_in].  Errors as of :func:`sae_fast.analysis.store.write_store`.
+    source: any SAE that :func:`sae_fast.load` takes.  What is not given of ``model``, ``layer`` or ``hook``, ``text`` and
+    ``context_length`` is what the SAE's metadata says; of a run of `sae-fast demo` or `train` nothing has to be.  What
+    contradicts it is an error, unless ``anyway``.  activations: a .npy or .safetensors file of [N, d_in] instead.  out: by
+    default the run's store/, or a folder in out/store of the SAE's own.
+    Errors as of :func:`sae_fast.load`, `harvest` and :func:`sae_fast.analysis.store.write_store`.
     """
     require("pyarrow", extra="store")
-    source = Path(source) if Path(source).exists() else source
-    run = isinstance(source, Path) and (source / "metrics.json").is_file() and (source / "checkpoint").is_dir()
-    out = Path(out or (Path(source) / "store" if run else "out/store"))
-    _store_writer.check_free(out, overwrite)
-    given = [f"--{name}" for name, value in dict(model=model, layer=layer, text=text).items() if value is not None]
+    chosen = usable(device)
+    asked = {"--model": model, "--layer": layer, "--hook": hook, "--text": text}
+    given = [name for name, value in asked.items() if value is not None]
     if activations is not None and given:
         raise ValueError(f"--activations: got {given[0]} too, want the activations or what to make them from")
-    sae = interop.load(Path(source) / "checkpoint" if run else source)
+    sae = interop.load(source)
+    out = Path(out) if out is not None else default_store(source, sae)
+    _store_writer.check_free(out, overwrite)
     data: ActivationStore | np.ndarray | Tensor
     if activations is not None:
         data = open_activations(activations)
-    elif len(given) == 3:
-        assert model is not None and layer is not None and text is not None
-        data = harvest(model, read_text_file(text), layer, context_length=context_length or 128, device=device)
-    elif run and not given and context_length is None:
-        data = activations_of(Path(source), device)
+    elif not given and context_length is None and "source" in sae.metadata:
+        data = activations_of(sae, source, chosen, progress)
     else:
-        what = f"{source}: " + ("" if run else "is not the folder of a run; ")
-        raise ValueError(
-            f"{what}want --model, --layer and --text, or --activations; got {', '.join(given) or 'none of them'}"
-        )
+        known = _known(sae.metadata)
+        place = {"layer": layer, "hook": hook} if layer is not None or hook is not None else known.place
+        model_, text_ = model or known.model, text or known.text
+        wanted = {"--model": model_, "--layer (or --hook)": place, "--text": text_}
+        if missing := [name for name, value in wanted.items() if value is None]:
+            which = " and ".join(missing)
+            raise ValueError(f"{source}: its metadata does not say {which}; want that, or --activations")
+        assert model_ is not None and place is not None and text_ is not None
+        if not anyway:
+            _check_agreement(known, model, place, context_length)
+        data = harvest(
+            model_, _text(text_), **place, context_length=context_length or known.length or 128, d=sae.d_in,
+            text_from=str(text_), device=chosen, progress=progress,
+        )  # fmt: skip
     start = time.perf_counter()
     length = None if isinstance(data, ActivationStore) else context_length
     info = _store_writer.write_store(
-        out, sae.to(device), data, context_length=length, batch_size=batch_size, overwrite=overwrite, progress=progress
+        out, sae.to(chosen), data, context_length=length, batch_size=batch_size, overwrite=overwrite, progress=progress
     )
     return out, info | {"seconds": time.perf_counter() - start}
 
 
+def default_store(source: str | Path, sae: SparseAutoencoder) -> Path:
+    """Where the store of an SAE is when it is not said: in its run, or in a folder of its own in out/store."""
+    if (run := run_of(source)) is not None:
+        return run / STORE
+    name = Path(source).resolve().name if Path(source).exists() else re.sub(r"[^\w.-]+", "-", str(source))
+    return Path("out/store") / f"{name}-{fingerprint(sae)[:8]}"
+
+
+# ---- What an SAE says of itself --------------------------------------------------------------------------------------
+
+
 def source_of(model: str | Path, text_from: str | Path | None, store: ActivationStore) -> dict[str, Any]:
-    """What a run's metrics.json keeps, for :func:`activations_of`.  text_from: a file, STDLIB, or None for a text that is
-    nowhere but in the store of the activations."""
+    """What an SAE's metadata keeps under "source", for :func:`activations_of`.  text_from: a file, STDLIB, or None for a
+    text that is nowhere but in the store of the activations."""
     return {
         "model": str(Path(model).resolve()) if Path(model).is_dir() else str(model),
         "place": store.info["place"],
         "context_length": store.context_length,
         "text": text_from if text_from in (None, STDLIB) else str(Path(text_from).resolve()),
+        "text_sha256": store.info["text"]["sha256"],
         "activations": store.info["key"],
     }
 
 
-def activations_of(run: Path, device: str = "cpu") -> ActivationStore:
-    """The activations that a run was trained on: from the cache, or harvested again.
+def activations_of(
+    sae: SparseAutoencoder, name: str | Path = "sae", device: str | torch.device = "cpu", progress: bool = True
+) -> ActivationStore:
+    """The activations that an SAE was trained on, as its metadata says: from the cache, or harvested again.
 
-    ``ValueError`` when metrics.json does not say which, or when model or text have changed since.
+    ``ValueError`` when it does not say, or when model or text have changed since.  name: what errors call the SAE.
     """
-    file = run / "metrics.json"
+    remedy = "want --model, --layer (or --hook) and --text"
     try:
-        source = json.loads(file.read_text(encoding="utf-8"))["source"]
-        key, text_from, where = source["activations"], source["text"], (source["model"], source["place"])
-        length = source["context_length"]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = "it does not say what the SAE was trained on, want --model, --layer and --text"
-        raise ValueError(f"{file}: {reason}") from error
+        source = sae.metadata["source"]
+        key, text_from, model = source["activations"], source["text"], source["model"]
+        place, length = source["place"], source["context_length"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{name}: its metadata does not say what it was trained on, {remedy}") from error
     cached = cache_folder() / "activations" / key
     if cached.is_dir():
-        return ActivationStore.open(cached)
+        return reopened(cached)
     if text_from is None:
-        raise ValueError(f"{file}: the run's text is no longer in the cache, want --model, --layer and --text")
-    text = stdlib_documentation() if text_from == STDLIB else read_text_file(text_from)
-    store = harvest(where[0], text, **where[1], context_length=length, device=device)
+        raise ValueError(f"{name}: its text is no longer in the cache, {remedy}")
+    store = harvest(
+        model, _text(text_from), **place, context_length=length, d=sae.d_in, text_from=text_from, device=device,
+        progress=progress,
+    )  # fmt: skip
     if store.info["key"] != key:
-        raise ValueError(
-            f"{file}: {where[0]} or the text, {text_from}, has changed since; want --model, --layer and --text"
-        )
+        raise ValueError(f"{name}: {model} or the text, {text_from}, has changed since; {remedy}")
     return store
+
+
+class _Known(NamedTuple):
+    """What an SAE's metadata says of where it belongs; None where it does not."""
+
+    model: str | None
+    place: dict[str, Any] | None
+    length: int | None
+    text: str | None
+
+
+def _known(metadata: Mapping[str, Any]) -> _Known:
+    source = metadata["source"] if isinstance(metadata.get("source"), dict) else {}
+    hook, layer = metadata.get("hook_name"), metadata.get("layer")
+    place = {"hook": hook} if hook else None if layer is None else {"layer": layer}
+    return _Known(
+        source.get("model") or metadata.get("model_name"),
+        source.get("place") or place,
+        source.get("context_length") or metadata.get("context_size"),
+        source.get("text"),
+    )
+
+
+def _check_agreement(known: _Known, model: str | None, place: dict[str, Any], length: int | None) -> None:
+    """ValueError, with both, for what is given and the metadata contradicts.  Models agree by the last part of their
+    names; places are compared in the model."""
+
+    def differ(option: str, got: Any, said: Any) -> ValueError:
+        return ValueError(f"{option}: got {got}, but the SAE's metadata says {said}; want that, or --anyway")
+
+    if model is not None and known.model is not None and _short(model) != _short(known.model):
+        raise differ("--model", model, known.model)
+    if length is not None and known.length is not None and length != known.length:
+        raise differ("--context-length", length, known.length)
+    if known.place is not None and place != known.place:
+        source = Source.open(model or known.model or "")
+        if source.place(**place)[:2] != source.place(**known.place)[:2]:
+            (got,), (said,) = ([pair for pair in p.items() if pair[1] is not None] for p in (place, known.place))
+            raise differ(f"--{got[0]}", got[1], " ".join(map(str, said)))
+
+
+def _short(model: str) -> str:
+    name = Path(model).name.lower()
+    return {"gpt2-small": "gpt2"}.get(name, name)  # TransformerLens' own name for it
+
+
+def _text(text_from: str | Path) -> str:
+    return stdlib_documentation() if text_from == STDLIB else read_text_file(text_from)
 
 
 def open_activations(file: Path) -> np.ndarray | Tensor:

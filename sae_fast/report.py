@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from sae_fast import interop
-from sae_fast.analysis.page import write_page
+from sae_fast import files, interop
+from sae_fast.analysis.page import check_replaceable, write_page
 from sae_fast.analysis.store import FeatureStore
-from sae_fast.encoding import encode
+from sae_fast.devices import usable
+from sae_fast.encoding import default_store, encode
+from sae_fast.nn import SparseAutoencoder
+from sae_fast.run_folder import METRICS, PAGE, run_of
 
 
 def report(
@@ -19,40 +21,41 @@ def report(
     *,
     store: str | Path | None = None,
     effects: Path | None = None,
+    device: str | None = None,
     progress: bool = True,
     **limits: int,
 ) -> Path:
     """Writes the page of an SAE; returns its file.
 
-    source: the folder of a run of `sae-fast demo` or `train`, whose store is made if it has none; or, with ``store``, any
-    SAE that :func:`sae_fast.load` takes.  out: by default report.html in the run.  effects: a JSON file, {"12": 0.5, ...}.
-    limits: as of :func:`sae_fast.analysis.page.write_page`.  Errors as of that, and ``FileNotFoundError`` or ``ValueError``
-    for a run that is none, effects that are no such file, and a store that can be neither found nor made.
+    source: the folder of a run of `sae-fast demo` or `train`, or its checkpoint, whose store is made if it has none; or any
+    SAE that :func:`sae_fast.load` takes, of which there is a store.  out: by default report.html in the run, else here.
+    store: by default where `sae-fast encode` writes it.  effects: a JSON file, {"12": 0.5, ...}.
+    limits: as of :func:`sae_fast.analysis.page.write_page`.  Errors as of that and of :func:`sae_fast.load`;
+    ``FileNotFoundError`` or ``ValueError`` for effects that are no such file and a store that is not there nor can be made.
     """
-    run = Path(source)
-    is_run = (run / "checkpoint").is_dir()
-    if not is_run and store is None:
-        problem = "has no checkpoint/ in it" if run.is_dir() else "is no folder"
-        raise FileNotFoundError(
-            f"RUN: {source} {problem}; want the folder of a run of `sae-fast demo` or `train`, or an SAE and its --store"
-        )
-    sae = interop.load(run / "checkpoint" if is_run else source)
+    run = run_of(source)
+    out = Path(out or (run / PAGE if run is not None else PAGE))
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: there is no folder {out.parent}")
+    check_replaceable(out)
+    sae = interop.load(source)
     known = None if effects is None else read_effects(effects)
-    if store is None and not (run / "store").exists():
+    place = default_store(source, sae) if store is None else Path(store)
+    if store is None and not place.exists():
         try:
-            encode(run, progress=progress)
+            if "source" not in sae.metadata:
+                raise ValueError("its metadata does not say what it was trained on")
+            encode(source, place, device=device, progress=progress)
         except (ValueError, FileNotFoundError) as error:
-            remedy = f"sae-fast encode {run / 'checkpoint'} --out {run / 'store'} --model MODEL --layer LAYER --text FILE"
-            raise ValueError(f"RUN: {source} has no store, and none can be made ({error}); make one: {remedy}") from error
+            remedy = f"sae-fast encode {source} --out {place} --model MODEL --layer LAYER --text FILE"
+            raise ValueError(f"{source}: it has no store, and none can be made ({error}); make one: {remedy}") from error
     try:
-        opened = FeatureStore.open(run / "store" if store is None else store, sae)
+        opened = FeatureStore.open(place, sae)
     except ValueError as error:
         remedy = f"; make it anew: sae-fast encode {source} --overwrite" if store is None else ""
         raise ValueError(f"{error}{remedy}") from error
-    title, facts = describe(run) if is_run else ("", {})
-    out = Path(out or (run / "report.html" if is_run else "report.html"))
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no folder {out.parent}")
+    sae = sae.to(usable(device))
+    title, facts = title_of(sae), {} if run is None else facts_of(run)
     return write_page(out, opened, sae, known, title=title, facts=facts, progress=progress, **limits)
 
 
@@ -67,19 +70,18 @@ def read_effects(file: Path) -> dict[int, float]:
     return {int(key): effect for key, effect in value.items()}
 
 
-def describe(run: Path) -> tuple[str, Mapping[str, str]]:
-    """(a title, more facts) from a run's metrics.json, as far as it has them."""
+def title_of(sae: SparseAutoencoder) -> str:
+    """What an SAE's metadata says that it is, or nothing."""
+    model, place = sae.metadata.get("model_name"), sae.metadata.get("hook_name")
+    if place is None and sae.metadata.get("layer") is not None:
+        place = f"layer {sae.metadata['layer']}"
+    return f"SAE on {place} of {model}" if model and place else ""
+
+
+def facts_of(run: Path) -> Mapping[str, str]:
+    """What a run's metrics.json adds to the page, as far as it is there."""
     try:
-        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "", {}
-    recipe, held_out = _object(metrics, "recipe"), _object(metrics, "held_out")
-    on = f"layer {recipe['layer']} of {recipe['model']}" if {"layer", "model"} <= recipe.keys() else ""
-    fvu = held_out.get("fvu")
-    facts = {"FVU": f"{fvu:.3g}"} if isinstance(fvu, int | float) else {}
-    return f"SAE on {on}" if on else "", facts
-
-
-def _object(value: Any, key: str) -> dict[str, Any]:
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, dict) else {}
+        fvu = files.read_json(run / METRICS)["held_out"]["fvu"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {"FVU": f"{fvu:.3g}"} if isinstance(fvu, int | float) else {}

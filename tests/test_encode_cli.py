@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sae_fast.analysis import FeatureStore
 from sae_fast.cli import app
 from sae_fast.demo import Recipe
 from sae_fast.train.activations import ActivationStore
+from sae_fast.train.transformer import HiddenStates
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")
@@ -96,6 +98,11 @@ def test_a_run_needs_nothing_more(here):
     assert said.endswith("tokens/s, into run/store")
 
 
+def test_a_run_is_named_by_its_checkpoint_too(here):
+    assert done("run/checkpoint").endswith("into run/store")
+    assert torch.equal(sf.load("run").W_enc, sf.load("run/checkpoint").W_enc)
+
+
 def test_a_run_whose_cache_is_gone_is_harvested_again(here):
     done("run", "--out=first")
     shutil.rmtree("cache")
@@ -104,36 +111,80 @@ def test_a_run_whose_cache_is_gone_is_harvested_again(here):
         assert (here / "first" / name).read_bytes() == (here / "second" / name).read_bytes()
 
 
+def rewrite(metadata: dict) -> None:
+    """Changes what the run's SAE says of itself."""
+    manifest = json.loads(Path("run/checkpoint/config.json").read_text())
+    manifest["sae"]["metadata"] |= metadata
+    Path("run/checkpoint/config.json").write_text(json.dumps(manifest))
+
+
 def test_the_text_of_a_run_that_has_changed(here, made):
     shutil.rmtree("cache")
-    metrics = json.loads((here / "run" / "metrics.json").read_text())
+    source = sf.load("run").metadata["source"]
     (here / "text.txt").write_text(TEXT + "The gate opens . " * 20)
-    metrics["source"]["text"] = str(here / "text.txt")
-    (here / "run" / "metrics.json").write_text(json.dumps(metrics))
+    rewrite({"source": source | {"text": str(here / "text.txt")}})
     assert "has changed since" in refused("run")
     (here / "text.txt").unlink()
     assert "does not exist" in refused("run")
-    metrics["source"]["text"] = None
-    (here / "run" / "metrics.json").write_text(json.dumps(metrics))
-    assert "no longer in the cache, want --model, --layer and --text" in refused("run")
-    done("run", f"--model={made / 'model'}", "--layer=2", f"--text={made / 'text.txt'}", "--context-length=16")
-    assert not (here / "run" / ".store").exists()
+    rewrite({"source": source | {"text": None}})
+    assert "no longer in the cache, want --model, --layer (or --hook) and --text" in refused("run")
+    done("run", f"--text={made / 'text.txt'}")  # the rest is in the metadata
+    assert not [name for name in (here / "run").iterdir() if name.name.startswith(".")]
 
 
-@pytest.mark.parametrize("metrics", ["{}", "[]", "{", '{"source": {}}'])
-def test_a_run_that_does_not_say_what_it_was_trained_on(here, metrics):
-    (here / "run" / "metrics.json").write_text(metrics)
-    assert "does not say what the SAE was trained on" in refused("run")
+@pytest.mark.parametrize("source", [{}, [], 3, {"model": "m"}])
+def test_a_run_that_does_not_say_what_it_was_trained_on(here, source):
+    rewrite({"source": source})
+    assert "does not say" in refused("run")
 
 
 def test_any_sae_with_a_model_and_a_text(here, made):
     sae = sf.TopKSAE(D, F, k=3, seed=0)
     sf.interop.save(sae, here / "sparsify", "sparsify")
+    assert refused("sparsify") == (
+        "error: sparsify: its metadata does not say --model and --layer (or --hook) and --text; want that, or --activations"
+    )
     asked = ["sparsify", f"--model={made / 'model'}", "--layer=1", f"--text={made / 'text.txt'}"]
     assert refused(*asked) == "error: context_length: got 128, want at most 30, what the model takes"
-    assert done(*asked, "--context-length=16").endswith("into out/store")
-    assert FeatureStore.open("out/store").n_activations <= 3 * FeatureStore.open("out/store").n_tokens
-    FeatureStore.open("out/store", sf.load("sparsify"))
+    folder = done(*asked, "--context-length=16").rpartition(" ")[2]
+    assert folder.startswith("out/store/sparsify-")
+    store = FeatureStore.open(folder, sf.load("sparsify"))
+    assert store.n_activations <= 3 * store.n_tokens
+    sf.interop.save(
+        sf.TopKSAE(D, F, k=3, seed=1), here / "other" / "sparsify", "sparsify"
+    )  # of the same name: a place of its own
+    assert done("other/sparsify", *asked[1:], "--context-length=16").rpartition(" ")[2] not in ("out/store", folder)
+
+
+def test_the_place_that_the_sae_says_is_the_default_and_another_is_an_error(here, made):
+    """An SAE of SAELens with the hook of its model, which counts blocks from 0."""
+    sae = sf.ReluSAE(D, F, seed=0)
+    sae.metadata = {"model_name": str(made / "model"), "hook_name": "encoder.layer.1", "context_size": 16}
+    sf.interop.save(sae, "lens", "saelens")
+    text = f"--text={made / 'text.txt'}"
+    done("lens", text, "--out=own")
+    assert FeatureStore.open("own", sf.load("lens")).info["hook_name"] == "encoder.layer.1"
+    for same in (["--layer=1"], ["--hook=bert.encoder.layer.1"], ["--context-length=16"], [f"--model={made}/model"]):
+        done("lens", text, "--out=own", "--overwrite", *same)
+    for other, said in [
+        ("--layer=2", "--layer: got 2, but the SAE's metadata says hook encoder.layer.1; want that, or --anyway"),
+        ("--hook=encoder.layer.0", "--hook: got encoder.layer.0, but the SAE's metadata says hook encoder.layer.1;"),
+        ("--context-length=8", "--context-length: got 8, but the SAE's metadata says 16;"),
+        ("--model=gpt2", "--model: got gpt2, but the SAE's metadata says /"),
+    ]:
+        assert said in refused("lens", text, "--out=other", other)
+    done("lens", text, "--out=other", "--layer=2", "--context-length=8", "--anyway")
+    assert FeatureStore.open("other").info["layer"] == 2 and FeatureStore.open("other").context_length == 8
+
+
+def test_the_width_is_compared_before_the_model_runs(here, made, monkeypatch):
+    monkeypatch.setattr(HiddenStates, "__call__", lambda *_: pytest.fail("ran the model"))
+    sf.save(sf.ReluSAE(D + 1, F), "wide")
+    asked = ["wide", f"--model={made / 'model'}", f"--text={made / 'text.txt'}", "--context-length=8"]
+    for site in ("--layer=2", "--hook=embeddings", "--layer=1"):
+        assert "d: got 16 dimensions at" in refused(*asked, site)
+    np.save("x.npy", np.ones((4, D), np.float32))
+    assert "activations: got 16 dimensions, want d_in = 17" in refused("wide", "--activations=x.npy")
 
 
 @pytest.mark.parametrize("kind", ["npy", "safetensors"])
@@ -163,9 +214,9 @@ def test_a_store_is_replaced_only_when_asked(here):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["run/checkpoint"], "is not the folder of a run; want --model, --layer and --text, or --activations"),
-        (["run/checkpoint", "--layer=2"], "got --layer"),
-        (["run", "--layer=2"], "want --model, --layer and --text, or --activations; got --layer"),
+        (["run", "--layer=2"], "--layer: got 2, but the SAE's metadata says layer 1; want that, or --anyway"),
+        (["run", "--layer=1", "--hook=embeddings"], "layer, hook: got 1 and 'embeddings', want one of them"),
+        (["run", "--device=cuda:77"], "--device: got 'cuda:77', want one that is here: cpu"),
         (["run", "--activations=x.npy", "--layer=2"], "--activations: got --layer too"),
         (["run", "--activations=missing.npy"], "activations: missing.npy does not exist"),
         (["run", "--activations=run/metrics.json"], "want a .npy or .safetensors file"),
@@ -178,9 +229,10 @@ def test_a_store_is_replaced_only_when_asked(here):
         (["run", "--activations=short.safetensors"], "short.safetensors is truncated or damaged"),
         (["run", "--batch-size=0"], "batch_size: got 0"),
         (["run", "--out=run"], "run is there and is not a feature store"),
+        (["run", "--out=ints.npy"], "ints.npy is there and is not a feature store"),
         (["./nowhere"], "nowhere"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_a_mistake_is_one_line(here, arguments, message):
     np.save("pickle.npy", np.array([{}], dtype=object))
@@ -202,16 +254,18 @@ def test_a_missing_package_is_named_before_any_work(here, monkeypatch):
 
 def test_the_demo_is_found_again_without_a_file(monkeypatch, tmp_path):
     """The demo's text is no file: it is read from this Python again."""
-    source = dict(model="m", place={"layer": 2}, context_length=128, text=encoding.STDLIB, activations="key")
-    (tmp_path / "metrics.json").write_text(json.dumps({"source": source}))
+    sae = sf.ReluSAE(D, F)
+    sae.metadata["source"] = dict(
+        model="m", place={"layer": 2}, context_length=128, text=encoding.STDLIB, activations="key"
+    )
     monkeypatch.setenv("SAE_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(encoding, "stdlib_documentation", lambda: "the library's")
     asked = []
 
     def harvest(model, text, layer, **options):
-        asked.append((model, text, layer, options["context_length"]))
+        asked.append((model, text, layer, options["context_length"], options["d"]))
         return ActivationStore(tmp_path, {"key": "key"}, range(0))
 
     monkeypatch.setattr(encoding, "harvest", harvest)
-    encoding.activations_of(tmp_path)
-    assert asked == [("m", "the library's", 2, 128)]
+    encoding.activations_of(sae)
+    assert asked == [("m", "the library's", 2, 128, D)]

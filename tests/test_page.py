@@ -187,8 +187,9 @@ def test_a_full_disk_leaves_the_previous_page(made, tmp_path):
 def run(tmp_path):
     """The folder of a run with its store."""
     sae, _ = small_store(tmp_path / "run" / "store")
+    sae.metadata = {"model_name": "<tiny>", "hook_name": "blocks.3.hook_resid_post"}
     sf.save(sae, tmp_path / "run" / "checkpoint")
-    metrics = {"held_out": {"fvu": 0.2134, "l0": 4.0}, "recipe": {"layer": 3, "model": "<tiny>"}}
+    metrics = {"held_out": {"fvu": 0.2134, "l0": 4.0}}
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
     return tmp_path / "run"
 
@@ -200,9 +201,15 @@ def test_the_command_writes_the_page_of_a_run(run, tmp_path):
     about, chunks = read_page(run / "report.html")
     assert ["FVU", "0.213"] in about["facts"] and about["effects"] and chunks["columns"]["effect"][7] == 0.25
     assert chunks["examples"]["count"].max() == 7
-    assert "<title>SAE on layer 3 of &lt;tiny&gt;</title>" in (run / "report.html").read_text()
-    result = command(run / "checkpoint", "--store", run / "store", "--out", tmp_path / "other.html")
+    assert "<title>SAE on blocks.3.hook_resid_post of &lt;tiny&gt;</title>" in (run / "report.html").read_text()
+    result = command(run / "checkpoint", "--out", tmp_path / "other.html")
     assert result.exit_code == 0 and (tmp_path / "other.html").is_file(), result.output
+    for file in ("corpus.txt", "page.html"):  # what is no page of ours stays
+        (tmp_path / file).write_text("<!doctype html>\nprecious\n")
+        result = command(run, "--out", tmp_path / file)
+        assert result.exit_code == 1 and f"{file} is there and is no report of features" in result.output
+        assert (tmp_path / file).read_text() == "<!doctype html>\nprecious\n"
+    assert command(run).exit_code == 0, "its own page is made anew"
 
 
 def test_the_code_of_the_documentation_runs(run, monkeypatch):
@@ -226,9 +233,10 @@ def test_the_command_says_what_is_wrong(run, tmp_path):
     sf.save(sf.GatedSAE(8, 60, seed=9), stale / "checkpoint")
     shutil.copytree(run / "store", stale / "store")
     for arguments, wanted in [
-        ((tmp_path / "nowhere",), "is no folder; want the folder of a run"),
-        ((tmp_path / "empty",), "has no checkpoint/ in it"),
-        ((other,), f"make one: sae-fast encode {other}/checkpoint --out {other}/store --model"),
+        ((tmp_path / "nowhere",), "there is no "),
+        ((tmp_path / "empty",), "holds no config.json or other sign of an SAE"),
+        ((other,), f"make one: sae-fast encode {other} --out {other}/store --model"),
+        ((run, "--device", "cuda:77"), "--device: got 'cuda:77', want one that is here: cpu"),
         ((other, "--store", run / "store"), "not of this GatedSAE"),
         ((stale,), f"make it anew: sae-fast encode {stale} --overwrite"),
         ((run, "--store", tmp_path / "empty"), "holds no feature store"),
@@ -253,9 +261,10 @@ def test_the_command_makes_the_store_that_a_run_lacks(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_FAST_CACHE", str(tmp_path / "cache"))
     model, text, run = save_tiny_model(transformers, "bert", tmp_path / "model"), tmp_path / "text.txt", tmp_path / "run"
     text.write_text(" ".join(WORDS[i % 13] for i in range(400)))
-    activations = harvest(model, text.read_text(), 1, context_length=8)
-    sf.save(sf.GatedSAE(16, 24, seed=0), run / "checkpoint")
-    (run / "metrics.json").write_text(json.dumps({"source": source_of(model, text, activations)}))
+    activations = harvest(model, text.read_text(), 1, context_length=8, progress=False)
+    sae = sf.GatedSAE(16, 24, seed=0)
+    sae.metadata["source"] = source_of(model, text, activations)
+    sf.save(sae, run / "checkpoint")
     result = command(run)
     assert result.exit_code == 0, result.output
     about, chunks = read_page(run / "report.html")

@@ -12,9 +12,9 @@ import sae_fast as sf
 from benchmarks.claims import _attacks, _backdoors
 from benchmarks.claims._auroc import auroc
 from benchmarks.claims._backdoors import Classifier, World
-from sae_fast import demo
 from sae_fast.analysis import sites
 from sae_fast.analysis.perturbation import nearest_rows
+from sae_fast.train.scale import scale_
 
 RADII, HEADLINE = (0.25, 0.5, 1.0, 2.0), 1.0
 TEXTS, HELD_OUT = 16, 512
@@ -92,7 +92,7 @@ def trained_sae(model: Classifier, kind: str | None, of: World, seed: int, quick
         trainer = sf.Trainer(sae, lr=4e-3, l1_coefficient=L1, init_l0=16, lr_decay_start=steps * 4 // 5, total_steps=steps)
         for _ in range(steps):
             trainer.step(batch() / scale)
-    demo._scale(sae, scale)
+    scale_(sae, scale)
     x = torch.cat([batch() for _ in range(4)])
     code = sae.encode_sparse(x)
     fvu = float((x - sae.decode(code)).square().sum() / (x - x.mean(0)).square().sum())

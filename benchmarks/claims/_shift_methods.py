@@ -12,10 +12,10 @@ from benchmarks.claims import _blind_rule, _tasks
 from benchmarks.claims._biographies import Texts
 from benchmarks.claims._sealed import Method
 from benchmarks.claims._shift_worlds import SITES, World
-from sae_fast import demo
 from sae_fast.analysis import sites
 from sae_fast.analysis.shift import Candidate, Probe, Shift, fit_head
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.train.scale import scale_
 
 KINDS = {"Gated": (sf.GatedSAE, 2.0), "ReLU": (sf.ReluSAE, 1.0)}  # and λ
 FEATURES, BATCH, LR, INIT_L0 = 384, 512, 4e-3, 24
@@ -83,7 +83,7 @@ class Lab:
             task = _tasks.Task(mean / scale, lambda x=x, scale=scale: _batches(x / scale, self.seed), held, None)
             steps = QUICK_STEPS if self.quick else STEPS
             _tasks.train(sae, task, steps, lr=LR, l1_coefficient=l1, init_l0=INIT_L0)
-            demo._scale(sae, scale)
+            scale_(sae, scale)
             with torch.no_grad():
                 code = sae.encode_sparse(held)
                 error = (held - sae.decode(code)).square().sum() / (held - held.mean(0)).square().sum()

@@ -27,6 +27,7 @@ from sae_fast import demo
 from sae_fast.analysis import attribution, edges, splice
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
 from sae_fast.extras import require
+from sae_fast.train.scale import scale_
 from sae_fast.train.transformer import quiet
 
 TITLE = "Attribution across a step: exact, AtP, integrated gradients, jump-corrected"
@@ -170,7 +171,7 @@ def in_the_transformer(kind: str, seed: int, quick: bool) -> dict[str, Any]:
     task = _tasks.real(seed, 512, HELD_OUT, quick)
     sae = trained_sae(kind, task, 96 if quick else 1024, {"Gated": 3.0, "ReLU": 1.6}[kind], 60 if quick else 300, seed)
     store, _, scale, _ = _tasks.harvested(quick, HELD_OUT)
-    demo._scale(sae, scale)
+    scale_(sae, scale)
     with quiet(transformers):
         model = transformers.AutoModel.from_pretrained(demo.demo_model()).eval()
     tokens, pairs = (QUICK_TOKENS, QUICK_PAIRS) if quick else (TOKENS, PAIRS)

@@ -22,11 +22,11 @@ import sae_fast as sf
 from benchmarks.claims import _blind_rule, _tasks
 from benchmarks.claims._biographies import Biographies, Texts, Transformer, train_model
 from benchmarks.claims._claim import CONDITION, CRITIQUE, FAILS, HOLDS, OURS, Interval, Row, interval
-from sae_fast import demo
 from sae_fast.analysis import attribution, sites
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
 from sae_fast.analysis.shift import Probe, fit_head
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.train.scale import scale_
 
 TITLE = "Oversight by cognition, an analogue: two classifiers that agree on all labelled data, told apart from inside"
 SETTING = (
@@ -121,7 +121,7 @@ def trained_sae(probe: Probe, corpus: Tensor, seed: int, quick: bool) -> sf.Gate
 
     task = _tasks.Task(mean / scale, batches, x, None)
     _tasks.train(sae, task, 60 if quick else 500, lr=4e-3, l1_coefficient=2.0, init_l0=24)
-    demo._scale(sae, scale)
+    scale_(sae, scale)
     return sae
 
 

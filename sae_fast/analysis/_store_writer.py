@@ -75,7 +75,7 @@ def write_store(
         if texts is not None or context_length is not None:
             raise ValueError("texts, context_length: an ActivationStore has its own, want neither")
         context_length = activations.context_length
-        about = {name: activations.info.get(name) for name in ("model", "layer")} | (about or {})
+        about = {name: activations.info.get(name) for name in ("model", "hook_name", "layer")} | (about or {})
     if context_length is not None and context_length < 1:
         raise ValueError(f"context_length: got {context_length}, want at least 1 token, or None")
     total = count(activations)

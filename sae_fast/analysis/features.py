@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_fast.code import SparseCode
 from sae_fast.train.activations import ActivationStore
 
 CHUNK = 4096  # tokens encoded at a time
@@ -35,19 +36,40 @@ class Feature:
     examples: list[Example]
 
 
+class Tally:
+    """On how many tokens each feature fires [F] int64, and its largest activation [F] float32, in the codes it is given."""
+
+    def __init__(self, d_sae: int):
+        self.fires, self.maximum = torch.zeros(d_sae, dtype=torch.int64), torch.zeros(d_sae)
+
+    def update(self, code: SparseCode) -> None:
+        fires = code.magnitudes > 0
+        indices, values = code.indices[fires].long().cpu(), code.magnitudes[fires].float().cpu()
+        self.fires += torch.bincount(indices, minlength=len(self.fires))
+        self.maximum.scatter_reduce_(0, indices, values, "amax")
+
+
 def choose(sae: Any, store: ActivationStore, count: int = 10, least: int = 10) -> list[int]:
+    """What :func:`chosen` gives of an SAE's codes of a store."""
+    tally = Tally(sae.d_sae)
+    with torch.inference_mode():
+        for x in store.chunks(CHUNK):
+            tally.update(sae.encode_sparse(x.to(sae.W_enc.device)))
+    return chosen(tally, count, least)
+
+
+def chosen(tally: Tally, count: int = 10, least: int = 10) -> list[int]:
     """Up to `count` features that show the range of densities, from rare to common; none that is dead. Deterministic.
 
-    Of the features that fire on at least `least` tokens of the store (of all alive ones, if those are too few),
-    ordered by density and cut into `count` equal groups, each group gives the one with the highest activation.
+    Of the features that fire on at least `least` tokens (of all alive ones, if those are too few), ordered by
+    density and cut into `count` equal groups, each group gives the one with the highest activation.
     """
-    fires, maximum = _scan(sae, store)
-    alive = (fires >= least).nonzero().flatten()
+    alive = (tally.fires >= least).nonzero().flatten()
     if len(alive) < count:
-        alive = fires.nonzero().flatten()
-    by_density = alive[fires[alive].argsort(stable=True)]
+        alive = tally.fires.nonzero().flatten()
+    by_density = alive[tally.fires[alive].argsort(stable=True)]
     groups = [group for group in by_density.tensor_split(count) if len(group)]
-    return [int(group[maximum[group].argmax()]) for group in groups]
+    return [int(group[tally.maximum[group].argmax()]) for group in groups]
 
 
 def report(
@@ -85,15 +107,6 @@ def markdown(features: Sequence[Feature], title: str) -> str:
         lines += ["", f"## Feature {feature.index}", "", rarity, "", "| activation | context |", "|---:|:---|"]
         lines += [f"| {example.activation:.2f} | {_marked(*example.text)} |" for example in feature.examples]
     return "\n".join(lines) + "\n"
-
-
-def _scan(sae: Any, store: ActivationStore) -> tuple[Tensor, Tensor]:
-    """(on how many tokens each feature fires [F] int64, its largest activation [F] float32)."""
-    fires, maximum = torch.zeros(sae.d_sae, dtype=torch.int64), torch.zeros(sae.d_sae)
-    for _, indices, values in _entries(sae, store):
-        fires += torch.bincount(indices, minlength=sae.d_sae)
-        maximum.scatter_reduce_(0, indices, values, "amax")
-    return fires, maximum
 
 
 def _entries(sae: Any, store: ActivationStore, progress: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

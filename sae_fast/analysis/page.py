@@ -56,8 +56,10 @@ def write_page(
     before, after   tokens of the context that are shown either side
 
     ValueError for a store of another SAE, effects of features that do not exist or that are not finite in float32,
-    more than a page can hold.
+    more than a page can hold; FileExistsError where something is that is no such page.
     """
+    path = Path(path)
+    check_replaceable(path)
     if store.info["sae"] != (found := fingerprint(sae)):
         raise ValueError(f"store: {store.path} is of SAE {store.info['sae']}, want one of this SAE, {found}")
     for name, value, most in (
@@ -92,9 +94,21 @@ def write_page(
         ],
     }
     title = title or f"{type(sae).__name__}, {sae.d_sae:,} features"
-    path = Path(path)
     write_text(path, _html(title, about, {name: chunk for name, (_, chunk) in packed.items()}))
     return path
+
+
+def check_replaceable(path: Path) -> None:
+    """``FileExistsError`` unless there is nothing, or a page that :func:`write_page` wrote."""
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            ours = file.readline().startswith("<!doctype html>") and any('id="data-' in line for line in file)
+    except (OSError, UnicodeDecodeError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"path: {path} is there and is no report of features; move it, or write elsewhere")
 
 
 def _html(title: str, about: Mapping[str, Any], chunks: Mapping[str, bytes]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +15,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sae_fast.signals import leaving
+
 if TYPE_CHECKING:
     from sae_fast.demo import Run
 
 Steps = Annotated[int, typer.Option(help="Training steps.")]
 Out = Annotated[Path, typer.Option(help="The folder for checkpoint, metrics, plot and features.")]
 Seed = Annotated[int, typer.Option(help="Of the weights and of the order of the tokens.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default the GPU if there is one.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Give up a run that is in OUT.")]
+Layer = Annotated[int | None, typer.Option(help="i: the output of block i, counted from 0, as blocks.i.hook_resid_post.")]
+Hook = Annotated[
+    str | None,
+    typer.Option(help="Another site: a module's name, with :input what it is given, or TransformerLens' name."),
+]
+SaveEvery = Annotated[float, typer.Option(min=0, help="Minutes from checkpoint to checkpoint.")]
 
 
 def show(result: Run, out: Path) -> None:
-    """Prints the closing table."""
+    """Print the closing table."""
     from sae_fast.demo import summary
 
     held_out = result.held_out.compute()
@@ -39,10 +53,32 @@ def show(result: Run, out: Path) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What a user can put right is said in a line, without a traceback."""
+    """What a user can put right is said in a line, without a traceback; so is what a Ctrl-C or SIGTERM has ended."""
     try:
-        yield
+        with leaving():
+            yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        message = Text.assemble(("error: ", "bold red"), " ".join(str(error).split()))
-        Console(stderr=True).print(message, soft_wrap=True)
+        say("error: ", "bold red", str(error))
         raise typer.Exit(1) from None
+    except KeyboardInterrupt as error:
+        say("interrupted ", "bold yellow", str(error))
+        raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """What the block warns of, each in a line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: say("note: ", "bold yellow", str(message))
+        yield
+
+
+def say(kind: str, style: str, message: str) -> None:
+    """One line on stderr."""
+    Console(stderr=True).print(Text.assemble((kind, style), " ".join(message.split())), soft_wrap=True)
+
+
+def bars(quiet: bool) -> bool:
+    """Whether to show progress: to people only."""
+    return not quiet and sys.stderr.isatty()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from sae_fast.cli._common import one_line_errors
+from sae_fast.cli._common import Quiet, notes, one_line_errors
 
 
 def convert(
@@ -23,26 +21,23 @@ def convert(
     ] = None,
     activation_scale: Annotated[float | None, typer.Option(help="The SAE was trained on this times x.")] = None,
     model_name: Annotated[str | None, typer.Option(help="The language model's name, where SRC does not say.")] = None,
-    layer: Annotated[int | None, typer.Option(help="The layer, where SRC does not say.")] = None,
+    layer: Annotated[int | None, typer.Option(help="The block, counted from 0, where SRC does not say.")] = None,
     hook_name: Annotated[str | None, typer.Option(help="The hook's name, where SRC does not say.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of this format in DST.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert an SAE from one package's format to another's, exactly or not at all.
 
     SRC's format is found by its files. What DST's cannot hold is an error that names it.
     """
-    with one_line_errors(), warnings.catch_warnings(record=True) as notes:
+    with one_line_errors(), notes():
         from sae_fast import interop
 
-        warnings.simplefilter("always")
         sae = interop.convert(
             src, dst, to, as_jumprelu=as_jumprelu, fold_decoder_norm=fold_decoder_norm, activation_scale=activation_scale,
             model_name=model_name, layer=layer, hook_name=hook_name, overwrite=overwrite,
         )  # fmt: skip
-    for note in notes:
-        Console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), str(note.message)), soft_wrap=True)
-    what, source = (
-        f"{type(sae).__name__}, {sae.d_sae:,} features of {sae.d_in} dimensions",
-        sae.metadata.get("format", "sae_fast"),
-    )
-    Console().print(f"{what}: {source} → {to}, into {dst}", highlight=False, soft_wrap=True)
+    what = f"{type(sae).__name__}, {sae.d_sae:,} features of {sae.d_in} dimensions"
+    if not quiet:
+        source = sae.metadata.get("format", "sae_fast")
+        Console().print(f"{what}: {source} → {to}, into {dst}", highlight=False, soft_wrap=True)

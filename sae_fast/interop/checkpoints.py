@@ -15,6 +15,7 @@ import torch
 from sae_fast.interop import _norms, hub
 from sae_fast.interop.formats import FORMATS, Loaded, config_of, find
 from sae_fast.nn import GatedSAE, SparseAutoencoder, arguments
+from sae_fast.train.scale import unscale_
 
 UNIT = ("dictionary_learning", "saebench")  # whose SAEs have unit decoder rows
 SHARED = {"saebench": {"dictionary_learning"}}  # the format in whose files another one is
@@ -27,7 +28,8 @@ def load(
     activation_scale: float | None = None,
     fold_decoder_norm: bool = False,
 ) -> SparseAutoencoder:
-    """The SAE in a folder or file of sae_fast, dictionary_learning, SAELens or sparsify, found by its files' names.
+    """The SAE in a folder or file of sae_fast, dictionary_learning, SAELens or sparsify, found by its files' names; or in
+    the folder of a run of `sae-fast demo` or `train`.
 
     ``path`` that is not there is taken as a place on the Hugging Face Hub: "user/repo", "user/repo/folder",
     "user/repo/folder@revision".
@@ -101,6 +103,8 @@ def _read(path: str | os.PathLike, scale: float | None, fold: bool, stacklevel: 
     place = Path(path)
     if not place.exists():
         place = hub.fetch(os.fspath(path))
+    if FORMATS["sae_fast"].finds(place / "checkpoint") and not any(format.finds(place) for format in FORMATS.values()):
+        place = place / "checkpoint"  # of a run
     format = find(place)
     loaded = format.read(place)
     loaded.sae.metadata["format"] = format.NAME
@@ -141,6 +145,7 @@ def _write(
         raise FileExistsError(f"path: the {files.CONFIG} in {path} is not of such an SAE; want a folder of its own")
     sae.check_dtypes()
     sae = copy.deepcopy(sae)
+    unscale_(sae)
     sae.metadata |= {name: value for name, value in about.items() if value is not None}
     if about["layer"] is not None:
         sae.metadata["layer"] = arguments.whole("layer", about["layer"], 0, wanted="an int from 0")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_fast import files, nn
+from sae_fast.train.scale import unscale_
 
 FORMAT, VERSION, MANIFEST = "sae_fast", 1, "config.json"
 GROUPS = ("weights", "optimizer")
@@ -36,7 +37,9 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Spar
     one of ours, is truncated, or lacks something.
     """
     manifest, tensors = read(path, ("weights",))
-    return rebuild(manifest, tensors["weights"]).to(device)
+    sae = rebuild(manifest, tensors["weights"])
+    unscale_(sae)  # of a training on scaled activations
+    return sae.to(device)
 
 
 def describe(sae: nn.SparseAutoencoder) -> dict[str, Any]:

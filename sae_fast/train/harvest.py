@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ def harvest(
     key = _key(model=source.fingerprint, site=place.site, run=place.run, context_length=context_length, text=hash_of(text))
     root = cache_folder(cache) / "activations"
     if (root / key).is_dir():
-        return _of_width(ActivationStore.open(root / key), d)
+        return _of_width(reopened(root / key), d)
     if place.is_block:
         _check_width(place, source.config.hidden_size, d)
     contexts = _contexts(source, text, context_length)
@@ -109,6 +109,14 @@ def harvest(
 def cache_folder(cache: str | Path | None = None) -> Path:
     """Where stores are kept: `cache`, else `$SAE_FAST_CACHE`, else `~/.cache/sae_fast`."""
     return Path(cache or os.environ.get("SAE_FAST_CACHE") or "~/.cache/sae_fast").expanduser()
+
+
+def reopened(folder: Path) -> ActivationStore:
+    """A store of the cache, which from now on counts as used today."""
+    store = ActivationStore.open(folder)
+    with suppress(OSError):  # a cache that is only read
+        os.utime(folder)
+    return store
 
 
 def hash_of(text: str) -> str:

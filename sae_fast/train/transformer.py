@@ -114,7 +114,7 @@ class Source:
     tokenizer: Any
     config: Any
     skeleton: Any
-    fingerprint: str
+    commit: str | None  # on the hub
 
     @classmethod
     def open(cls, model: str | Path) -> Source:
@@ -142,9 +142,9 @@ class Source:
                 raise ValueError(f"model: {got}, want one that keeps offsets")
             with torch.device("meta"):
                 skeleton = transformers.AutoModel.from_config(config)
-        return cls(name, tokenizer, text_config, skeleton, _fingerprint(model, config))
+        return cls(name, tokenizer, text_config, skeleton, getattr(config, "_commit_hash", None))
 
-    def place(self, layer: int | None, hook: str | None) -> Place:
+    def place(self, layer: int | None = None, hook: str | None = None) -> Place:
         """The place of a block's output, or of a hook's name.  Raises ValueError for what the model has not."""
         if (layer is None) == (hook is None):
             raise ValueError(f"layer, hook: got {layer!r} and {hook!r}, want one of them")
@@ -174,6 +174,21 @@ class Source:
             raise ValueError(f"context_length: got {context_length}, want at least 1 token")
         if self.longest is not None and context_length > self.longest:
             raise ValueError(f"context_length: got {context_length}, want at most {self.longest}, what the model takes")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies the model's weights: the hub's commit, or a hash of the files in its folder."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return f"{self.name}@{self.commit}"
+        digest = hashlib.sha256()
+        for file in sorted(folder.iterdir()):
+            if file.suffix in WEIGHTS_AND_TOKENIZER:
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 22):
+                        digest.update(block)
+        return digest.hexdigest()
 
     @cached_property
     def special_tokens(self) -> tuple[list[int], list[int]]:
@@ -289,21 +304,6 @@ def _damaged(folder: Path) -> str | None:
         except (SafetensorError, OSError) as error:
             return f"{file}: {files.lfs_pointer(file) or f'truncated or damaged: {error}'}"
     return None
-
-
-def _fingerprint(model: str | Path, config: Any) -> str:
-    """What identifies a model's weights: the hub's commit, or a hash of the files in its folder."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{config._commit_hash}"
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in WEIGHTS_AND_TOKENIZER:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,0 +1,25 @@
+"""The scale on which an SAE is trained: its activations divided by one number, so that λ and learning rates mean the same
+everywhere."""
+
+from __future__ import annotations
+
+import torch
+
+from sae_fast.nn import SparseAutoencoder
+
+INPUT_SCALE = "input_scale"  # in an SAE's metadata: s, where its weights take x / s
+
+
+@torch.no_grad()
+def scale_(sae: SparseAutoencoder, scale: float) -> None:
+    """Turns an SAE of x / scale into one of x: scaling x, biases and thresholds alike scales f and x̂; the gates stay."""
+    for name, value in sae.state_dict().items():
+        unset = name == "threshold" and value.dim() == 0 and float(value) < 0  # BatchTopK's
+        if name.startswith("b_") or (name == "threshold" and not unset):
+            value.mul_(scale)
+
+
+def unscale_(sae: SparseAutoencoder) -> None:
+    """Turns an SAE whose metadata has an INPUT_SCALE into one of activations as they are; another stays."""
+    if scale := sae.metadata.pop(INPUT_SCALE, None):
+        scale_(sae, scale)
