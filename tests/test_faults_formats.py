@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import json
 import os
 import warnings
@@ -15,7 +18,7 @@ import torch
 from helpers import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -76,8 +79,9 @@ def test_a_feature_of_norm_0_never_displaces_another_where_features_count_their_
     assert sae.encode(x)[0, :3].tolist() == [0, 3, 0] and torch.equal(sae(x), 3 * W_dec[1:2])
 
 
+@pytest.mark.parametrize("format", ["dictionary_learning", "saebench"])
 @pytest.mark.parametrize("kind", [sf.GatedSAE, sf.ReluSAE, sf.JumpReluSAE])
-def test_folded_a_row_of_norm_0_is_any_unit_row_whose_feature_is_silent(kind, tmp_path):
+def test_folded_a_row_of_norm_0_is_any_unit_row_whose_feature_is_silent(kind, format, tmp_path):
     sae = kind(D, F, seed=0, apply_b_dec_to_input=kind is not sf.JumpReluSAE)
     with torch.no_grad():
         for p in sae.parameters():
@@ -85,15 +89,12 @@ def test_folded_a_row_of_norm_0_is_any_unit_row_whose_feature_is_silent(kind, tm
         sae.W_dec[4], sae.W_dec[5] = 0, -0.0
     x = torch.randn(65, D, generator=torch.Generator().manual_seed(2))
     assert sae.encode(x)[:, 4:6].any()
-    for format in ("dictionary_learning", "saebench"):
-        if format == "saebench" and kind is sf.JumpReluSAE:
-            continue  # it holds none without b_dec at the input
-        interop.save(sae, tmp_path / format, format, model_name="m", layer=1)
-        again = sf.load(tmp_path / format)
-        assert _norms.is_unit(again) and not again.encode(x)[:, 4:6].any()
-        torch.testing.assert_close(again(x), sae(x), rtol=1e-4, atol=1e-4)
-        back = interop.convert(tmp_path / format, tmp_path / f"{format} back", "sae_fast")
-        assert all(same_bits(t, back.state_dict()[name]) for name, t in sae.state_dict().items()), "to the bit"
+    interop.save(sae, tmp_path / "a", format, model_name="m", layer=1)
+    again = sf.load(tmp_path / "a")
+    assert _norms.is_unit(again) and not again.encode(x)[:, 4:6].any()
+    torch.testing.assert_close(again(x), sae(x), rtol=1e-4, atol=1e-4)
+    back = interop.convert(tmp_path / "a", tmp_path / "b", "sae_fast")
+    assert all(same_bits(t, back.state_dict()[name]) for name, t in sae.state_dict().items()), "to the bit"
 
 
 def test_rows_of_norm_0_that_stay_are_named(tmp_path):
@@ -218,6 +219,53 @@ def test_what_we_keep_in_another_packages_config_may_be_anything(kept, tmp_path)
 
 
 TOPK = sf.TopKSAE(D, F, 4, seed=0)
+
+
+WEIRD = [None, True, "x", -1, 1.5, float("nan"), [], ["8", 32], {}, {"a": 1}, 10**30]
+
+
+def keys(value, path=()):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield (*path, key)
+            yield from keys(inner, (*path, key))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "format, groups", [*((f, None) for f in sorted(FORMATS)), ("sae_fast", [10, 22]), ("saelens", [10, 22])]
+)
+def test_whatever_a_config_says_it_loads_or_is_a_named_error(format, groups, tmp_path):
+    sae: sf.nn.SparseAutoencoder = sf.TopKSAE(D, F, 4, seed=0)
+    if groups:
+        sae = sf.BatchTopKSAE(D, F, 4, seed=0, group_sizes=groups)
+        sae.threshold.fill_(0.5)
+    interop.save(sae, tmp_path, format, model_name="m", layer=1)
+    file = next(tmp_path.glob("*.json"))
+    config = json.loads(file.read_text()) | ({"matryoshka_widths": [10, 32]} if format == "saelens" else {})
+    for path in keys(config):
+        for value in WEIRD:
+            changed = copy.deepcopy(config)
+            functools.reduce(lambda inner, key: inner[key], path[:-1], changed)[path[-1]] = value
+            file.write_text(json.dumps(changed))
+            with contextlib.suppress(ValueError, OSError):
+                sf.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["sae_fast", "dictionary_learning", "saelens"])
+def test_whatever_a_tensor_is_it_loads_or_is_a_named_error(format, tmp_path):
+    interop.save(sf.JumpReluSAE(D, F, seed=0, apply_b_dec_to_input=False), tmp_path, format)
+    file = next(p for p in tmp_path.iterdir() if p.suffix in (".pt", ".safetensors"))
+    tensors = torch.load(file) if file.suffix == ".pt" else load_file(file)
+    for name, t in tensors.items():
+        dtypes = (torch.int64, torch.bool, torch.complex64, torch.float64, torch.float16, torch.float8_e4m3fn)
+        others = [t.flatten(), t[None], t.new_zeros(()), t.new_zeros(0), t.new_zeros(0, 0), t.new_zeros(1, 1, 1)]
+        for other in (*map(t.to, dtypes), *others):
+            changed = {**tensors, name: other.contiguous()}
+            torch.save(changed, file) if file.suffix == ".pt" else save_file(changed, file)
+            with contextlib.suppress(ValueError):
+                assert sf.load(tmp_path).threshold.dtype in (torch.float16, torch.float32, torch.float64)
 
 
 # ---- What is known but not read ---------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def whole(name: str, value: Any, low: int = 1, high: int | None = None, wanted: str = "a positive int") -> int:
     """An int, numpy's too, from ``low`` to ``high``; a bool and a float are none."""
@@ -43,8 +45,8 @@ def flag(name: str, value: Any) -> bool:
 
 
 def floating(name: str, value: Any) -> torch.dtype:
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise ValueError(f"{name}: got {value!r}, want a floating-point dtype")
+    if not isinstance(value, torch.dtype) or value not in FLOATS:
+        raise ValueError(f"{name}: got {value!r}, want a floating-point dtype of 16 bits or more")
     return value
 
 

@@ -85,7 +85,8 @@ class SparseAutoencoder(nn.Module):
             if name not in state:
                 raise ValueError(f"{where}: tensor {name!r} is missing")
             got = state[name]
-            if tuple(got.shape) != shape or (got.dtype != dtype and name not in cls.any_dtype):
+            dtypes = arguments.FLOATS if name in cls.any_dtype else (dtype,)
+            if tuple(got.shape) != shape or got.dtype not in dtypes:
                 raise ValueError(f"{where}: {name}: got {got.dtype} {tuple(got.shape)}, want {dtype} {shape}")
 
         # First, as what a file says may be beyond torch's sizes.
@@ -98,13 +99,12 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"{where}: unknown tensors {sorted(extra)}")
         copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
         sae.load_state_dict(copies, assign=True)
-        sae.check_dtypes()
         return sae
 
     def check_dtypes(self) -> None:
         """``ValueError`` that names the parameters whose dtypes do not go together: no code can be computed then."""
         dtypes = {name: p.dtype for name, p in self.named_parameters() if name not in self.any_dtype}
-        if len(set(dtypes.values())) > 1 or not all(p.is_floating_point() for p in self.parameters()):
+        if len(set(dtypes.values())) > 1 or not all(p.dtype in arguments.FLOATS for p in self.parameters()):
             said = ", ".join(f"{n} {str(p.dtype).removeprefix('torch.')}" for n, p in self.named_parameters())
             raise ValueError(f"sae: got {said}, want one floating-point dtype")
 
