@@ -18,6 +18,7 @@ from sae_fast.analysis import _store_writer
 from sae_fast.analysis._identity import fingerprint
 from sae_fast.devices import usable
 from sae_fast.extras import require
+from sae_fast.files import lfs_pointer
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.run_folder import STORE, run_of
 from sae_fast.train.activations import ActivationStore
@@ -197,7 +198,8 @@ def open_activations(file: Path) -> np.ndarray | Tensor:
         try:
             return np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"activations: {file} is damaged or holds no numbers: {error}") from error
+            said = lfs_pointer(file) or f"damaged or holds no numbers: {error}"
+            raise ValueError(f"activations: {file} is {said}") from error
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt") as tensors:
@@ -206,5 +208,6 @@ def open_activations(file: Path) -> np.ndarray | Tensor:
                     raise ValueError(f"activations: {file} holds {len(names)} tensors, want one of [N, d_in]")
                 return tensors.get_tensor(names[0])
         except SafetensorError as error:
-            raise ValueError(f"activations: {file} is truncated or damaged: {error}") from error
+            said = lfs_pointer(file) or f"truncated or damaged: {error}"
+            raise ValueError(f"activations: {file} is {said}") from error
     raise ValueError(f"activations: got {file.name}, want a .npy or .safetensors file")

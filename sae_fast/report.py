@@ -64,7 +64,7 @@ def read_effects(file: Path) -> dict[int, float]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"effects: {file} is not JSON: {error}") from error
+        raise ValueError(f"effects: {file} is {files.lfs_pointer(file) or f'not JSON: {error}'}") from error
     if not isinstance(value, dict) or not all(key.isascii() and key.isdigit() for key in value):
         raise ValueError(f'effects: {file} holds no object from features to effects, want {{"12": 0.5, ...}}')
     return {int(key): effect for key, effect in value.items()}

@@ -19,14 +19,19 @@ from helpers import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_model
 from torch import Tensor
 from typer.testing import CliRunner
 
 import sae_fast as sf
 from sae_fast import interop
 from sae_fast.cli import app
+from sae_fast.encoding import open_activations
 from sae_fast.interop import _norms
 from sae_fast.interop.formats import FORMATS
+from sae_fast.report import read_effects
+from sae_fast.train.harvest import harvest
+from sae_fast.train.text import read_text_file
 
 D, F = 8, 32
 
@@ -352,6 +357,9 @@ def test_code_in_a_pickle_is_named_and_nobody_is_advised_to_run_it(name, new, tm
     assert "weights_only" not in str(error.value)
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_a_git_lfs_pointer_is_called_so_in_every_file(format, tmp_path):
     interop.save(TOPK, tmp_path / "a", format, model_name="m", layer=1)
@@ -359,9 +367,35 @@ def test_a_git_lfs_pointer_is_called_so_in_every_file(format, tmp_path):
     assert len(files) == 2
     for file in files:
         content = file.read_bytes()
-        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+        file.write_text(LFS)
         with pytest.raises(ValueError, match=rf"{file.name}: a Git LFS pointer, not the file itself"):
             sf.load(tmp_path / "a")
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("corpus.txt", read_text_file),
+        ("activations.npy", open_activations),
+        ("activations.safetensors", open_activations),
+        ("effects.json", read_effects),
+        ("marks.json", sf.analysis.Marks.read),
+    ],
+)
+def test_a_git_lfs_pointer_is_called_so_by_whatever_reads_a_file(name, read, tmp_path):
+    (tmp_path / name).write_text(LFS)
+    with pytest.raises(ValueError, match=rf"{name}.* is a Git LFS pointer, not the file itself"):
+        read(tmp_path / name)
+
+
+def test_a_git_lfs_pointer_among_a_models_files_is_called_so(tmp_path):
+    save_tiny_model(pytest.importorskip("transformers"), "gpt2", tmp_path / "m")
+    for file in sorted((tmp_path / "m").iterdir()):
+        content = file.read_bytes()
+        file.write_text(LFS)
+        with pytest.raises(ValueError, match=rf"{file.name}: a Git LFS pointer, not the file itself"):
+            harvest(tmp_path / "m", "the gate opens . " * 20, 1, context_length=8, cache=tmp_path / "cache")
         file.write_bytes(content)
 
 
@@ -467,6 +501,17 @@ def test_a_manifest_of_absurd_sizes_is_named_and_nothing_of_that_size_allocated(
     manifest["sae"].update(change)
     (tmp_path / "config.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"W_enc: got .*\(32, 8\), want"):
+        sf.load(tmp_path)
+
+
+@pytest.mark.parametrize("scale", ["x", True, 0, -1.0, [], float("inf")], ids=repr)
+def test_a_scale_of_a_training_that_is_none_is_named(scale, tmp_path):
+    sae = sf.GatedSAE(D, F)
+    sf.save(sae, tmp_path)
+    manifest = json.loads((tmp_path / "config.json").read_text())
+    manifest["sae"]["metadata"]["input_scale"] = scale
+    (tmp_path / "config.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"input_scale: got .*, want a positive number"):
         sf.load(tmp_path)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast.analysis._identity import fingerprint
-from sae_fast.files import write_text
+from sae_fast.files import lfs_pointer, write_text
 from sae_fast.nn import SparseAutoencoder
 
 FORMAT, VERSION = "sae_fast.marks", 1
@@ -87,7 +87,8 @@ class Marks:
         try:
             value = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}: it is no JSON ({error}), want a file of marks") from None
+            said = lfs_pointer(Path(path)) or f"no JSON ({error}), want a file of marks"
+            raise ValueError(f"{path}: it is {said}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:

@@ -3,9 +3,11 @@ everywhere."""
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
-from sae_fast.nn import SparseAutoencoder
+from sae_fast.nn import SparseAutoencoder, arguments
 
 INPUT_SCALE = "input_scale"  # in an SAE's metadata: s, where its weights take x / s
 
@@ -21,5 +23,5 @@ def scale_(sae: SparseAutoencoder, scale: float) -> None:
 
 def unscale_(sae: SparseAutoencoder) -> None:
     """Turns an SAE whose metadata has an INPUT_SCALE into one of activations as they are; another stays."""
-    if scale := sae.metadata.pop(INPUT_SCALE, None):
-        scale_(sae, scale)
+    if (scale := sae.metadata.pop(INPUT_SCALE, None)) is not None:
+        scale_(sae, arguments.average(f"metadata: {INPUT_SCALE}", scale, sys.float_info.max, "a positive number"))

@@ -8,6 +8,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from sae_fast.files import lfs_pointer
+
 # Applications and tests that live beside the library's modules without being part of it.
 NOT_LIBRARY = {"site-packages", "idlelib", "lib2to3", "turtledemo", "test", "tests"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -43,6 +45,8 @@ def read_text_file(path: str | Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"text file {str(path)!r} is not UTF-8: byte {error.start} cannot be decoded") from None
+    if said := lfs_pointer(path):
+        raise ValueError(f"text file {str(path)!r} is {said}")
     if not text.strip():
         raise ValueError(f"text file {str(path)!r} is empty, want text to run the model over")
     return text

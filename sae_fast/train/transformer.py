@@ -130,7 +130,7 @@ class Source:
                 config = transformers.AutoConfig.from_pretrained(model)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(model)
             except (OSError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = _damaged(folder) or " ".join(str(error).split())[:200]
                 raise ValueError(f"model: {name!r} is neither a folder nor a hub id that loads: {reason}") from error
             text_config = config.get_text_config()
             if config.is_encoder_decoder or not hasattr(text_config, "num_hidden_layers"):
@@ -296,13 +296,17 @@ def _check_weights(name: str, report: Mapping[str, Any], below: set[str]) -> Non
 
 
 def _damaged(folder: Path) -> str | None:
-    """Which safetensors file in a folder is damaged, and how."""
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+    """Which file in a model's folder is damaged, and how, as far as can be told."""
+    there = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    for file in there:
+        if said := files.lfs_pointer(file):
+            return f"{file}: {said}"
+    for file in (file for file in there if file.suffix == ".safetensors"):
         try:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            return f"{file}: {files.lfs_pointer(file) or f'truncated or damaged: {error}'}"
+            return f"{file}: truncated or damaged: {error}"
     return None
 
 
