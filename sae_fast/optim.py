@@ -38,23 +38,16 @@ class RowAdam(torch.optim.Optimizer):
         unit_rows: bool = False,
         unit_start: bool = True,
     ):
-        if not lr >= 0:
-            raise ValueError(f"lr: got {lr}, want ≥ 0")
-        if not (len(betas) == 2 and all(0 <= b < 1 for b in betas)):
-            raise ValueError(f"betas: got {betas}, want two numbers in [0, 1)")
-        if not eps >= 0:
-            raise ValueError(f"eps: got {eps}, want ≥ 0")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, unit_rows=unit_rows, unit_start=unit_start))
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dtype not in (torch.float32, torch.float64):
-                    raise ValueError(
-                        f"params: got a parameter in {p.dtype}, want float32 masters; keep bf16 modules for inference"
-                    )
-                if group["unit_rows"] and p.dim() != 2:
-                    raise ValueError(f"unit_rows: got a parameter of shape {tuple(p.shape)}, want [F, d]")
-                if not p.is_contiguous():
-                    raise ValueError(f"params: got strides {p.stride()}, want contiguous parameters")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, by itself or from the constructor; ``ValueError`` names what is wrong with it."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(
@@ -65,10 +58,11 @@ class RowAdam(torch.optim.Optimizer):
         skip: Tensor | None = None,
         shadows: Mapping[torch.nn.Parameter, ops.Shadow] | None = None,
     ) -> Any:
-        """One step on every parameter that has a gradient, in ``rows`` or in ``.grad``.
+        """One step on every parameter that has a gradient, in ``rows`` or in ``.grad``, and is not frozen (requires_grad).
 
         ``grad_scale`` (0-d) multiplies every gradient; ``skip`` (0-d bool) makes the step a no-op.  ``shadows`` of
-        parameters [F, d] are brought up to date with them.
+        parameters [F, d] are brought up to date with them.  ``ValueError``, before anything changes: for a parameter that
+        the optimizer does not hold; for β1 > 0 after steps at β1 = 0, whose last gradient is not kept.
         """
         loss = None
         if closure is not None:
@@ -76,11 +70,21 @@ class RowAdam(torch.optim.Optimizer):
                 loss = closure()
         if skip is not None and bool(skip):
             return loss
+        rows, shadows = rows or {}, shadows or {}
+        held = {p for group in self.param_groups for p in group["params"]}
+        for name, given in (("rows", rows), ("shadows", shadows)):
+            for p in given:
+                if p not in held:
+                    raise ValueError(f"{name}: got a parameter of shape {tuple(p.shape)} that the optimizer does not hold")
+        due = []
         for group in self.param_groups:
             for p in group["params"]:
-                gradient = (rows or {}).get(p, p.grad)
-                if gradient is not None:
-                    self._step_one(p, gradient, group, grad_scale, (shadows or {}).get(p))
+                gradient = rows.get(p, p.grad)
+                if gradient is not None and p.requires_grad:
+                    _check_momentum(self.state.get(p, {}), group["betas"])
+                    due.append((p, gradient, group))
+        for p, gradient, group in due:
+            self._step_one(p, gradient, group, grad_scale, shadows.get(p))
         return loss
 
     def _step_one(
@@ -104,6 +108,8 @@ class RowAdam(torch.optim.Optimizer):
             self._catch_up(p, state, state["step"] - 1)
             state["beta2"] = beta2
         lazy = beta1 == 0 and group["eps"] > 0
+        if lazy:
+            state.pop("exp_avg", None)  # in torch's Adam the last gradient, which this route does not keep
         W, v = _as_rows(p), _as_rows(state["exp_avg_sq"])
         settings = dict(
             step=state["step"], lr=float(group["lr"]), beta2=beta2, eps=group["eps"], unit_rows=group["unit_rows"],
@@ -143,7 +149,7 @@ class RowAdam(torch.optim.Optimizer):
         """State for every parameter that has none yet, as the first step makes it."""
         for group in self.param_groups:
             for p in group["params"]:
-                if not self.state[p]:
+                if p.requires_grad and not self.state[p]:
                     self._initialise(p, self.state[p], group)
 
     def _initialise(self, p: Tensor, state: dict, group: dict) -> None:
@@ -168,6 +174,11 @@ class RowAdam(torch.optim.Optimizer):
             self._catch_up(p, state, state["step"])
 
     def load_state_dict(self, state_dict: dict) -> None:
+        for i, state in state_dict["state"].items():
+            if missing := sorted({"step", "beta2", "exp_avg_sq", "last_step"} - set(state)):
+                raise ValueError(
+                    f"state_dict: state of parameter {i}: {missing} missing; want what RowAdam.state_dict() gave"
+                )
         super().load_state_dict(state_dict)
         # torch casts every state tensor to its parameter's dtype; the row counters are integers.
         saved = state_dict["state"]
@@ -176,6 +187,32 @@ class RowAdam(torch.optim.Optimizer):
         for i, p in zip(ids, parameters, strict=True):
             if i in saved:
                 self.state[p]["last_step"] = saved[i]["last_step"].to(p.device, torch.int64, copy=True)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """``ValueError`` unless RowAdam can step the parameters of this group with its settings."""
+    lr, betas, eps = group["lr"], group["betas"], group["eps"]
+    if not lr >= 0:
+        raise ValueError(f"lr: got {lr}, want ≥ 0")
+    if not (len(betas) == 2 and all(0 <= b < 1 for b in betas)):
+        raise ValueError(f"betas: got {betas}, want two numbers in [0, 1)")
+    if not eps >= 0:
+        raise ValueError(f"eps: got {eps}, want ≥ 0")
+    for p in group["params"]:
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"params: got a parameter in {p.dtype}, want float32 masters; keep bf16 modules for inference")
+        if group["unit_rows"] and p.dim() != 2:
+            raise ValueError(f"unit_rows: got a parameter of shape {tuple(p.shape)}, want [F, d]")
+        if not p.is_contiguous():
+            raise ValueError(f"params: got strides {p.stride()}, want contiguous parameters")
+
+
+def _check_momentum(state: Mapping[str, Any], betas: tuple[float, float]) -> None:
+    if betas[0] > 0 and state.get("step", 0) > 0 and "exp_avg" not in state:
+        raise ValueError(
+            f"betas: got β1 = {betas[0]} after {state['step']} steps at β1 = 0, whose last gradient, where torch's Adam "
+            "would go on from, is not kept; want β1 = 0, or a new optimizer"
+        )
 
 
 def to_dense(gradient: RowGradient | Tensor, p: Tensor) -> Tensor:

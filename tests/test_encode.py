@@ -188,7 +188,7 @@ def test_rows_may_be_empty_or_full(isa):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_rows_give_an_empty_code(activation, support):
     kwargs = exact_problem(0, 63, 33, activation)
-    code = ops.encode(**kwargs, support=support, k=3)
+    code = ops.encode(**kwargs, support=support, k=0 if support == "threshold" else 3)
     assert_is_code(code)
     assert code.shape == (0, 33) and code.nnz == 0 and code.values.shape == (2 if activation == "gated" else 1, 0)
 
@@ -383,3 +383,17 @@ def test_compiles_as_one_graph_with_gradients():
     loss(eager).backward()
     torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled).backward()
     assert_same_bits([t.grad for t in eager.tensors()], [t.grad for t in compiled.tensors()])
+
+
+UNUSED = {
+    "r_mag": ("relu", "jumprelu"), "b_mag": ("relu", "jumprelu"), "threshold": ("gated", "relu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, activation", [(name, a) for name, those in UNUSED.items() for a in those])
+def test_an_argument_that_the_activation_does_not_use_is_refused_by_name(name, activation):
+    kwargs = exact_problem(3, 8, 9, activation)
+    with pytest.raises(ValueError, match=rf"^{name}: got a tensor, want None for activation '{activation}'"):
+        ops.encode(**{**kwargs, name: torch.zeros(9)})
+    with pytest.raises(ValueError, match=r"^k: got 3 with support 'threshold', which does not use it, want 0"):
+        ops.encode(**kwargs, k=3)

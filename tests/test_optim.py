@@ -567,3 +567,121 @@ def test_a_gradient_of_the_wrong_size_is_refused_and_changes_no_weight():
         optimizer.step(rows={p: torch.zeros(F, D - 1)})
     assert same_bits(p.detach(), before)
     assert tensors_in(snapshot(optimizer))
+
+
+# ---- Groups, momentum, frozen and foreign parameters -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "group, message",
+    [
+        (dict(lr=-1.0), "lr: got -1.0"),
+        (dict(betas=(0.0, 1.0)), "betas: got"),
+        (dict(eps=-1.0), "eps: got"),
+        (dict(params=[torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float16))]), "params: got a parameter in"),
+        (dict(params=[torch.nn.Parameter(torch.ones(3))], unit_rows=True), r"unit_rows: got a parameter of shape \(3,\)"),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True], ids=["at first", "added"])
+def test_a_groups_own_settings_are_checked_whenever_it_comes(group, message, later):
+    group, p = {"params": [parameter(torch.float32)], **group}, parameter(torch.float32)
+    optimizer = RowAdam([p])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group) if later else RowAdam([{"params": [p]}, group])
+    assert [g["params"] for g in optimizer.param_groups] == [[p]]
+
+
+def test_a_group_added_midway_is_a_new_adam_and_goes_through_state_dicts():
+    a, b = parameter(torch.float64), parameter(torch.float64)
+    optimizer, exact = (
+        RowAdam([a], lr=1e-2),
+        [PlainAdam(start(torch.float64), u, lr=1e-2, betas=(0.0, 0.999)) for u in (0, 1)],
+    )
+    for step in range(30):
+        weight, _, G, _ = row_gradients(step, torch.float64)
+        if step == 10:
+            optimizer.add_param_group({"params": [b], "unit_rows": True})
+        if step == 20:
+            saved = through_a_file(optimizer.state_dict())
+            optimizer = RowAdam([{"params": [a]}, {"params": [b]}])
+            optimizer.load_state_dict(saved)
+        optimizer.step(rows={a: weight} if step < 10 else {a: weight, b: weight})
+        exact[0].step(G)
+        if step >= 10:
+            exact[1].step(G)
+    float64_tolerance(a, exact[0].p)
+    float64_tolerance(b, exact[1].p)
+
+
+def test_momentum_that_begins_midway_is_refused_where_the_last_gradient_is_not_kept_and_else_adams():
+    """In torch's Adam exp_avg is the last gradient while β1 is 0."""
+    p, q = parameter(torch.float64), parameter(torch.float64)
+    optimizer = RowAdam([q, p], lr=1e-2)
+    optimizer.add_param_group({"params": [unused := parameter(torch.float64)]})
+    run(optimizer, p, range(3), torch.float64)
+    for group in optimizer.param_groups:
+        group["betas"] = (0.9, 0.999)
+    before = snapshot(optimizer)
+    rows = row_gradients(3, torch.float64)[0]
+    with pytest.raises(ValueError, match=r"^betas: got β1 = 0\.9 after 3 steps at β1 = 0, whose last gradient"):
+        optimizer.step(rows={q: rows, p: rows, unused: rows})
+    assert_same_bits(before, snapshot(optimizer))
+    optimizer.step(rows={unused: rows})  # which has no step at β1 = 0
+
+    exact = PlainAdam(start(torch.float64), lr=1e-2, betas=(0.9, 0.999), eps=0.1)
+    optimizer = RowAdam([p := parameter(torch.float64)], lr=1e-2, betas=(0.9, 0.999), eps=0.1)
+    for step in range(40):  # 0.9, then 0 without eps, which is dense, then 0.8
+        beta1, eps = (0.9, 0.1) if step < 10 else (0.0, 0.0) if step < 20 else (0.8, 0.1)
+        for o in (optimizer, exact.adam):
+            o.param_groups[0].update(betas=(beta1, 0.999), eps=eps)
+        weight, _, G, _ = row_gradients(step, torch.float64, all_active=True)
+        optimizer.step(rows={p: weight})
+        exact.step(G)
+    float64_tolerance(p, exact.p)
+    for betas in ((0.0, 0.999), (0.8, 0.999)):  # through the lazy route the last gradient is lost
+        optimizer.param_groups[0]["betas"] = betas
+        if betas[0] == 0:
+            run(optimizer, p, range(40, 41), torch.float64)
+        else:
+            with pytest.raises(ValueError, match="after 41 steps at β1 = 0"):
+                run(optimizer, p, range(41, 42), torch.float64)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=str)
+def test_a_frozen_parameter_keeps_its_bits_whatever_gradient_is_at_hand_and_goes_on_as_if_nothing_had_been(betas):
+    p, twin = torch.nn.Parameter(start(torch.float32) * 5), torch.nn.Parameter(start(torch.float32) * 5)
+    optimizer, other = (RowAdam([t], lr=1e-2, betas=betas, unit_rows=True) for t in (p, twin))
+    for step in range(30):
+        frozen = step < 5 or 10 <= step < 20
+        p.requires_grad_(not frozen)
+        before = snapshot(optimizer)
+        weight = row_gradients(step, torch.float32)[0]
+        p.grad = torch.ones_like(p)
+        optimizer.step(rows={p: weight} if step % 2 else {})
+        if frozen:
+            optimizer.initialise()
+            assert_same_bits(before, snapshot(optimizer))
+        else:
+            other.step(rows={twin: weight if step % 2 else torch.ones_like(p)})
+    assert_same_bits(snapshot(optimizer), snapshot(other))
+
+
+def test_a_parameter_that_the_optimizer_does_not_hold_is_refused_and_nothing_changes():
+    p, other = parameter(torch.float32), parameter(torch.float32)
+    optimizer = RowAdam([p])
+    run(optimizer, p, range(2))
+    before, weight = snapshot(optimizer), row_gradients(0, torch.float32)[0]
+    with pytest.raises(ValueError, match=r"^rows: got a parameter of shape \(11, 5\) that the optimizer does not hold"):
+        optimizer.step(rows={p: weight, other: weight})
+    with pytest.raises(ValueError, match=r"^shadows: got a parameter of shape"):
+        optimizer.step(rows={p: weight}, shadows={other: ops.make_shadow(other)})
+    assert_same_bits(before, snapshot(optimizer))
+
+
+def test_the_state_of_another_optimizer_is_refused_by_what_it_lacks():
+    p = parameter(torch.float32)
+    adam = torch.optim.Adam([p])
+    p.grad = torch.ones_like(p)
+    adam.step()
+    with pytest.raises(ValueError, match=r"^state_dict: state of parameter 0: \['beta2', 'last_step'\] missing"):
+        RowAdam([p]).load_state_dict(adam.state_dict())

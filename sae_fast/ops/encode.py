@@ -126,11 +126,16 @@ def _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slac
     for name, vector in needed.items():
         if vector is None:
             raise ValueError(f"{name}: got None, want [F] for activation {activation!r}")
+    for name, vector in (("r_mag", r_mag), ("b_mag", b_mag), ("threshold", threshold)):
+        if vector is not None and name not in needed:
+            raise ValueError(f"{name}: got a tensor, want None for activation {activation!r}, which does not use it")
     for name, vector in {**vectors, **needed}.items():
         _checks.shape(name, vector, features)
         _checks.floating(name, vector, W_enc, "W_enc")
     if support != "threshold" and not 1 <= k <= features:
         raise ValueError(f"k: got {k}, want 1 ≤ k ≤ F = {features}")
+    if support == "threshold" and k != 0:
+        raise ValueError(f"k: got {k} with support 'threshold', which does not use it, want 0")
     if not slack >= 0 or (slack > 0 and support != "threshold"):
         raise ValueError(f"slack: got {slack} with support {support!r}, want ≥ 0, and 0 unless support is 'threshold'")
 
