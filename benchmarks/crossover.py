@@ -67,7 +67,7 @@ class Batch:
     def trainer(self) -> Trainer:
         sae = GatedSAE(self.x.shape[1], self.code.d_sae, seed=0)
         sae.calibrate_(self.x, self.l0)
-        return Trainer(sae, lr=1e-9)
+        return Trainer(sae, lr=1e-9, l1_coefficient=1.0)
 
     def weight_step(self) -> None:
         settings: dict[str, Any] = dict(step=next(self.steps), lr=1e-5, beta2=0.999, eps=1e-8, unit_rows=True)

@@ -15,6 +15,7 @@ from torch.optim.adam import adam
 
 from sae_fast import ops
 from sae_fast.code import RowGradient
+from sae_fast.interrupts import uninterrupted
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -44,7 +45,7 @@ class RowAdam(torch.optim.Optimizer):
         """Adds a group, by itself or from the constructor; ``ValueError`` names what is wrong with it."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -83,8 +84,9 @@ class RowAdam(torch.optim.Optimizer):
                 if gradient is not None and p.requires_grad:
                     _check_momentum(self.state.get(p, {}), group["betas"])
                     due.append((p, gradient, group))
-        for p, gradient, group in due:
-            self._step_one(p, gradient, group, grad_scale, shadows.get(p))
+        with uninterrupted():
+            for p, gradient, group in due:
+                self._step_one(p, gradient, group, grad_scale, shadows.get(p))
         return loss
 
     def _step_one(
@@ -175,7 +177,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         for i, state in state_dict["state"].items():
-            if missing := sorted({"step", "beta2", "exp_avg_sq", "last_step"} - set(state)):
+            if state and (missing := sorted({"step", "beta2", "exp_avg_sq", "last_step"} - set(state))):
                 raise ValueError(
                     f"state_dict: state of parameter {i}: {missing} missing; want what RowAdam.state_dict() gave"
                 )
@@ -189,7 +191,7 @@ class RowAdam(torch.optim.Optimizer):
                 self.state[p]["last_step"] = saved[i]["last_step"].to(p.device, torch.int64, copy=True)
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def check_group(group: dict[str, Any]) -> None:
     """``ValueError`` unless RowAdam can step the parameters of this group with its settings."""
     lr, betas, eps = group["lr"], group["betas"], group["eps"]
     if not lr >= 0:

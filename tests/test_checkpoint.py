@@ -215,9 +215,14 @@ def test_what_was_loaded_does_not_depend_on_the_files_any_more(tmp_path):
     assert_same_layer(sae, trainer.sae)
 
 
-def test_saving_a_layer_over_a_trainers_folder_leaves_no_optimizer_file(tmp_path):
-    trained(2).save(tmp_path)
-    sf.save(make(seed=5), tmp_path)
+def test_saving_a_layer_over_a_trainers_folder_is_refused_or_leaves_no_optimizer_file(tmp_path):
+    trainer = trained(2)
+    trainer.save(tmp_path)
+    for save in (sf.save, sf.interop.save):
+        with pytest.raises(FileExistsError, match=r"holds a Trainer's checkpoint|holds config\.json already"):
+            save(make(seed=5), tmp_path)
+    assert_same_bits(everything(sf.Trainer.load(tmp_path)), everything(trainer))
+    sf.save(make(seed=5), tmp_path, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([MANIFEST, tensor_file(tmp_path).name])
 
 

@@ -458,8 +458,12 @@ def test_every_row_is_compared_within_16_steps(monkeypatch):
     assert [row for first, n in seen for row in range(first, first + n)] == list(range(F))
 
 
-def test_a_change_behind_torchs_back_is_found_and_said_and_what_followed_is_repeated(recoveries):
-    """Of a row that no step touches, in the sixteenth that step 3 compares; the twin is told at once."""
+@pytest.mark.parametrize("found", [1, 3], ids=["by its columns", "by its rows"])
+def test_a_change_behind_torchs_back_is_found_and_said_and_what_followed_is_repeated(found, recoveries, monkeypatch):
+    """Of a row that no step touches, at once, or, where its columns do not show it, in the sixteenth that step 3 compares;
+    the twin is told at once."""
+    if found == 3:
+        monkeypatch.setattr(ops, "stale_columns", lambda W, *_: torch.tensor(False, device=W.device))
     row, data = F * 3 // 16, batches()
     trainer, twin = trainer_of(), trainer_of()
     for t in (trainer, twin):
@@ -476,9 +480,9 @@ def test_a_change_behind_torchs_back_is_found_and_said_and_what_followed_is_repe
             trainer.step(x)
             twin.step(x)
         twin.wait()
-    with pytest.warns(UserWarning, match=r"^step 3: W_enc has been changed"):
+    with pytest.warns(UserWarning, match=rf"^step {found}: W_enc has been changed"):
         trainer.wait()
-    assert recoveries == [(3, STALE)]
+    assert recoveries == [(found, STALE)]
     assert_shadow_is_fresh(trainer)
     assert_same_bits(everything(trainer), everything(twin))
 
@@ -671,9 +675,9 @@ def test_a_trainer_goes_on_where_the_device_path_ends():
 REFUSED = {
     "momentum": (lambda: trainer_of(betas=(0.9, 0.999)), r"betas\[0\] = 0\.9 and eps"),
     "no eps": (lambda: trainer_of(eps=0.0), r"betas\[0\] = 0\.0 and eps = 0\.0 visit every row"),
-    "float64": (lambda: sf.Trainer(make().double()), "the weights are torch.float64"),
-    "fp32": (lambda: sf.Trainer(make(precision="fp32")), "precision 'fp32' takes torch's product"),
-    "wide": (lambda: sf.Trainer(sf.ReluSAE(2**15 + 1, 2, device=DEVICE)), "32769 are wider than 32768"),
+    "float64": (lambda: sf.Trainer(make().double(), **SETTINGS), "the weights are torch.float64"),
+    "fp32": (lambda: sf.Trainer(make(precision="fp32"), **SETTINGS), "precision 'fp32' takes torch's product"),
+    "wide": (lambda: sf.Trainer(sf.ReluSAE(2**15 + 1, 2, device=DEVICE), **SETTINGS), "32769 are wider than 32768"),
 }
 
 

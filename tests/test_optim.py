@@ -544,7 +544,7 @@ def test_half_precision_parameters_are_refused(dtype):
     with pytest.raises(ValueError, match=f"params: got a parameter in {dtype}, want float32 masters"):
         RowAdam([torch.nn.Parameter(torch.ones(3, 4, dtype=dtype))])
     with pytest.raises(ValueError, match=r"float32 masters"):
-        sf.Trainer(sf.GatedSAE(4, 8, dtype=dtype))
+        sf.Trainer(sf.GatedSAE(4, 8, dtype=dtype), l1_coefficient=1.0)
 
 
 def test_unit_rows_are_only_for_matrices_and_parameters_are_contiguous():

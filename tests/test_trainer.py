@@ -334,7 +334,7 @@ def test_init_l0_calibrates_on_the_first_batch_and_never_again(cls):
 
 
 def test_without_init_l0_the_biases_stay_as_given():
-    assert sf.Trainer(make(l0=None), lr=0.0).step(batches(1)[0]).l0 > 0.3 * D_SAE
+    assert sf.Trainer(make(l0=None), lr=0.0, l1_coefficient=1.0).step(batches(1)[0]).l0 > 0.3 * D_SAE
 
 
 # ---- fit ------------------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_fit_prints_only_if_asked(capfd):
 
 
 def test_fit_refuses_to_log_every_zero_steps():
-    trainer = sf.Trainer(make())
+    trainer = sf.Trainer(make(), l1_coefficient=1.0)
     with raises_and_changes_nothing("log_every: got 0, want ≥ 1", everything(trainer)):
         trainer.fit(batches(1), log_every=0)
 
@@ -436,7 +436,7 @@ def test_a_jumprelu_layer_is_refused():
 )
 def test_settings_out_of_range_are_refused_when_the_trainer_is_made(settings, message):
     with pytest.raises(ValueError, match=message):
-        sf.Trainer(make(), **settings)
+        sf.Trainer(make(), **{"l1_coefficient": 1.0, **settings})
 
 
 BAD_BATCHES = {
@@ -471,7 +471,7 @@ def test_a_bad_batch_is_a_value_error_that_names_the_step_and_changes_nothing(cl
 
 
 def test_a_first_batch_too_small_to_calibrate_on_is_refused_and_changes_nothing():
-    trainer = sf.Trainer(make(), init_l0=6)
+    trainer = sf.Trainer(make(), l1_coefficient=1.0, init_l0=6)
     with raises_and_changes_nothing(r"^step 0: x: got 1 examples, want at least 2", list(trainer.sae.parameters())):
         trainer.step(batches(1)[0][:1])
     assert trainer.step_count == 0
@@ -538,5 +538,5 @@ def test_a_zero_decoder_row_trains_in_the_saelens_dialect():
     sae = sf.GatedSAE(8, 32, seed=0)
     with torch.no_grad():
         sae.W_dec[3] = 0
-    log = sf.Trainer(sae, dialect="saelens", betas=(0.9, 0.999)).step(torch.randn(64, 8))
+    log = sf.Trainer(sae, l1_coefficient=1.0, dialect="saelens", betas=(0.9, 0.999)).step(torch.randn(64, 8))
     assert log.l0 > 0 and all(bool(p.isfinite().all()) for p in sae.parameters())

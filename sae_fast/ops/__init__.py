@@ -3,7 +3,7 @@
 from sae_fast.code import Shadow
 from sae_fast.ops._dense_step import dense_gradients, dense_step_pays
 from sae_fast.ops._dispatch import use_backend
-from sae_fast.ops._shadow import KeptShadow, make_shadow, refresh_shadow, stale_rows
+from sae_fast.ops._shadow import KeptShadow, make_shadow, refresh_shadow, stale_columns, stale_rows
 from sae_fast.ops._support import PRECISIONS
 from sae_fast.ops.decode import decode
 from sae_fast.ops.decode_loss import DecodeLoss, decode_loss
@@ -31,6 +31,7 @@ __all__ = [
     "refresh_shadow",
     "row_step",
     "sampled_dots",
+    "stale_columns",
     "stale_rows",
     "touched",
     "transpose",

@@ -51,6 +51,20 @@ def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
     return _C.stale_rows(address(W[first:last]), last - first, W.shape[1], *of, threads())
 
 
+def stale_columns(W: Tensor, shadow: Shadow, turn: int) -> Tensor:
+    """0-d bool: whether, in 16 columns of W, others at each ``turn``, rows are no longer what the Shadow was made from.
+
+    For the price of a cache line a row it finds rows that were replaced, scaled or zeroed, which shows in any column; what
+    is finer, or in a few columns only, is left to :func:`stale_rows`.
+    """
+    first = 16 * (turn % -(-W.shape[1] // 16))
+    now, kept = W.detach()[:, first : first + 16], shadow.rows[:, first : min(first + 16, W.shape[1])]
+    if shadow.of_gpu:
+        now = now * shadow.norms[:, :1]
+    # The engine's copy has 0 for subnormals; a NaN is no difference, but for the step to find.
+    return (now.to(kept.dtype) - kept).abs().amax() >= torch.finfo(kept.dtype).tiny
+
+
 class KeptShadow:
     """A Shadow that is kept across calls, for whoever knows when its weight changes."""
 

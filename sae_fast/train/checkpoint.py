@@ -8,26 +8,37 @@ A kill at any point leaves a checkpoint that reads.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_fast import files, nn
 from sae_fast.train.scale import unscale_
 
 FORMAT, VERSION, MANIFEST = "sae_fast", 1, "config.json"
-GROUPS = ("weights", "optimizer")
+OWN_NAME = re.compile(r"(weights|optimizer)-[0-9a-f]{8}\.safetensors")
+MARK = {"format": "pt", "program": FORMAT}  # in the header of each tensor file
 CLASSES = {cls.__name__: cls for cls in (nn.GatedSAE, nn.ReluSAE, nn.JumpReluSAE, nn.TopKSAE, nn.BatchTopKSAE)}
 
 
-def save(sae: nn.SparseAutoencoder, path: str | os.PathLike) -> None:
-    """Writes ``sae`` into the folder ``path`` (made if missing), replacing what a former save left there."""
-    if type(sae).__name__ not in CLASSES:
-        raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(CLASSES)}")
-    write(path, {"sae": describe(sae)}, {"weights": sae.state_dict()})
+def save(sae: nn.SparseAutoencoder, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Writes ``sae`` into the folder ``path`` (made if missing), replacing what a former save left there.
+
+    ``FileExistsError`` where another program's files are; and, unless ``overwrite``, where a Trainer's checkpoint is, whose
+    optimizer state would be lost.
+    """
+    about = {"sae": describe(sae)}
+    if not overwrite and "trainer" in replaceable(Path(path)):
+        raise FileExistsError(
+            f"path: {path} holds a Trainer's checkpoint: its optimizer state would be lost, and with it the way to resume; "
+            "want another folder, Trainer.save, or overwrite=True"
+        )
+    write(path, about, {"weights": sae.state_dict()})
 
 
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.SparseAutoencoder:
@@ -43,10 +54,13 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Spar
 
 
 def describe(sae: nn.SparseAutoencoder) -> dict[str, Any]:
+    """What of a layer is not tensors; ``ValueError`` for one that :func:`rebuild` would not make again."""
+    if type(sae) not in CLASSES.values():
+        raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(CLASSES)} itself")
     sae.check_dtypes()
     dtype = str(sae.W_enc.dtype).removeprefix("torch.")
     about = {"class": type(sae).__name__, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype}
-    return about | {"options": sae.options(), "metadata": sae.metadata}
+    return about | {"precision": sae.precision, "options": sae.options(), "metadata": sae.metadata}
 
 
 def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAutoencoder:
@@ -61,8 +75,9 @@ def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAu
     options, metadata = (
         entry(manifest, dict, "sae", key) if key in manifest["sae"] else {} for key in ("options", "metadata")
     )
+    precision = entry(manifest, str, "sae", "precision") if "precision" in manifest["sae"] else "exact"
     try:
-        sae = CLASSES[name].of_state("weights", d_in, d_sae, dtype, weights, **options)
+        sae = CLASSES[name].of_state("weights", d_in, d_sae, dtype, weights, **{"precision": precision, **options})
     except TypeError as error:
         raise ValueError(f"{MANIFEST}: sae.options: got {sorted(options)}: {error}") from error
     sae.metadata = metadata
@@ -70,16 +85,50 @@ def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAu
 
 
 def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Writes each named group of tensors and then the manifest."""
+    """Writes each named group of tensors and then the manifest, and removes what it replaces.
+
+    ``FileExistsError``, before anything is written, where another program's files are.  Of tensor files those go that the
+    old manifest names, and those of a save that was killed, which bear our mark.
+    """
+    old = replaceable(Path(path)).get("files")
+    replaced = set(old.values()) if isinstance(old, dict) else set()
     folder, token = Path(path), secrets.token_hex(4)
     names = {group: f"{group}-{token}.safetensors" for group in tensors}
     manifest = {"format": FORMAT, "version": VERSION, "files": names, **manifest}
-    writers = {names[group]: files.safetensors_writer(contents) for group, contents in tensors.items()}
+    writers = {names[group]: files.safetensors_writer(contents, MARK) for group, contents in tensors.items()}
     files.write_files(folder, {**writers, MANIFEST: files.json_writer(manifest)}, overwrite=True)
-    for group in GROUPS:
-        for old in folder.glob(f"{group}-*.safetensors"):
-            if old.name not in names.values():
-                old.unlink(missing_ok=True)
+    for file in folder.glob("*.safetensors"):
+        ours = OWN_NAME.fullmatch(file.name) and file.name not in names.values()
+        if ours and (file.name in replaced or _marked(file)):
+            file.unlink(missing_ok=True)
+
+
+def replaceable(folder: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint in a folder, {} where there is none; ``FileExistsError`` for another program's files,
+    and for a damaged manifest, which may be one."""
+    from sae_fast.interop.formats import FORMATS  # of which this one is one
+
+    if others := sorted(name for name, f in FORMATS.items() if name != FORMAT and f.finds(folder)):
+        raise FileExistsError(f"path: {folder} holds an SAE of {', '.join(others)}; want a folder of its own")
+    if not os.path.lexists(folder / MANIFEST):
+        return {}
+    try:
+        manifest = files.read_json(folder / MANIFEST)
+    except (ValueError, OSError) as error:
+        raise FileExistsError(f"path: {error}; want a folder of its own, or {MANIFEST} moved away") from error
+    if manifest.get("format") != FORMAT:
+        raise FileExistsError(
+            f"path: {folder / MANIFEST} is another program's, of no format {FORMAT!r}; want a folder of its own"
+        )
+    return manifest
+
+
+def _marked(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt") as tensors:
+            return tensors.metadata() == MARK
+    except (SafetensorError, OSError):
+        return False
 
 
 def read(path: str | os.PathLike, groups: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

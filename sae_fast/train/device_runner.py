@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_fast import _backend, ops
 from sae_fast.code import SparseCode
+from sae_fast.interrupts import uninterrupted
 from sae_fast.ops import _checks, _dense, _device_support
 from sae_fast.ops._dispatch import cuda_rejects, may_run, triton_rejects
 
@@ -64,11 +65,19 @@ class DeviceRunner:
 
     @staticmethod
     def refuses(trainer: Trainer) -> str | None:
-        settings, W = trainer.settings, trainer.sae.W_enc
+        settings, optimizer, W = trainer.settings, trainer.optimizer, trainer.sae.W_enc
         if W.dtype != torch.float32:
             return f"the weights are {W.dtype}"
         if settings.betas[0] != 0 or not settings.eps > 0:
             return f"betas[0] = {settings.betas[0]} and eps = {settings.eps} visit every row in every step"
+        if any((g["betas"], g["eps"]) != (settings.betas, settings.eps) for g in optimizer.param_groups):
+            return "the optimizer's betas and eps are not those that it was made with"
+        if not all(p.requires_grad for p in trainer.sae.parameters()):
+            return "a parameter is frozen"
+        ahead = len(trainer._runner.under_way) if trainer._runner is not None else 0
+        for state in (optimizer.state.get(p) or {"step": 0} for p in trainer.sae.parameters()):
+            if (state["step"], state.get("beta2", settings.betas[1])) != (trainer.step_count - ahead, settings.betas[1]):
+                return "a parameter has missed steps, or taken them with another β2"
         if not trainer.sae.apply_b_dec_to_input:
             return "its screen subtracts b_dec from the input, and this SAE does not"
         if not settings.unit_start and trainer.step_count == 0:
@@ -162,10 +171,13 @@ class DeviceRunner:
         assert device is not None
         W = self.trainer.sae.W_enc
         from sae_fast.kernels.round import compare_rows
+        from sae_fast.train.device_step import STALE
 
         sixteenth = step.index % 16
         first, last = (W.shape[0] * i // 16 for i in (sixteenth, sixteenth + 1))
         compare_rows(W.detach()[first:last], *(t[first:last] for t in device.shadow), device.flag)
+        replaced = ops.stale_columns(W, device.shadow, step.index)
+        device.flag.bitwise_or_(torch.where(replaced, STALE, 0).to(torch.int32))
         if step.index % RENEW == 0:
             ops.refresh_shadow(W, device.shadow)
         device.set(step.index + 1, step.lr, step.l1)
@@ -197,6 +209,10 @@ class DeviceRunner:
 
     def _settle(self, step: Step) -> None:
         """Waits until ``step``, and those before it, have happened."""
+        with uninterrupted():
+            self._await(step)
+
+    def _await(self, step: Step) -> None:
         while step.report is None and step.by_ops is None:
             if step.error is not None:
                 raise step.error

@@ -31,8 +31,8 @@ class EagerTrainer:
     def __init__(
         self,
         sae: GatedSAE,
-        lr: float = 3e-4,
-        l1_coefficient: float = 1.0,
+        lr: float,
+        l1_coefficient: float,
         betas: tuple[float, float] = (0.0, 0.999),
         eps: float = 1e-8,
         compile: bool = False,

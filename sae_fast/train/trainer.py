@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_fast import nn, ops
+from sae_fast import files, nn, ops
 from sae_fast.code import RowGradient, SparseCode
+from sae_fast.interrupts import uninterrupted
 from sae_fast.ops import _checks
 from sae_fast.ops._dispatch import log_once
-from sae_fast.optim import RowAdam
+from sae_fast.optim import RowAdam, check_group
 from sae_fast.reference import DIALECTS
 from sae_fast.train import checkpoint, schedules
 from sae_fast.train.device_runner import DeviceRunner, Step, mean_l0, stale_message
@@ -93,6 +94,9 @@ class StepLog:
         return self.result.l0
 
 
+GROUP_SETTINGS = ("betas", "eps", "unit_rows", "unit_start")  # of the optimizer, which may change in mid-run
+
+
 @dataclass(frozen=True)
 class Settings:
     """A Trainer's arguments, as its checkpoint keeps them."""
@@ -136,14 +140,14 @@ class Trainer:
     both warm up linearly from 0; the learning rate falls linearly to 0 from ``lr_decay_start`` to ``total_steps``.
     ``init_l0``: calibrate the encoder biases on the first batch (see ``calibrate_``).  ``grad_clip``: the largest global
     gradient norm.  ``betas[0] = 0`` takes the lazy optimizer; ``unit_start`` is for decoder rows that are not unit at first
-    (see RowAdam for both).
+    (see RowAdam for both).  A frozen parameter (requires_grad False) keeps its bits.  Ctrl-C in a step waits for its end.
     """
 
     def __init__(
         self,
         sae: nn.SparseAutoencoder,
         lr: float = 3e-4,
-        l1_coefficient: float = 1.0,
+        l1_coefficient: float | None = None,
         betas: tuple[float, float] = (0.0, 0.999),
         eps: float = 1e-8,
         dialect: str = "paper",
@@ -157,6 +161,11 @@ class Trainer:
     ):
         if not hasattr(sae, "loss"):
             raise ValueError(f"sae: got {type(sae).__name__}, want a GatedSAE or ReluSAE; others are for inference")
+        if l1_coefficient is None:
+            raise ValueError(
+                "l1_coefficient: got None, want λ ≥ 0, the weight of the sparsity beside ‖x − x̂‖².  It goes with the scale "
+                "of x; at unit variance per dimension begin with 1 to 10, and raise it where L0 ends too high"
+            )
         self.sae = sae
         self.settings = Settings(
             lr, l1_coefficient, tuple(betas), eps, dialect, lr_warmup_steps, lr_decay_start, total_steps,  # type: ignore[arg-type]
@@ -166,7 +175,7 @@ class Trainer:
         groups = [{"params": [sae.W_dec], "unit_rows": dialect == "paper"}, {"params": rest}]
         self.optimizer = RowAdam(groups, lr=lr, betas=betas, eps=eps, unit_start=unit_start)
         self.step_count = 0
-        self._kept = ops.KeptShadow()  # of W_enc: this Trainer is its sole writer between steps
+        self._kept = ops.KeptShadow()  # of W_enc
         self._runner: DeviceRunner | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,9 +187,15 @@ class Trainer:
         schedules in this step, for callers with schedules of their own.
 
         A NaN or infinity in x is a ``ValueError``, a non-finite loss or gradient a ``FloatingPointError``; both name the
-        step, and leave weights and optimizer as they were.
+        step, and leave weights and optimizer as they were.  So does a parameter that was replaced: ``ValueError``.
         """
-        index, runner = self.step_count, self._device_runner()
+        with uninterrupted():
+            return self._step(x, lr, l1_coefficient)
+
+    def _step(self, x: Tensor, lr: float | None, l1_coefficient: float | None) -> StepLog:
+        index = self.step_count
+        self._check_parameters(f"step {index}: ")
+        runner = self._device_runner()
         undo: dict[str, Tensor] = {}
         started = index > 0 or any(self.optimizer.state.values())
         try:
@@ -189,7 +204,7 @@ class Trainer:
                 raise ValueError(f"x: got shape {tuple(x.shape)}, want at least one example")
             if runner is None or index == 0:
                 rows = self.sae.check_input(x)
-            undo = self._prepare(rows) if index == 0 else {}
+            undo = self._prepare(rows) if runner is None or index == 0 else {}
         except ValueError as error:
             raise ValueError(f"step {index}: {error}") from error
         scheduled = self._rates(index)
@@ -215,6 +230,27 @@ class Trainer:
         if self._runner is not None:
             self._runner.wait()
 
+    def _check_parameters(self, where: str = "") -> None:
+        """``ValueError`` that names a parameter of the SAE which is not the optimizer's, or not as its state is."""
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        for name, p in self.sae.named_parameters():
+            if p not in held:
+                raise ValueError(
+                    f"{where}{name}: got a Parameter that the optimizer does not hold (load_state_dict(assign=True), a new "
+                    "one); want its values copied into the one that was there, or a new Trainer"
+                )
+            held.remove(p)
+            state = self.optimizer.state.get(p, {}).get("exp_avg_sq", p)
+            if p.dtype not in (torch.float32, torch.float64) or not p.is_contiguous():
+                raise ValueError(f"{where}{name}: got {p.dtype}, strides {p.stride()}, want contiguous float32 masters")
+            if (p.dtype, p.device, p.shape) != (state.dtype, state.device, state.shape):
+                raise ValueError(
+                    f"{where}{name}: got {p.dtype} {tuple(p.shape)} on {p.device}, but the optimizer's state is "
+                    f"{state.dtype} {tuple(state.shape)} on {state.device}; want both alike (save, and load where it goes)"
+                )
+        if held:
+            raise ValueError(f"{where}optimizer: got {len(held)} parameters that are not the SAE's, want its own only")
+
     def _device_runner(self) -> DeviceRunner | None:
         """What takes the steps on a GPU, where it can."""
         reason = DeviceRunner.refuses(self)
@@ -239,6 +275,7 @@ class Trainer:
     ) -> tuple[Tensor, SparseCode]:
         """The step, op by op: its losses and its code."""
         losses, code, gradients = self.sae.row_gradients(rows, l1, self.settings.dialect, shadow)
+        gradients = {name: g for name, g in gradients.items() if self.sae.get_parameter(name).requires_grad}
         self._check_finite(index, losses, gradients)
         by_parameter = {self.sae.get_parameter(name): g for name, g in gradients.items()}
         for group in self.optimizer.param_groups:
@@ -279,18 +316,25 @@ class Trainer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes weights, raw optimizer state and settings into the folder ``path``, atomically; ``sf.load`` reads the SAE
-        from it, :meth:`load` all of it, to resume bit for bit."""
+        from it, :meth:`load` all of it, to resume bit for bit.  ``FileExistsError`` where another program's files are, and
+        ``ValueError`` for an SAE that cannot be saved; nothing is written then."""
         self.wait()
+        self._check_parameters()
         tensors, numbers = {}, {}
         for name, parameter in self.sae.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in (self.optimizer.state.get(parameter) or {"step": 0}).items():
                 if isinstance(value, Tensor):
                     tensors[f"{name}.{key}"] = value
                 else:
                     numbers[f"{name}.{key}"] = value
-        about = {"step": self.step_count, "settings": dataclasses.asdict(self.settings), "optimizer": numbers}
-        groups = {"weights": self.sae.state_dict(), "optimizer": tensors}
-        checkpoint.write(path, {"sae": checkpoint.describe(self.sae), "trainer": about}, groups)
+        groups = [{key: group[key] for key in GROUP_SETTINGS} for group in self.optimizer.param_groups]
+        frozen = [name for name, parameter in self.sae.named_parameters() if not parameter.requires_grad]
+        about = {
+            "step": self.step_count, "settings": dataclasses.asdict(self.settings), "optimizer": numbers, "groups": groups,
+            "frozen": frozen,
+        }  # fmt: skip
+        contents = {"weights": self.sae.state_dict(), "optimizer": tensors}
+        checkpoint.write(path, {"sae": checkpoint.describe(self.sae), "trainer": about}, contents)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> Trainer:
@@ -307,42 +351,69 @@ class Trainer:
         trainer = cls(sae, **{**settings, "betas": betas})
         trainer.step_count = checkpoint.entry(manifest, int, "trainer", "step")
         parameters = dict(sae.named_parameters())
+        trainer._restore(manifest["trainer"])
         entries: dict[str, Any] = {**tensors["optimizer"], **checkpoint.entry(manifest, dict, "trainer", "optimizer")}
         for full_name, value in entries.items():
             name, key = full_name.rsplit(".", 1)
             if name not in parameters:
                 raise ValueError(f"optimizer: state for an unknown parameter {name!r}")
             trainer.optimizer.state[parameters[name]][key] = value.to(device) if isinstance(value, Tensor) else value
-        if trainer.step_count:
-            for name, parameter in parameters.items():
-                _check_state(name, parameter, trainer.optimizer.state[parameter], momentum=betas[0] > 0)
+        momentum = {p: group["betas"][0] > 0 for group in trainer.optimizer.param_groups for p in group["params"]}
+        for name, parameter in parameters.items():
+            state = trainer.optimizer.state.get(parameter, {})
+            if state == {"step": 0}:
+                state.clear()  # never stepped
+            elif trainer.step_count:
+                _check_state(name, parameter, state, momentum[parameter])
         return trainer
+
+    def _restore(self, about: dict[str, Any]) -> None:
+        """What a checkpoint says of the optimizer's groups and of frozen parameters; one of before it did says neither."""
+        for i, group in enumerate(self.optimizer.param_groups if "groups" in about else []):
+            saved = dict(enumerate(files.key(about, checkpoint.MANIFEST, list, "groups"))).get(i)
+            if not isinstance(saved, dict) or set(saved) != set(GROUP_SETTINGS) or not isinstance(saved["betas"], list):
+                raise ValueError(
+                    f"{checkpoint.MANIFEST}: trainer.groups: got {saved!r}, want {list(GROUP_SETTINGS)} of group {i}"
+                )
+            group.update(saved | {"betas": tuple(saved["betas"])})
+            check_group(group)
+        parameters = dict(self.sae.named_parameters())
+        for name in files.key(about, checkpoint.MANIFEST, list, "frozen") if "frozen" in about else []:
+            if name not in parameters:
+                raise ValueError(f"{checkpoint.MANIFEST}: trainer.frozen: got {name!r}, want one of {sorted(parameters)}")
+            parameters[name].requires_grad_(False)
 
     @torch.no_grad()
     def _prepare(self, rows: Tensor) -> dict[str, Tensor]:
-        """What the first step does before it starts: calibration, unit rows.  Returns what it changed, as it was."""
-        undo = {}
-        if self.settings.init_l0 is not None:
-            undo = {name: self.sae.get_parameter(name).clone() for name in self.sae.per_feature}
+        """What the first step of a parameter does before it starts: calibration, unit rows.  Returns what it changed, as it
+        was."""
+        undo, W, vectors = {}, self.sae.W_dec, [self.sae.get_parameter(name) for name in self.sae.per_feature]
+        if self.step_count == 0 and self.settings.init_l0 is not None and vectors[0].requires_grad:
+            undo = {name: p.clone() for name, p in zip(self.sae.per_feature, vectors, strict=True)}
             self.sae.calibrate_(rows, self.settings.init_l0)
-        if self.settings.dialect != "paper" or not self.settings.unit_start:
+            for p, before in zip(vectors, undo.values(), strict=True):
+                if not p.requires_grad:
+                    p.copy_(before)
+        unit = self.settings.dialect == "paper" and self.settings.unit_start
+        if not unit or not W.requires_grad or self.optimizer.state.get(W):
             return undo
-        norms = self.sae.W_dec.norm(dim=1)
-        undo["W_dec"] = self.sae.W_dec.clone()  # the optimizer makes the rows unit to the last bit
+        norms = W.norm(dim=1)
+        undo["W_dec"] = W.clone()  # the optimizer makes the rows unit to the last bit
         if bool(((norms - 1).abs() > 8 * torch.finfo(norms.dtype).eps).any()):
-            self.sae.W_dec.copy_(torch.nn.functional.normalize(self.sae.W_dec, dim=1))
+            W.copy_(torch.nn.functional.normalize(W, dim=1))
         return undo
 
     def _shadow(self) -> ops.Shadow | None:
         """W_enc's Shadow, which every step keeps up to date.  What else writes to W_enc is noticed at once where torch
-        counts it, and otherwise by comparing a sixteenth of the rows a step."""
+        counts it, and otherwise by comparing 16 columns and a sixteenth of the rows a step: at once where whole rows were
+        changed, within 16 steps where it is less, unless the row has a step before, which makes up for it."""
         W = self.sae.W_enc
         shadow = None if self.sae.precision in ("fp32", "tf32") else self._kept.of(W)
         if shadow is None:
             return None
         sixteenth = self.step_count % 16
         first, last = (W.shape[0] * i // 16 for i in (sixteenth, sixteenth + 1))
-        if ops.stale_rows(W, shadow, first, last):
+        if bool(ops.stale_columns(W, shadow, self.step_count)) or ops.stale_rows(W, shadow, first, last):
             warnings.warn(stale_message(self.step_count), stacklevel=3)
             ops.refresh_shadow(W, shadow)
         return shadow

@@ -27,4 +27,4 @@ def read(path: Path) -> Loaded:
 def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
     if (folder / checkpoint.MANIFEST).exists() and not overwrite:
         raise FileExistsError(f"{folder}: holds {checkpoint.MANIFEST} already; overwrite=True (--overwrite) replaces it")
-    checkpoint.save(sae, folder)
+    checkpoint.save(sae, folder, overwrite=overwrite)
