@@ -288,6 +288,8 @@ def test_which_way_a_batch_takes_does_not_hang_on_those_before_it(monkeypatch):
         trainer = trainer_of()
         trainer._device_runner()._ready(first)
         trainer.step_count = 1
+        for state in trainer.optimizer.state.values():
+            state["step"] = 1
         log = trainer.step(data[1])
         assert log.l0 > 0 and log.result._step.by_ops is not None
 

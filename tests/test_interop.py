@@ -516,7 +516,10 @@ def test_a_folder_holds_an_sae_of_one_format(tmp_path):
                 interop.save(new, tmp_path / "a", format, overwrite=overwrite)
     interop.save(new, tmp_path / "a", "saebench", overwrite=True, layer=1, model_name="m")
     assert same(new, sf.load(tmp_path / "a")), "which are the same files"
-    sf.save(old, tmp_path / "a")  # which knows of no other format
+    with pytest.raises(FileExistsError, match="holds an SAE of dictionary_learning; want a folder of its own"):
+        sf.save(old, tmp_path / "a")
+    sf.save(old, tmp_path / "b")
+    (tmp_path / "b" / "config.json").rename(tmp_path / "a" / "config.json")  # as nothing here would do
     with pytest.raises(ValueError, match="holds SAEs of dictionary_learning and sae_fast; want a folder of one"):
         sf.load(tmp_path / "a")
 
