@@ -448,6 +448,14 @@ def test_weights_that_are_not_finite_are_said(format, tmp_path):
     assert done.exit_code == 0 and "W_enc: 2 of its numbers are NaN or infinite" in " ".join(done.stderr.split())
 
 
+def test_a_trainer_says_it_too(tmp_path):
+    trainer = sf.Trainer(sf.GatedSAE(D, F, seed=0), l1_coefficient=1.0)
+    trainer.sae.b_gate.data[3:5] = torch.nan
+    trainer.save(tmp_path)
+    with pytest.warns(UserWarning, match="b_gate: 2 of its numbers are NaN or infinite"):
+        sf.Trainer.load(tmp_path)
+
+
 # ---- Scales -----------------------------------------------------------------------------------------------------------
 
 

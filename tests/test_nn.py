@@ -556,9 +556,11 @@ def test_the_jumprelu_form_computes_the_same_function(dtype):
         torch.testing.assert_close(jump(x), sae(x))
 
 
-def test_the_jumprelu_form_is_a_copy():
+def test_the_jumprelu_form_is_a_copy_and_draws_nothing():
     sae, x = make(sf.GatedSAE)
+    generator = torch.get_rng_state()
     jump = sae.to_jumprelu()
+    assert torch.equal(torch.get_rng_state(), generator)
     f = jump.encode(x)
     with torch.no_grad():
         for p in sae.parameters():

@@ -42,18 +42,13 @@ class GatedSAE(SparseAutoencoder):
         ``apply_b_dec_to_input``: that of the result, by default this SAE's; what it changes goes into b_enc.
         """
         centred = self.apply_b_dec_to_input if apply_b_dec_to_input is None else apply_b_dec_to_input
-        sae = JumpReluSAE(
-            self.d_in, self.d_sae, dtype=self.W_enc.dtype, device=self.W_enc.device, precision=self.precision,
-            apply_b_dec_to_input=centred,
-        )  # fmt: skip
-        sae.metadata = copy.deepcopy(self.metadata)
         W_enc, b_enc, threshold = reference.gated_to_jumprelu(self.W_enc, self.b_gate, self.b_mag, self.r_mag)
         if centred != self.apply_b_dec_to_input:  # W (x − b_dec) + b_enc = W x + (b_enc − W b_dec)
             shift = (W_enc.double() @ self.b_dec.double()).to(b_enc.dtype)
             b_enc = b_enc + shift if centred else b_enc - shift
-        for parameter, value in (
-            (sae.W_enc, W_enc), (sae.b_enc, b_enc), (sae.threshold, threshold.clamp(min=0)),
-            (sae.W_dec, self.W_dec), (sae.b_dec, self.b_dec),
-        ):  # fmt: skip
-            parameter.copy_(value)
+        values = dict(W_enc=W_enc, b_enc=b_enc, threshold=threshold.clamp(min=0), W_dec=self.W_dec, b_dec=self.b_dec)
+        sae = JumpReluSAE.of_state(
+            "sae", self.d_in, self.d_sae, W_enc.dtype, values, precision=self.precision, apply_b_dec_to_input=centred
+        )
+        sae.metadata = copy.deepcopy(self.metadata)
         return sae

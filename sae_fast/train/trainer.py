@@ -341,6 +341,8 @@ class Trainer:
         """The Trainer that :meth:`save` wrote.  Errors as :func:`sae_fast.load`."""
         manifest, tensors = checkpoint.read(path, ("weights", "optimizer"))
         sae = checkpoint.rebuild(manifest, tensors["weights"]).to(device)
+        for name, n in sae.not_finite().items():
+            warnings.warn(f"{path}: {name}: {n} of its numbers are NaN or infinite", stacklevel=2)
         settings = checkpoint.entry(manifest, dict, "trainer", "settings")
         fields = dataclasses.fields(Settings)
         needed = {field.name for field in fields if field.default is dataclasses.MISSING}
