@@ -120,6 +120,8 @@ def write_files(folder: str | os.PathLike, files: Mapping[str, Writer], overwrit
     there = [name for name in files if (folder / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{folder}: holds {', '.join(there)} already; overwrite=True (--overwrite) replaces them")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, want a folder")
     folder.mkdir(parents=True, exist_ok=True)
     last = list(files)[-1]
     with room(folder) as made:

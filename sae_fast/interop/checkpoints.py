@@ -83,7 +83,8 @@ def convert(
     """Reads ``source`` as :func:`load` does, writes it as :func:`save` does, and returns what was written.
 
     Decoder norms that an earlier conversion folded are unfolded first, to the same bits.  ``as_jumprelu``: a Gated SAE is
-    written as the JumpReLU SAE of the same function (exact up to ties, see ``GatedSAE.to_jumprelu``).
+    written as the JumpReLU SAE of the same function (exact up to ties, see ``GatedSAE.to_jumprelu``).  ``ValueError``, with
+    both, for a ``model_name``, ``layer`` or ``hook_name`` that contradicts what the source says.
     """
     if to not in FORMATS:
         raise ValueError(f"to: got {to!r}, want one of {sorted(FORMATS)}")
@@ -96,6 +97,10 @@ def convert(
             raise ValueError(f"as_jumprelu: got a {type(sae).__name__}, want a GatedSAE")
         sae = sae.to_jumprelu(apply_b_dec_to_input=False if to == "dictionary_learning" else None)
     about = dict(model_name=model_name, layer=layer, hook_name=hook_name)
+    for name, got in about.items():
+        said = sae.metadata.get(name)
+        if None not in (got, said) and got != said:
+            raise ValueError(f"{name}: got {got!r}, but the SAE's metadata says {said!r}")
     return _write(sae, destination, to, overwrite, fold_decoder_norm, about)
 
 
