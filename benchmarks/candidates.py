@@ -27,7 +27,7 @@ def candidates(sae: GatedSAE, x: Tensor) -> int:
     """How many entries of a batch pass the screen: those whose upper bound, the screening product, is above 0."""
     operands = _screen.Operands(x - sae.b_dec, sae.W_enc, None, sae.b_gate, None)
     memory = torch.empty(sae.d_sae, operands.rows.shape[1], dtype=torch.bfloat16)
-    bound = operands.rows @ operands.weights(0, sae.d_sae, memory).T
+    bound = _screen.product(operands.rows, operands.weights(0, sae.d_sae, memory), memory.new_empty(x.shape[0], sae.d_sae))
     return int((~(bound <= 0)).sum())
 
 

@@ -15,6 +15,7 @@ import torch
 # Before anything imports Triton: without a GPU its interpreter runs the kernels.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+import routes
 import ways
 from hypothesis import HealthCheck, settings
 
@@ -25,6 +26,18 @@ settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--without-bf16", action="store_true", help="run as on a processor that has no bfloat16 product")
+
+
+def pytest_configure(config):
+    if config.option.without_bf16:
+        ways.take_bf16_away()
+    if not config.pluginmanager.hasplugin("benchmarks.gpu.live"):  # which runs with whatever packages there are
+        routes.count()
+        config.pluginmanager.register(routes.Report(config))
 
 
 def pytest_collection_modifyitems(items):
@@ -50,18 +63,15 @@ def poisoned_memory(monkeypatch):
 def restored_settings():
     """The thread count and the instruction set are process-wide."""
     threads, engine = torch.get_num_threads(), _dispatch._C
-    isa = engine.isa() if engine else None
+    isa = engine.isa()
     yield
     torch.set_num_threads(threads)
-    if engine:
-        engine.set_isa(isa)
+    engine.set_isa(isa)
 
 
-@pytest.fixture(params=_dispatch._C.supported_isas() if _dispatch._C else ["unbuilt"])
+@pytest.fixture(params=_dispatch._C.supported_isas())
 def isa(request):
     """Runs the test once for each instruction set that this machine has; ``restored_settings`` undoes it."""
-    if _dispatch._C is None:
-        pytest.skip("the extension sae_fast._C is not built")
     _dispatch._C.set_isa(request.param)
     return request.param
 

@@ -19,7 +19,7 @@ from benchmarks.cases.floors import step_bytes
 from benchmarks.cases.step import SETTINGS
 from benchmarks.data import FULL, SMALL, Shape, mean_l0, world
 from benchmarks.registry import OURS, Goal
-from sae_fast.ops import _dense, _screen
+from sae_fast.ops import _dense
 from sae_fast.train.eager import EagerTrainer
 
 TINY = Shape(B=33, d=20, F=100, l0=6)
@@ -192,7 +192,7 @@ def test_quick_prints_the_table_and_writes_the_csv(tmp_path):
     ]  # fmt: skip
     timed = {(row["case"], row["provider"]) for row in rows if row["metric"] == "time"}
     wanted = {(name, p) for name in ("decode", "encode") for p in CASES[name].choose(quick=True)}
-    if _screen.unavailable():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         wanted.remove(("encode", "bf16_product"))  # a floor that this processor does not have
     assert timed == wanted
     for row in rows:
@@ -289,9 +289,7 @@ def test_the_floor_moves_the_bytes_of_a_step():
         assert set(measurement.seconds) == {"floor", "bf16_product"}
 
 
-def test_the_candidates_contain_the_entries():
-    if _screen.unavailable():
-        pytest.skip(_screen.unavailable())
+def test_the_candidates_contain_the_entries(screened):
     figures = candidates.rows(TINY)
     assert [row.case for row in figures] == ["screen_superposition", "screen_noise", "screen_offset"]
     assert all(1 <= row.p50 < 4 for row in figures)

@@ -6,46 +6,23 @@ term has a case of its own, whose members go missing when that term alone is tak
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
+import ways
 from helpers import Judge, assert_is_code, assert_same_bits, dense, grid, make_inputs, randn, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from ways import BOUNDED, TERMS, WAYS, forced, product_in_order
 
 import sae_fast as sf
 from sae_fast import ops
 from sae_fast.ops import _bound, _dispatch, _screen, _support
 from sae_fast.ops._dispatch import _C
 
-WHY_NOT = "the extension sae_fast._C is not built" if _C is None else _screen.unavailable()
-screened = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
-built = pytest.mark.skipif(_C is None, reason="the extension sae_fast._C is not built")
-TERMS = ("x_residual", "low_residual", "accumulation", "w_residual", "w_outliers", "bias", "least")  # Screen::Term
 LAYERS = (sf.GatedSAE, sf.ReluSAE, sf.JumpReluSAE)
-BOUNDED = [*(["screen"] if WHY_NOT is None else []), "bound"]  # the ways by a product that bounds, on this machine
-
-
-@contextmanager
-def forced(way: str, dense_above: float = 2.0, without: dict[str, float] | None = None, **settings: int):
-    """Every batch takes one route, "screen", "bound" or "dots".  ``without``: factors of the bound's terms."""
-    rows = {"screen": 0, "bound": 0, "dots": 2**62}[way]
-    terms = torch.ones(len(TERMS), dtype=torch.float64)
-    for term, factor in (without or {}).items():
-        terms[TERMS.index(term)] = factor
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_support, "FEW_ROWS", {"shadow": rows, "no shadow": rows})
-        patch.setattr(_support, "DENSE_ABOVE", dense_above)
-        patch.setattr(_screen, "TERMS", terms)
-        patch.setattr(_bound, "ROWS", 0)
-        if way == "bound":
-            patch.setattr(_screen, "unavailable", lambda: "this is a test")
-        for name, value in settings.items():
-            patch.setattr(_support, name, value)
-        yield
 
 
 def encode(x: Tensor, W: Tensor, bias: Tensor, cut: Tensor | None = None, **options):
@@ -97,7 +74,8 @@ class Edge:
 
     def kept_by_the_product(self) -> bool:
         x, w = self.x.repeat(64, 1).bfloat16(), self.w.repeat(32, 1).bfloat16()
-        return bool((torch.mm(x, w.T) + self.bias > 0).all())
+        with forced("screen"):
+            return bool((_screen.product(x, w, x.new_empty(64, 32)) + self.bias > 0).all())
 
 
 def ones(d: int, n: int | None = None) -> Tensor:
@@ -160,12 +138,13 @@ EDGES = {
 }
 
 
-@screened
 @pytest.mark.parametrize("name", EDGES)
-def test_each_term_of_the_bound_alone_keeps_its_members(name):
+def test_each_term_of_the_bound_alone_keeps_its_members(name, monkeypatch):
     edge = EDGES[name]
-    if edge.term == "accumulation" and edge.kept_by_the_product():
-        pytest.skip("this machine's product adds in an order that keeps these small terms")
+    if edge.term == "accumulation" and edge.kept_by_the_product():  # by the order in which it adds
+        assert edge.members("screen", {}) == 64 * 32
+        monkeypatch.setattr(_screen, "product", product_in_order)
+        assert not edge.kept_by_the_product()
     assert float(edge.x.double() @ edge.w.double()) + edge.bias > 0, "a member"
     assert edge.members("dots", {}) == 64 * 32, "by the dots that define it, too"
     assert edge.members("screen", {}) == 64 * 32
@@ -175,13 +154,11 @@ def test_each_term_of_the_bound_alone_keeps_its_members(name):
         assert edge.members("screen", uncovered | {edge.term: factor}) == 0, f"{factor} of {edge.term} loses it"
 
 
-@screened
 def test_every_term_has_a_case():
     assert {edge.term for edge in EDGES.values()} == set(TERMS)
     assert _screen.TERMS.tolist() == [1.0] * len(TERMS)
 
 
-@screened
 @pytest.mark.parametrize("term", ["x_residual", "w_residual"])
 def test_a_tight_bound_survives_its_own_rounding(term):
     """Margins are bfloat16 columns: rounded down, they would lose members at some of these widths."""
@@ -190,7 +167,6 @@ def test_a_tight_bound_survives_its_own_rounding(term):
         assert edge.members("screen", {}) == 64 * 32, d
 
 
-@screened
 @pytest.mark.parametrize("term", ["x_residual", "w_residual"])
 def test_margins_are_rounded_up_not_to_nearest(term):
     """Both factors of this margin are just less than half-way from a bfloat16 to the next, 0.7 % together, which is more
@@ -202,7 +178,6 @@ def test_margins_are_rounded_up_not_to_nearest(term):
     assert edge.members("dots", {}) == edge.members("screen", {}) == 64 * 32
 
 
-@screened
 @pytest.mark.parametrize("bias", [2.0**-149, 2.0**-127, 2.0**-126, 2.0**-61, 1e-10, 3e38])
 def test_a_bound_just_above_zero_survives_the_output_in_bfloat16(bias):
     """Of a row of zeros the bound is the bias and next to nothing."""
@@ -214,7 +189,6 @@ def test_a_bound_just_above_zero_survives_the_output_in_bfloat16(bias):
         assert x.any() or code.nnz == 64 * 20
 
 
-@built
 def test_what_is_flushed_or_rounded_is_in_the_residual_norm(isa):
     """Element for element: w̃ is the nearest bfloat16 or, for a subnormal, 0; the norms are of w and of w − w̃."""
     A = torch.cat(
@@ -267,7 +241,6 @@ def biases(x: Tensor, W: Tensor, l0: float) -> Tensor:
     return -(top[-2] + top[-1]) / 2
 
 
-@built
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layers_support_is_float64s(layer, data):
@@ -289,7 +262,6 @@ def test_every_layers_support_is_float64s(layer, data):
     assert_float64s_support(code, x_c, sae.W_enc.detach(), bias, cut)
 
 
-@built
 @pytest.mark.parametrize("cut", [False, True], ids=["no cut", "cut"])
 @pytest.mark.parametrize("scale", [2.0**-149, 2.0**-130, 2.0**-70, 2.0**-41, 2.0**-39, 2.0**39, 2.0**41, 2.0**100, 3e38])
 def test_norms_at_the_ends_of_fp32s_range_lose_nothing(scale, cut):
@@ -302,7 +274,6 @@ def test_norms_at_the_ends_of_fp32s_range_lose_nothing(scale, cut):
     assert 0 < code.nnz < 70 * 90
 
 
-@built
 def test_rows_that_round_to_infinity_are_decided_by_the_dots():
     """±3.4e38 has no finite neighbour in bfloat16."""
     x, W, bias = randn(64, 40), randn(50, 40, seed=1), randn(50, seed=2)
@@ -315,7 +286,6 @@ def test_rows_that_round_to_infinity_are_decided_by_the_dots():
     assert 0 < code.nnz < 64 * 50
 
 
-@built
 @pytest.mark.parametrize("value", [3e38, -3e38, float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("where", ["bias", "cut", "both"])
 def test_any_bias_and_threshold(where, value):
@@ -335,7 +305,6 @@ def test_any_bias_and_threshold(where, value):
         assert bool((counts[::3] == 64).all()), "NaN is kept"
 
 
-@built
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001])
 @pytest.mark.parametrize("where", ["x", "W"])
 def test_a_nan_of_any_kind_is_kept(where, bits):
@@ -357,7 +326,6 @@ def extremes(g: torch.Generator, *shape: int) -> Tensor:
     return (A.double() * 2.0 ** exponents.double().view(-1, *[1] * (len(shape) - 1))).clamp(-3.4e38, 3.4e38).float()
 
 
-@built
 @settings(max_examples=150)
 @given(
     B=st.integers(1, 70), d=st.integers(1, 90), F=st.integers(1, 70), seed=st.integers(0, 2**31), cut=st.booleans(),
@@ -378,7 +346,6 @@ def test_any_finite_input_has_the_support_of_the_dots(B, d, F, seed, cut, dense_
             assert_same_bits(truth, encode(x, W, bias, threshold, shadow=ops.make_shadow(W) if kept else None))
 
 
-@built
 def test_a_bound_by_torchs_product_without_its_margin_loses_members():
     """Entries that the dots find just above their threshold, and the product just below it."""
     x, W = randn(64, 768), randn(300, 768, seed=1)
@@ -395,7 +362,6 @@ def test_a_bound_by_torchs_product_without_its_margin_loses_members():
             assert encode(x, W, bias).nnz < truth.nnz
 
 
-@built
 def test_matmul_precision_by_its_newer_names_is_no_bound_and_no_error(monkeypatch):
     def raises():
         raise RuntimeError("mixed names")
@@ -404,12 +370,11 @@ def test_matmul_precision_by_its_newer_names_is_no_bound_and_no_error(monkeypatc
     with forced("dots"):
         truth = ops.encode(**kwargs)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
-    monkeypatch.setattr(_screen, "unavailable", lambda: "this is a test")
+    ways.take_product(monkeypatch, "bound")
     assert "newer names" in str(_bound.unavailable())
     assert_same_bits(truth, ops.encode(**kwargs))
 
 
-@built
 def test_of_a_dense_batch_the_product_is_taken_of_one_tile_only(monkeypatch):
     products = []
     mm = torch.mm
@@ -444,7 +409,6 @@ class Recorder:
         return sum(c.candidates() for c in self.compactors)
 
 
-@screened
 @pytest.mark.parametrize("data", ["random", "student t", "offset"])
 def test_at_most_two_candidates_an_entry(data, monkeypatch):
     x, W = DATA[data](512, 384), torch.nn.functional.normalize(randn(3000, 384, seed=1), dim=1)
@@ -464,7 +428,6 @@ def test_at_most_two_candidates_an_entry(data, monkeypatch):
         assert one_norm.candidates() > 20 * code.nnz, "without outlier columns of their own"
 
 
-@built
 @pytest.mark.parametrize("shift", [0, 5])
 def test_the_sign_test_keeps_what_is_not_at_most_zero(shift, isa):
     """Of every bfloat16 there is, in whole vectors and in what is left of them; −0 is out, a NaN of either sign is in."""
@@ -482,7 +445,6 @@ def test_the_sign_test_keeps_what_is_not_at_most_zero(shift, isa):
     assert torch.equal(u.nan_to_num(nan=-1.0), tile[0].float()[want].nan_to_num(nan=-1.0))
 
 
-@built
 @pytest.mark.parametrize("ways", [*((w, above) for w in BOUNDED for above in (2.0, 0.2, 0.0)), ("dots", 2.0)], ids=str)
 def test_no_buffer_overflows(ways, isa):
     """Tiles of few entries, then of all: the lists of candidates, of entries and the block of dots all have to grow."""
@@ -515,7 +477,6 @@ def problem(activation: str) -> dict:
     return kwargs
 
 
-@built
 @pytest.mark.parametrize("slack", [0.0, 0.3])
 @pytest.mark.parametrize("activation", ["gated", "relu", "jumprelu"])
 def test_routes_chunks_threads_and_shadows_change_no_bit(activation, slack):
@@ -537,19 +498,17 @@ def test_routes_chunks_threads_and_shadows_change_no_bit(activation, slack):
     assert_same_bits(truth, ops.encode(**kwargs))  # by whatever way it takes by itself
 
 
-@built
-@pytest.mark.parametrize("few", [0, 10**6], ids=["screen", "dots"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("B", [1, 3, 4, 5, 63, 64, 65])
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(B, few, monkeypatch):
-    monkeypatch.setattr(_support, "FEW_ROWS", {"shadow": few, "no shadow": few})
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(B, way):
     kwargs = problem("relu")
-    whole = ops.encode(**kwargs)
-    part = ops.encode(**kwargs | dict(x=kwargs["x"][100 : 100 + B]))
+    with forced(way):
+        whole = ops.encode(**kwargs)
+        part = ops.encode(**kwargs | dict(x=kwargs["x"][100 : 100 + B]))
     a, b = int(whole.indptr[100]), int(whole.indptr[100 + B])
     assert_same_bits([whole.indices[a:b], whole.u[a:b], whole.values[:, a:b]], [part.indices, part.u, part.values])
 
 
-@built
 @pytest.mark.parametrize("rows, matmul", [(300, "highest"), (47, "highest"), (300, "high")])
 def test_without_a_bfloat16_product_torchs_is_the_bound_or_every_entry_is_dotted(rows, matmul, monkeypatch, caplog):
     kwargs = problem("gated")
@@ -557,7 +516,7 @@ def test_without_a_bfloat16_product_torchs_is_the_bound_or_every_entry_is_dotted
     with forced("dots"):
         expected = ops.encode(**kwargs)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmul)
-    monkeypatch.setattr(_screen, "unavailable", lambda: "this is a test")
+    ways.take_product(monkeypatch, "bound")
     monkeypatch.setattr(_dispatch, "_logged", set())
     with caplog.at_level("DEBUG", logger="sae_fast"):
         for precision in ("exact", "bf16"):
@@ -573,8 +532,7 @@ def test_without_a_bfloat16_product_torchs_is_the_bound_or_every_entry_is_dotted
     assert ops.KeptShadow().of(kwargs["W_enc"]) is None
 
 
-@built
-@pytest.mark.parametrize("way", [*BOUNDED, "dots"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", [(257, 100, 300), (64, 769, 70), (65, 1, 33), (70, 15, 31)], ids=str)
 def test_instruction_sets_with_the_same_lanes_have_the_same_bits_and_the_plain_one_up_to_rounding(shape, way):
     p = make_inputs(*shape)
@@ -597,8 +555,7 @@ def test_instruction_sets_with_the_same_lanes_have_the_same_bits_and_the_plain_o
 # ---- Precision --------------------------------------------------------------------------------------------------------
 
 
-@built
-def test_in_fp32_torchs_product_decides():
+def test_in_fp32_torchs_product_decides(isa):
     kwargs = problem("relu")
     u = kwargs["x"] @ kwargs["W_enc"].T
     member = u + kwargs["bias"] > 0
@@ -608,9 +565,8 @@ def test_in_fp32_torchs_product_decides():
     assert not same_bits(code.u, ops.encode(**kwargs).u), "the dots' order is another"
 
 
-@screened
 @pytest.mark.parametrize("activation", ["gated", "relu", "jumprelu"])
-def test_in_bf16_the_product_decides_and_only_near_the_threshold_is_it_wrong(activation):
+def test_in_bf16_the_product_decides_and_only_near_the_threshold_is_it_wrong(activation, isa):
     kwargs = problem(activation)
     exact = ops.encode(**kwargs)
     cut = kwargs["threshold"].clamp(min=0) if activation == "jumprelu" else 0
@@ -632,7 +588,6 @@ def test_in_bf16_the_product_decides_and_only_near_the_threshold_is_it_wrong(act
     assert_same_bits(*codes)
 
 
-@screened
 def test_in_bf16_a_feature_that_is_switched_off_stays_off():
     """By a bias of −∞; and one of +∞ is on."""
     x, W, bias = randn(64, 40), randn(50, 40, seed=1), randn(50, seed=2)
@@ -643,7 +598,6 @@ def test_in_bf16_a_feature_that_is_switched_off_stays_off():
         assert not counts[::2].any() and bool((counts[1::4] == 64).all()), precision
 
 
-@screened
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
 def test_in_bf16_a_nan_of_any_kind_is_kept(bits):
     x, W, bias = randn(64, 40), randn(50, 40, seed=1), torch.full((50,), -100.0)
@@ -667,7 +621,6 @@ def test_an_unknown_precision_is_a_value_error_that_names_it(layer, bad):
             encode(randn(3, 4), randn(8, 4), randn(8), precision=bad)
 
 
-@built
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layers_precision_is_that_of_its_product(layer):
     x = randn(300, 40)
@@ -683,4 +636,4 @@ def test_a_layers_precision_is_that_of_its_product(layer):
                 torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
         assert ("precision" in repr(sae)) == (precision != "exact")
     for a, b in (("exact", "fp32"), ("exact", "bf16"), ("fp32", "bf16")):
-        assert not same_bits(codes[a].u, codes[b].u) or (b == "bf16" and WHY_NOT)
+        assert not same_bits(codes[a].u, codes[b].u)

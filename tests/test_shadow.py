@@ -13,8 +13,9 @@ from functools import cache
 import pytest
 import torch
 from helpers import Judge, assert_repeats, assert_same_bits, code_of, dense, opcheck, randn, random_code, same_bits, strided
-from test_screen import LAYERS, WHY_NOT, built, forced, screened
+from test_screen import LAYERS
 from torch import Tensor
+from ways import forced
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
@@ -22,7 +23,7 @@ from sae_fast.code import RowGradient, Shadow, SparseCode
 from sae_fast.ops import _dense, _shadow
 from sae_fast.optim import RowAdam
 
-pytestmark = built
+pytestmark = pytest.mark.usefixtures("screened")
 ADAM = dict(step=3, lr=0.5, beta2=0.99, eps=1e-3)
 
 
@@ -65,7 +66,7 @@ def test_stale_rows_counts_the_rows_whose_bound_no_longer_holds(size, isa):
         assert counts == [3, 1, 1, 0, 1, 0]
 
 
-SOUND = ops.make_shadow(randn(8, 5)) if WHY_NOT is None or "built" not in WHY_NOT else None
+SOUND = ops.make_shadow(randn(8, 5))
 BAD = {
     "rows of another width": (lambda s: Shadow(s.rows[:, :4].contiguous(), s.norms), r"shadow\.rows: got shape \(8, 4\)"),
     "too few rows": (lambda s: Shadow(s.rows[:7], s.norms), r"shadow\.rows: got shape \(7, 5\)"),
@@ -292,7 +293,6 @@ def made(monkeypatch) -> list:
     return shadows
 
 
-@screened
 @pytest.mark.parametrize("layer", LAYERS)
 def test_frozen_makes_one_shadow_and_changes_no_bit(layer, made):
     sae = make(layer)
@@ -354,7 +354,6 @@ def one_element(sae, W: Tensor) -> None:
 NOTICED = [assign, delete_and_assign, assign_data, move_there_and_back, load, load_assigning, in_place, one_element]
 
 
-@screened
 @pytest.mark.parametrize("change", NOTICED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("d, F", [(24, 300), (64, 512)])
 def test_frozen_notices_a_change(change, d, F):
@@ -367,7 +366,6 @@ def test_frozen_notices_a_change(change, d, F):
             assert_same_bits(fresh(sae, x), sae.encode_sparse(x))
 
 
-@screened
 def test_frozen_notices_a_change_of_an_inference_tensor():
     """Torch counts no changes of these."""
     with torch.inference_mode():
@@ -379,7 +377,6 @@ def test_frozen_notices_a_change_of_an_inference_tensor():
                 assert_same_bits(fresh(sae), sae.encode_sparse(X))
 
 
-@screened
 def test_frozen_nests_and_ends_with_its_block(made):
     sae = make()
     with forced("screen"):
@@ -399,7 +396,6 @@ def test_frozen_nests_and_ends_with_its_block(made):
         assert_same_bits(fresh(sae), sae.encode_sparse(X))
 
 
-@screened
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
 def test_a_copy_made_in_a_frozen_block_is_a_layer_of_its_own(way):
     """It has the same bits, and is frozen no longer than it is asked to be."""
@@ -422,7 +418,6 @@ def test_a_copy_made_in_a_frozen_block_is_a_layer_of_its_own(way):
             assert_same_bits(fresh(other), other.encode_sparse(X))
 
 
-@screened
 def test_a_layer_in_float64_or_fp32_precision_may_be_frozen(made):
     for sae in (make().double(), make()):
         if sae.W_enc.dtype == torch.float32:
@@ -432,7 +427,6 @@ def test_a_layer_in_float64_or_fp32_precision_may_be_frozen(made):
             assert_same_bits(plain, sae.encode_sparse(X))
 
 
-@screened
 def test_steps_in_a_frozen_block_are_noticed():
     sae = make()
     trainer = sf.Trainer(sae, lr=0.05, l1_coefficient=0.1)
@@ -461,7 +455,6 @@ def everything(trainer: sf.Trainer) -> list[Tensor]:
     return out
 
 
-@screened
 @pytest.mark.parametrize("dialect", ["paper", "saelens"])
 @pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=str)
 @pytest.mark.parametrize("layer", [sf.GatedSAE, sf.ReluSAE])
@@ -477,7 +470,6 @@ def test_training_by_a_kept_shadow_has_the_bits_of_the_dots(layer, betas, dialec
     assert_same_bits(everything(screening), everything(dotting))
 
 
-@screened
 def test_the_shadow_is_made_once_and_none_for_fp32(made, recwarn):
     trainer = trainer_of()
     for i in range(18):
@@ -491,7 +483,6 @@ def test_the_shadow_is_made_once_and_none_for_fp32(made, recwarn):
     assert not recwarn.list
 
 
-@screened
 def test_steps_without_a_shadow_leave_none_behind(recwarn):
     """The precision may change between steps: a shadow from before is not taken for one of now."""
     trainer = trainer_of()
@@ -525,7 +516,6 @@ def numpy_nudge(sae, W: Tensor) -> None:
 CHANGES = [fused_adam, data_copy, numpy_write, numpy_nudge, assign_data, load, in_place, move_there_and_back, one_element]
 
 
-@screened
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("steps", [1, 9])
 def test_a_change_of_all_rows_behind_the_trainers_back_is_noticed(change, steps):
@@ -544,7 +534,6 @@ def test_a_change_of_all_rows_behind_the_trainers_back_is_noticed(change, steps)
             assert_same_bits(everything(trainer), everything(told))
 
 
-@screened
 @pytest.mark.parametrize("change, warns", [(data_copy, True), (numpy_write, True), (in_place, False), (load, False)])
 def test_a_change_that_torch_does_not_count_warns_with_the_step(change, warns, recwarn):
     trainer = trainer_of()
@@ -559,7 +548,6 @@ def test_a_change_that_torch_does_not_count_warns_with_the_step(change, warns, r
     assert len(messages) == int(warns) and all(m.startswith("step 5: W_enc has been changed") for m in messages)
 
 
-@screened
 @pytest.mark.parametrize("size", [2.0, 1 + 2.0**-10], ids=["far", "within a rounding"])
 @pytest.mark.parametrize("F", [300, 16, 5])
 def test_a_change_of_one_row_is_noticed_within_16_steps(F, size, monkeypatch):
@@ -582,7 +570,6 @@ def test_a_change_of_one_row_is_noticed_within_16_steps(F, size, monkeypatch):
         assert_up_to_date(trainer._kept.shadow, trainer.sae.W_enc)
 
 
-@screened
 @pytest.mark.parametrize("what", ["trainer", "sae"])
 def test_copies_go_their_own_way(what):
     """A deep copy between steps trains on with the same bits, and neither changes the other."""
@@ -609,7 +596,6 @@ def test_copies_go_their_own_way(what):
             assert other._kept.shadow is not trainer._kept.shadow
 
 
-@screened
 def test_a_resumed_trainer_makes_its_own(tmp_path):
     trainer = trainer_of()
     with forced("screen"):
@@ -623,7 +609,6 @@ def test_a_resumed_trainer_makes_its_own(tmp_path):
     assert_same_bits(everything(trainer), everything(other))
 
 
-@screened
 def test_a_step_that_fails_leaves_the_shadow_sound():
     trainer = trainer_of(init_l0=8)
     with forced("screen"):

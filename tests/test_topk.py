@@ -7,9 +7,6 @@ that loses an entry when that part is taken away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from helpers import (
@@ -25,39 +22,16 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from ways import WAYS, forced
 
 from sae_fast import ops, use_backend
 from sae_fast.code import SparseCode
-from sae_fast.ops import _bound, _largest, _screen, _support
+from sae_fast.ops import _bound, _largest, _screen
 from sae_fast.ops._dispatch import _C
 
-pytestmark = pytest.mark.skipif(_C is None, reason="the extension sae_fast._C is not built")
 SUPPORTS = ("topk", "batch_topk")
-TERMS = ("x_residual", "low_residual", "accumulation", "w_residual", "w_outliers", "bias", "least")  # Screen::Term
 supports = pytest.mark.parametrize("support", SUPPORTS)
-WAYS = ("screen", "bound", "dots")
-ways = pytest.mark.parametrize("way", WAYS)
-
-
-@contextmanager
-def forced(way: str, without: dict[str, float] | None = None, dense_above: float = 2.0, **settings: int) -> Iterator[None]:
-    """Every batch takes one route.  The screen's product runs anywhere, if slowly, and sums in float32."""
-    if way == "screen" and _screen._sums_in_bf16() is not None:
-        pytest.skip(f"no screen: {_screen._sums_in_bf16()}")
-    rows = 2**62 if way == "dots" else 0
-    terms = torch.ones(len(TERMS), dtype=torch.float64)
-    for term, factor in (without or {}).items():
-        terms[TERMS.index(term)] = factor
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_screen, "unavailable", lambda: "not here" if way == "bound" else None)
-        patch.setattr(_bound, "ROWS", 0)
-        patch.setattr(_screen, "TERMS", terms)
-        patch.setattr(_support, "FEW_ROWS", {"shadow": rows, "no shadow": rows})
-        patch.setattr(_support, "DENSE_ABOVE", dense_above)
-        patch.setattr(_largest, "DENSE_ABOVE", 2.0)
-        for name, value in settings.items():
-            patch.setattr(_largest if name == "ROOM" else _support, name, value)
-        yield
+every_way = pytest.mark.parametrize("way", WAYS)
 
 
 def encode(x: Tensor, W: Tensor, bias: Tensor, support: str, k: int, **options) -> SparseCode:
@@ -101,7 +75,7 @@ SHAPES = [
 
 
 @supports
-@ways
+@every_way
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_largest_are_chosen_whatever_the_way(shape, way, support, isa):
     *sizes, k = shape
@@ -175,7 +149,7 @@ def test_of_equal_ones_the_first_are_chosen(backend, k, support, isa):
 
 
 @supports
-@ways
+@every_way
 @pytest.mark.parametrize("room", [0, 10**6], ids=["a floor after each tile", "one floor"])
 def test_ties_across_tiles_and_row_blocks(room, way, support):
     """Every entry ties with hundreds of others: what waits at the floor must neither win too early nor be lost."""
@@ -188,7 +162,7 @@ def test_ties_across_tiles_and_row_blocks(room, way, support):
 
 
 @supports
-@ways
+@every_way
 def test_fewer_positive_than_k(way, support):
     x, W, bias = layer(70, 20, 300)
     bias -= 1.7
@@ -202,7 +176,7 @@ def test_fewer_positive_than_k(way, support):
 
 
 @supports
-@ways
+@every_way
 @pytest.mark.parametrize("B", [0, 1])
 def test_no_row_and_one_row(B, way, support):
     x, W, bias = layer(B, 20, 300)
@@ -235,7 +209,7 @@ def test_routes_chunks_floors_threads_and_shadows_change_no_bit(support, isa):
 
 
 @supports
-@ways
+@every_way
 def test_repeats_bit_for_bit_at_every_number_of_threads(way, support, isa):
     x, W, bias = layer(257, 63, 1000)
     with forced(way, ROOM=0, ROWS=100, TILE=2**15):
@@ -243,7 +217,7 @@ def test_repeats_bit_for_bit_at_every_number_of_threads(way, support, isa):
 
 
 @supports
-@ways
+@every_way
 def test_instruction_sets_with_the_same_lanes_have_the_same_bits(way, support):
     codes = {}
     for name in _C.supported_isas():
@@ -322,7 +296,7 @@ def offset(B: int, d: int) -> Tensor:
 
 
 @supports
-@ways
+@every_way
 @pytest.mark.parametrize("room", [0, 512])
 def test_massive_activations(room, way, support):
     x, W, bias = offset(100, 48), *layer(1, 48, 1500)[1:]
@@ -346,7 +320,7 @@ def test_norms_at_the_ends_of_fp32s_range(where, scale, support):
 
 
 @supports
-@ways
+@every_way
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38, -3e38])
 @pytest.mark.parametrize("where", ["bias", "x", "W"])
 def test_infinities_and_nans(where, value, way, support, isa):
@@ -500,7 +474,7 @@ def test_few_candidates_are_verified(way):
 
 
 @supports
-@ways
+@every_way
 def test_gradients_reach_the_chosen_alone(way, support):
     x, W, bias = (t.requires_grad_() for t in layer(60, 20, 300))
     with forced(way):

@@ -235,10 +235,8 @@ def zero_data(W, rows, new):
 
 @pytest.mark.parametrize("change", [resample_data, resample_numpy, scale_data, zero_data], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("d", [24, 40])
-def test_rows_that_are_changed_by_data_are_screened_anew_from_the_next_step_on(change, d):
+def test_rows_that_are_changed_by_data_are_screened_anew_from_the_next_step_on(change, d, screened):
     """The usual idiom of resampling dead features."""
-    if ops.KeptShadow().of(torch.zeros(3, 3)) is None:
-        pytest.skip("no screen on this processor")
     F = 300
     trainer, told = (sf.Trainer(sf.GatedSAE(d, F, seed=0), **SETTINGS, init_l0=9) for _ in range(2))
     for i in range(40):
@@ -259,11 +257,7 @@ def test_rows_that_are_changed_by_data_are_screened_anew_from_the_next_step_on(c
 
 @pytest.mark.parametrize("name", ["triton", "cpu"])
 def test_columns_take_turns_and_subnormals_and_nans_are_no_change(name):
-    if name == "triton":
-        pytest.importorskip("triton")
     with use_backend(name):
-        if name == "cpu" and ops.KeptShadow().of(torch.zeros(3, 3)) is None:
-            pytest.skip("no screen on this processor")
         W = randn(7, 40, seed=1)
         W[2] = 1e-40
         W[3, 5] = float("nan")

@@ -18,10 +18,20 @@ from sae_fast.ops import _bound, _largest, _screen, _support
 TERMS = ("x_residual", "low_residual", "accumulation", "w_residual", "w_outliers", "bias", "least")  # Screen::Term
 BOUNDED = ("screen", "bound")  # the ways by a product that bounds
 WAYS = (*BOUNDED, "dots")
+OF_TORCH = _screen.product
+WHY_NOT = _screen.unavailable()  # why this processor has no such product, or None
 
 
 def emulated_product(rows: Tensor, operand: Tensor, out: Tensor) -> Tensor:
     return out.copy_(rows.float() @ operand.float().T)
+
+
+def product_in_order(rows: Tensor, operand: Tensor, out: Tensor) -> Tensor:
+    """A column after the other: what is small beside the sum so far is lost."""
+    total = torch.zeros(out.shape, device=out.device)
+    for a, b in zip(rows.float().T, operand.float().T, strict=True):
+        total.addr_(a, b)
+    return out.copy_(total)
 
 
 def take_product(patch: pytest.MonkeyPatch, way: str) -> None:
@@ -30,7 +40,15 @@ def take_product(patch: pytest.MonkeyPatch, way: str) -> None:
         patch.setattr(_screen, "unavailable", lambda: "this is a test")
     elif _screen.unavailable() is not None:
         patch.setattr(_screen, "unavailable", lambda: None)
-        patch.setattr(_screen, "product", emulated_product)
+        if _screen.product is OF_TORCH:
+            patch.setattr(_screen, "product", emulated_product)
+
+
+def take_bf16_away() -> None:
+    """The whole run is one on a processor without a bfloat16 product (--without-bf16)."""
+    global WHY_NOT
+    WHY_NOT = "taken away by --without-bf16"
+    _screen.unavailable = lambda: WHY_NOT
 
 
 @contextmanager
@@ -41,7 +59,8 @@ def forced(way: str, dense_above: float = 2.0, without: dict[str, float] | None 
     for term, factor in (without or {}).items():
         terms[TERMS.index(term)] = factor
     with pytest.MonkeyPatch.context() as patch:
-        take_product(patch, way if way in BOUNDED else "screen")
+        if way in BOUNDED:
+            take_product(patch, way)
         patch.setattr(_support, "FEW_ROWS", {"shadow": rows, "no shadow": rows})
         patch.setattr(_support, "DENSE_ABOVE", dense_above)
         patch.setattr(_largest, "DENSE_ABOVE", 2.0)
