@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,9 @@ def read_pt(file: Path) -> Any:
     if said := files.lfs_pointer(file) or _packed(file):
         raise ValueError(f"{file}: {said}")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # whether it reads is what counts
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file}: {_why_not(str(error))}") from error
     except OSError as error:

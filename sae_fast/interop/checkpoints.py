@@ -15,6 +15,7 @@ import torch
 from sae_fast.interop import _norms, hub
 from sae_fast.interop.formats import FORMATS, Loaded, config_of, find
 from sae_fast.nn import GatedSAE, SparseAutoencoder, arguments
+from sae_fast.train.checkpoint import CLASSES
 from sae_fast.train.scale import unscale_
 
 UNIT = ("dictionary_learning", "saebench")  # whose SAEs have unit decoder rows
@@ -148,6 +149,8 @@ def _write(
     files = FORMATS[next(iter(SHARED.get(format, {format})))]
     if overwrite and (Path(path) / files.CONFIG).exists() and not files.finds(Path(path)):
         raise FileExistsError(f"path: the {files.CONFIG} in {path} is not of such an SAE; want a folder of its own")
+    if type(sae) not in CLASSES.values():  # a subclass may compute anything
+        raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(CLASSES)} itself")
     sae.check_dtypes()
     sae = copy.deepcopy(sae)
     unscale_(sae)

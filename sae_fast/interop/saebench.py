@@ -55,6 +55,8 @@ def as_saebench(sae: SparseAutoencoder, model_name: str, hook_layer: int, hook_n
 
     ``ValueError`` if its decoder rows are not unit, which the evaluations need (``sf.load(..., fold_decoder_norm=True)``).
     """
+    if type(sae).__name__ not in ARCHITECTURES:
+        raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(ARCHITECTURES)}")
     if said := _norms.why_not_unit(sae):
         raise ValueError(f"sae: {said}")
     return SAEBenchSAE(sae, model_name, hook_layer, hook_name)

@@ -581,3 +581,5 @@ def test_any_layer_is_an_sae_that_saebench_takes(kind, tmp_path):
         sae.sae.W_dec.mul_(2)
     with pytest.raises(ValueError, match="rows are not unit"):
         as_saebench(sae.sae, "a-model", 3)
+    with pytest.raises(ValueError, match="sae: got Linear, want one of"):
+        as_saebench(torch.nn.Linear(D, F), "a-model", 3)
