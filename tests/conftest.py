@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 # Before torch starts OpenMP: thousands of tiny parallel regions, whose threads would spin for each other, several times
 # slower where the cores are shared with anything else.
@@ -40,12 +41,26 @@ def pytest_configure(config):
         config.pluginmanager.register(routes.Report(config))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    _keep_first_cases(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="torch.cuda is not available on this machine"))
+
+
+def _keep_first_cases(items):
+    """``slow(but=n)``: the first n cases of a test stay in the first tier."""
+    cases = Counter()
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        if slow is not None and "but" in slow.kwargs:
+            test = (item.path, item.cls, item.originalname)
+            cases[test] += 1
+            if cases[test] <= slow.kwargs["but"]:
+                item.own_markers.remove(slow)
 
 
 @pytest.fixture(autouse=True)

@@ -162,6 +162,7 @@ def test_the_world_is_as_sparse_as_its_shape_says(shape):
     assert l0 == pytest.approx(shape.l0, rel=0.1)
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_what_a_step_needs_and_not_what_it_keeps():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory is measured on Linux only")
@@ -268,6 +269,7 @@ def test_the_sweep_varies_one_size_at_a_time_and_repeats_nothing_of_the_full_run
         assert OURS in (job.providers or job.case.providers)
 
 
+@pytest.mark.slow
 def test_the_sweep_runs_over_small_shapes(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "QUICK", TINY)
     out = tmp_path / "out.csv"

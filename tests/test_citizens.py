@@ -147,6 +147,7 @@ def everything(sae, x: Tensor) -> list[Tensor]:
     return [*found, loss(sae, x)] if hasattr(sae, "loss") else found
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize(
     "layer, entry",
     [
@@ -171,6 +172,7 @@ def test_each_entry_compiles_as_one_graph_that_serves_every_batch_size_and_has_t
     assert counter.frame_count == 1, "another batch size compiled again"
 
 
+@pytest.mark.slow(but=1)
 @layers
 def test_a_compiled_layer_specialises_to_the_first_batch_size_and_then_to_none(layer):
     """torch.compile's default: the second batch size makes the graph dynamic, the third needs no other."""
@@ -188,6 +190,7 @@ MODES = {  # and whether b_dec is subtracted
 }
 
 
+@pytest.mark.slow(but=5)
 @layers
 @pytest.mark.parametrize("mode", MODES)
 def test_everything_compiles_together_in_every_mode(layer, mode):

@@ -98,6 +98,7 @@ def test_the_programs_behind_a_claim_are_those_that_it_names():
     assert {"_identities", "_variants"} < names["loss_terms"] and "_sweep" not in names["loss_terms"]
 
 
+@pytest.mark.slow
 def test_seeds_in_processes_of_their_own_find_what_they_find_in_this_one(here):
     from benchmarks.claims import loss_terms
 

@@ -73,6 +73,7 @@ def every_schedule(run):
 # ---- outer -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("d", WIDTHS)
 def test_outer_is_as_near_to_float64_as_torchs(d, cuda_calls, short_runs):
     for S, dtype in [(1, t) for t in DTYPES] + [(2, t) for t in DTYPES] + [(3, torch.float32), (3, torch.bfloat16)]:
@@ -135,6 +136,7 @@ def test_an_entry_that_is_not_finite_stays_where_it_is(short_runs):
 # ---- weight_step -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=6)
 @pytest.mark.parametrize("d, unit_rows", [(d, unit) for d in WIDTHS for unit in (False, True) if d > 1 or not unit])
 def test_weight_step_is_as_near_to_float64_as_torchs(d, unit_rows, cuda_calls, short_runs):
     for S in (1, 2, 3):

@@ -128,6 +128,7 @@ def judge_listed(found: Verified, kwargs: dict, listed: Tensor, trials: Judge) -
     trials.add("values", code.values, values[:, member], values64[:, member])
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_verify_is_as_near_to_float64_as_torchs(activation, dtype, cuda_calls):
@@ -276,6 +277,7 @@ def encode(**kwargs) -> SparseCode:
 STORAGE = DTYPES if DEVICE == "cuda" else DTYPES[:2]  # the interpreter's bfloat16 is wrong
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_encode_verifies_in_cuda(activation, dtype, cuda_calls):
@@ -284,6 +286,7 @@ def test_encode_verifies_in_cuda(activation, dtype, cuda_calls):
     assert cuda_calls == ["verify"]
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("activation, slack", [("gated", 0.75), ("relu", 0.0), ("jumprelu", 0.75)])
 def test_encode_on_a_grid_is_exact(activation, slack):
     kwargs = exact_problem(5, 20, 140, activation) | dict(slack=slack)

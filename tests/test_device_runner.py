@@ -181,6 +181,7 @@ def assert_within_the_spread(sae, data: list[Tensor], start, logs=None, grad_cli
     return [norm for _, norm in losses]
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("cls", [sf.GatedSAE, sf.ReluSAE])
 @pytest.mark.parametrize("dialect", ["paper", "saelens"])
 def test_steps_are_as_close_to_float64_as_torchs_own_and_logged_as_the_cpu_engine_does(cls, dialect):
@@ -203,6 +204,7 @@ def test_steps_are_as_close_to_float64_as_torchs_own_and_logged_as_the_cpu_engin
     assert clip is None or max(norms) > clip
 
 
+@pytest.mark.slow
 def test_the_trajectory_stays_within_the_spread_of_the_permuted_reference():
     """At the paper's eps, where rounding becomes steps of full size: DESIGN.md's band."""
     trainer, ours = trainer_of(), Run()
@@ -218,6 +220,7 @@ def test_the_trajectory_stays_within_the_spread_of_the_permuted_reference():
         assert (deviation <= allowed).all(), f"{what}: {deviation} of {allowed}"
 
 
+@pytest.mark.slow
 def test_at_precision_bf16_the_product_decides_and_training_is_nearly_the_same():
     trainer = sf.Trainer(make(precision="bf16"), **SETTINGS)
     logs = [trainer.step(x) for x in batches()[:2]]
@@ -237,6 +240,7 @@ def test_a_run_repeats_bit_for_bit_whatever_room_there_is(recoveries):
     assert fields(logs) == told(LOUD).logs and trainer._runner.capacity == capacity and not recoveries
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("case", ["last", "three", "every"])
 def test_a_step_that_found_too_little_room_is_repeated_with_more(case, recoveries, monkeypatch):
     monkeypatch.setattr(device_runner, "GRAIN", 1)
@@ -261,6 +265,7 @@ def test_a_step_that_found_too_little_room_is_repeated_with_more(case, recoverie
     assert_shadow_is_fresh(trainer)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("cls", [sf.GatedSAE, sf.ReluSAE])
 def test_a_step_too_dense_for_gathering_is_taken_densely_and_the_rest_is_not(cls, monkeypatch, recoveries):
     settings, limit, data = dict(SETTINGS, eps=1e-2), 30, batches(5, loud=(0, 0, 5))
@@ -322,6 +327,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_batch_stops_the_run_where_it_was(case, recoveries):
     value, message = BAD[case]
@@ -369,6 +375,7 @@ def test_a_bad_index_is_that_of_the_batch_as_it_was_given():
         trainer.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b_dec", "r_mag"])
 def test_weights_that_make_a_loss_overflow_stop_the_run_where_it_was(name, recoveries):
     data, trainer = batches(), trainer_of()
@@ -392,6 +399,7 @@ def test_weights_that_make_a_loss_overflow_stop_the_run_where_it_was(name, recov
     assert_same_bits(everything(trainer), told().states[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [True, False], ids=["unit rows", "any rows"])
 def test_a_bad_first_batch_leaves_the_trainer_as_new(unit):
     """Calibration and unit rows undone.  On a GPU the host does not look at the values of x before the step."""
@@ -420,6 +428,7 @@ def test_a_bad_first_batch_leaves_the_trainer_as_new(unit):
 # ---- Batches ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batches_of_any_shape_and_dtype_train_like_their_rows():
     x = batches(6, seed=1)
     views = [
@@ -460,6 +469,7 @@ def test_every_row_is_compared_within_16_steps(monkeypatch):
     assert [row for first, n in seen for row in range(first, first + n)] == list(range(F))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", [1, 3], ids=["by its columns", "by its rows"])
 def test_a_change_behind_torchs_back_is_found_and_said_and_what_followed_is_repeated(found, recoveries, monkeypatch):
     """Of a row that no step touches, at once, or, where its columns do not show it, in the sixteenth that step 3 compares;
@@ -509,6 +519,7 @@ def told_of_a_change() -> tuple[Tensor, list[Tensor]]:
     return W, everything(trainer)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_that_torch_counts_is_seen_at_once(change, recoveries):
     """A screen of what W_enc was would miss members."""
@@ -523,6 +534,7 @@ def test_a_change_that_torch_counts_is_seen_at_once(change, recoveries):
     assert_same_bits(everything(trainer), wanted)
 
 
+@pytest.mark.slow
 def test_parameters_that_move_to_other_memory_are_followed():
     trainer, data = trainer_of(), batches()
     for i, x in enumerate(data):
@@ -542,6 +554,7 @@ def test_parameters_that_move_to_other_memory_are_followed():
 # ---- Around the steps -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_at_most_so_many_steps_are_under_way_and_wait_ends_them():
     trainer, ahead = trainer_of(), []
     for x in batches():
@@ -566,6 +579,7 @@ def test_reading_a_log_waits_for_its_step_only():
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu")
 
 
+@pytest.mark.slow
 def test_the_host_reads_nothing_from_the_device_in_a_steady_state_step(monkeypatch):
     data, reads = batches(12), []
     trainer = trainer_of()
@@ -608,6 +622,7 @@ def test_the_host_reads_nothing_from_the_device_in_a_steady_state_step(monkeypat
     trainer.wait()
 
 
+@pytest.mark.slow
 def test_copies_and_checkpoints_amid_steps_go_on_bit_for_bit(tmp_path):
     trainer, data = trainer_of(), batches()
     for x in data[:4]:
@@ -645,6 +660,7 @@ def test_the_layer_waits_for_its_trainer():
         assert_same_bits(w.cpu(), wanted[name])
 
 
+@pytest.mark.slow
 def test_fit_is_the_steps_one_by_one():
     trainer = trainer_of()
     history = trainer.fit(batches(), log_every=4, progress=False)

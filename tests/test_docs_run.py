@@ -43,6 +43,7 @@ def test_the_blocks_of_the_store_page_run_in_order(tmp_path, monkeypatch, capsys
     assert said.count("[[") == 3 and said.count("┌") == 5, "three top contexts, five tables"
 
 
+@pytest.mark.slow
 def test_the_walk_through_shift_corrects_its_probe(tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     pytest.importorskip("duckdb")

@@ -322,6 +322,7 @@ def test_rows_are_on_the_disk_at_once_and_outlive_an_interruption(tmp_path):
     assert len(plots.read(path)) == 2
 
 
+@pytest.mark.slow
 def test_what_is_wrong_or_fails_has_a_row_and_no_time(tmp_path):
     def fails(error):
         def start(here):
@@ -512,6 +513,7 @@ def test_whatever_tuning_may_find_can_be_read(tmp_path, monkeypatch):
                     assert _config.config(op)[key] == value
 
 
+@pytest.mark.slow
 def test_what_tuning_writes_is_read_back(tmp_path, monkeypatch):
     """The op takes as long as its configuration says: only a right result that is faster by 3 % is kept."""
     out = tmp_path / "tuning.json"

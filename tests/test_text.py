@@ -19,6 +19,7 @@ def test_the_documentation_is_large_and_readable(documentation):
     assert "Dict subclass for counting hashable items." in documentation  # collections.Counter's docstring
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_another_process(documentation):
     script = "import sys, sae_fast.train.text as t; sys.stdout.buffer.write(t.stdlib_documentation().encode())"
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)

@@ -79,6 +79,7 @@ def engine_run(sae: sf.GatedSAE, batches: list[Tensor], lr: float, l1: float) ->
     return run, densities
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["calibrated", "zero biases"])
 def test_three_hundred_steps_stay_within_the_spread_of_the_permuted_reference(start):
     torch.set_num_threads(1)  # these problems are small: threads would only wait for each other

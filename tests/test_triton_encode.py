@@ -100,6 +100,7 @@ SHAPES = [(33, 70, 70), (3, 100, 161), (2, 1030, 33)]  # at least three tiles of
 TINY = [(1, 1, 1), (3, 1, 31), (1, 63, 33), (3, 64, 1), (1, 100, 100), (5, 65, 64)]
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_support_is_float64s_and_values_are_as_near_as_torchs(activation, shape):
@@ -107,6 +108,7 @@ def test_support_is_float64s_and_values_are_as_near_as_torchs(activation, shape)
     judge(encode(**kwargs), kwargs)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_tiny_shapes(activation):
     trials = Judge()
@@ -116,6 +118,7 @@ def test_tiny_shapes(activation):
     trials.verdict()
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("dtype", STORAGE[1:], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_weights_stored_in_16_bits(activation, dtype):
@@ -126,6 +129,7 @@ def test_weights_stored_in_16_bits(activation, dtype):
     judge(code, kwargs)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("slack", [0.0, 0.75])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_ties_are_not_members_and_slack_keeps_a_window_at_value_zero(activation, slack):
@@ -157,6 +161,7 @@ def test_no_rows_give_an_empty_code(activation, precision):
     assert code.shape == (0, 33) and code.nnz == 0 and code.values.shape == (2 if activation == "gated" else 1, 0)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_is_not_finite_does_not_vanish(activation):
     """A NaN in x: every feature with NaN values.  An infinity: the features that it raises to infinity, and no other."""
@@ -219,6 +224,7 @@ def test_a_shadow_gives_the_same_bits(activation):
 # ---- Routes and precision ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_dense_blocks_are_left_to_the_product_without_a_seam(activation, products, monkeypatch):
     """Blocks of 7 rows, of which every other is dense; then all of them, in chunks of 3 rows; then none."""
@@ -267,6 +273,7 @@ def test_torchs_product_decides_under_its_own_setting(precision, allowed, monkey
         assert_same_bits(code, home(reference.indptr, reference.indices, reference.u, reference.values, 70))
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_in_bf16_the_product_decides_and_only_near_the_threshold_is_it_wrong(activation):
     kwargs = arguments(make_inputs(17, 100, 70, density=0.2), activation)
@@ -434,6 +441,7 @@ def data(name: str) -> tuple[Tensor, Tensor]:
     return DATA[name](randn(20, 70), randn(70, 70, seed=1) / 70**0.5)
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("name", DATA)
 def test_no_member_is_missed_however_near_the_threshold(name):
     x, W = data(name)
@@ -449,6 +457,7 @@ def test_no_member_is_missed_however_near_the_threshold(name):
     assert member.any()
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize("scale", [2.0**-38, 1.0, 2.0**36])
 @pytest.mark.parametrize("cut", [None, 0.5, 1e30, 3e38, INF, -INF, NAN])
 def test_any_bias_and_cut(cut, scale):
@@ -579,6 +588,7 @@ def test_the_margin_covers_the_error_of_the_product(name, d):
         assert float((error / margin).max()) > 0.8, "and no larger than it has to be"
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("name, limit", [("random", 1.2), ("300 sigma", 2.5)])
 def test_candidates_for_a_member(name, limit):
     x, W = randn(48, 128), randn(200, 128, seed=1)
@@ -604,6 +614,7 @@ def rescaled(W: Tensor, old: Shadow) -> Shadow:
     return Shadow(rows, norms)
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("factor", [4.0, 7.9, 100.0, 1e6, 1e30, 2.0**-10, 2.0**-30, 2.0**-60, 2.0**-90, 0.0])
 def test_a_shadow_at_an_old_scale_misses_nothing(factor):
     """Rows that grew until float16 overflows, or shrank until it has nothing left; from any size to begin with."""
@@ -643,6 +654,7 @@ def test_a_row_that_was_born_as_zeros_and_grew_misses_nothing():
 # ---- The three makers of the mask -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("margins", [True, False])
 def test_the_makers_of_the_mask_agree_where_arithmetic_is_exact(margins):
     x, W = grid(33, 70, step=0.25, reach=4, seed=0), grid(70, 70, step=0.5, reach=2, seed=1)
@@ -654,6 +666,7 @@ def test_the_makers_of_the_mask_agree_where_arithmetic_is_exact(margins):
     assert margins or torch.equal(masks["plain"], x @ W.T + bias > 0)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("way", MAKERS)
 def test_no_maker_misses_a_member(way, monkeypatch):
     monkeypatch.setattr(screen, "CHUNK", 70 * 12)  # the library's product in three chunks
@@ -748,6 +761,7 @@ def mask_of(member: Tensor) -> Tensor:
     return on((wide.view(member.shape[0], -1, 32) << torch.arange(32)).sum(2).to(torch.int32))
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("capacity", ["enough", "more", "last row", "first row", "none"])
 def test_compaction_is_ascending_and_what_does_not_fit_is_flagged(capacity):
     member = some_members()
@@ -819,6 +833,7 @@ def layer_of(kwargs: dict) -> pipeline.Layer:
     return pipeline.Layer(W, *rounding.rounded(W), bias, k["activation"], scale, k.get("b_mag"), k.get("threshold"))
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("spare", [0, 5, -1, -(10**6)])
 def test_a_code_with_gaps_is_packed_whole_or_flagged(spare):
     """members: rows that fit are right, the others empty; values in gaps are 0; pack leaves out the gaps."""
@@ -875,6 +890,7 @@ def test_without_the_bound_every_candidate_stays():
 # ---- Gradients --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_are_as_near_to_float64s_as_the_references(activation):
     kwargs = arguments(make_inputs(9, 63, 33), activation)

@@ -193,6 +193,7 @@ def arguments(step: Step, dtype: torch.dtype) -> tuple:
     return csc_of(step.code), there(list(step.values.to(dtype))), there(list(step.A.to(dtype)))
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("S, d", [(1, D), (2, D), (3, D), (1, 1), (2, 4)])
 def test_outer_is_as_near_to_float64_as_torchs(S, d, dtype):
@@ -208,6 +209,7 @@ def test_outer_with_the_tiles_that_ship(shipped_tiles):
     judge_rows(ops.outer(*arguments(step, torch.float32)), step, torch.float32)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outer_of_a_range_or_a_list_has_the_same_bits_and_accumulates(dtype):
     step = a_step(2)
@@ -258,6 +260,7 @@ def with_unit_rows(*cases: tuple[int, int]) -> list[tuple[int, int, bool]]:
 # ---- weight_step -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=4)
 @pytest.mark.parametrize("S, d, unit_rows", with_unit_rows((1, D), (2, D), (3, D), (1, 1), (2, 4)))
 def test_weight_step_is_as_near_to_float64_as_torchs(S, d, unit_rows):
     step = a_step(S, d, unit_rows, own=True)
@@ -274,6 +277,7 @@ def test_weight_step_with_the_tiles_that_ship(shipped_tiles, unit_rows):
     judge_state(stepped(step, unit_rows), step, unit_rows)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("beta2", [0.0, 0.5, 0.9999])
 def test_weight_step_at_any_beta2(beta2):
     adam = ADAM | dict(beta2=beta2, eps=1.0)
@@ -290,6 +294,7 @@ def test_a_step_after_the_last_decays_by_exactly_beta2():
     assert_same_bits(after.v[touched], step.state.v[touched] * torch.tensor(ADAM["beta2"], dtype=torch.float32))
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("first", [0, 8, 21])
 def test_ranges_of_features_step_as_the_whole(first):
     step = a_step(2, own=True)
@@ -300,6 +305,7 @@ def test_ranges_of_features_step_as_the_whole(first):
     assert_same_bits(whole.tensors(), [t.cpu() for t in parts.tensors()])
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("skip", [torch.tensor(True), torch.tensor(4, dtype=torch.int32)], ids=["bool", "int32"])
 @pytest.mark.parametrize("S", [1, 3])
 def test_skip_is_read_on_the_device(skip, S):
@@ -310,6 +316,7 @@ def test_skip_is_read_on_the_device(skip, S):
     assert not same_bits(taken.W, step.state.W)
 
 
+@pytest.mark.slow
 def test_weight_step_does_not_depend_on_gaps_or_capacity():
     step = a_step(2, unit=True)
     gapped = Gapped(step.code, step.values)
@@ -422,6 +429,7 @@ def test_a_shadow_of_unit_rows_is_made_anew():
 # ---- grad_sqnorm -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("project", [False, True])
 @pytest.mark.parametrize("S", [1, 2, 3])
 def test_grad_sqnorm_is_as_near_to_float64_as_torchs(S, project):
@@ -442,6 +450,7 @@ def test_grad_sqnorm_is_as_near_to_float64_as_torchs(S, project):
     judge.verdict()
 
 
+@pytest.mark.slow
 def test_grad_sqnorm_sums_squares_beyond_float32_and_repeats():
     step = a_step()
     for size in (1e20, 1e-25):

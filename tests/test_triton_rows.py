@@ -92,6 +92,7 @@ def run_losses(code: SparseCode, *arguments: Tensor, normaliser: float) -> ops.D
 # ---- Against float64 ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [1, 2, 3])
 def test_decode(V, dtype):
@@ -102,6 +103,7 @@ def test_decode(V, dtype):
     judge.verdict()
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [1, 3])
 def test_decode_of_groups(V, dtype):
@@ -123,6 +125,7 @@ def test_sampled_dots(dtype):
     judge.verdict()
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [1, 2])
 def test_decode_loss(V, dtype):
@@ -251,6 +254,7 @@ def test_decode_loss_reads_and_writes_nothing_in_gaps(V):
     assert_same_bits((losses.sum(0, dtype=torch.float64) / 9).float(), expected.losses)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation, V", [("relu", 1), ("gated", 2)])
 def test_what_a_training_step_needs(activation, V, dtype):
@@ -282,6 +286,7 @@ def test_what_a_training_step_needs(activation, V, dtype):
 # ---- The same bits, whatever surrounds a result -----------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeats_bit_for_bit(dtype):
     code, *arguments = inputs(B, D, F, 2)
@@ -303,6 +308,7 @@ def test_a_dot_does_not_hang_on_its_place():
     assert whole.shape == (F,) and same_bits(dots, whole[code.indices.long()])
 
 
+@pytest.mark.slow
 def test_strides_and_alignment_do_not_matter():
     code, *arguments = inputs(B, D, F, 2)
     W, _, A, _ = arguments
@@ -319,6 +325,7 @@ def test_strides_and_alignment_do_not_matter():
 # ---- Odd input ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_nan_reaches_its_own_row_only():
     code, W, b_dec, target, weight = inputs(B, D, F, 2)
     target[4, 3] = float("nan")
