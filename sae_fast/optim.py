@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 
 from sae_fast import ops
 from sae_fast.code import RowGradient
-from sae_fast.interrupts import uninterrupted
+from sae_fast.signals import uninterrupted
 
 
 class RowAdam(torch.optim.Optimizer):

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: work that is worth saving takes note and ends; anything else is left at once, cleanly."""
+"""Ctrl-C and SIGTERM: work that is worth saving takes note and ends; what would be torn waits for its end; anything else is
+left at once, cleanly."""
 
 from __future__ import annotations
 
@@ -41,6 +42,23 @@ def noticing() -> Iterator[Callable[[], int]]:
 
     with _handled(notice, signal.SIGINT, signal.SIGTERM):
         yield lambda: received[0] if received else 0
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Keeps back what Python handlers do to a SIGINT or SIGTERM until the block has ended.  A few microseconds.
+
+    Other handlers, such as the system's, which ends the process, are left alone.  Only the main thread gets signals.
+    """
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: handler for n, handler in before.items() if callable(handler)}
+    received: list[tuple[int, Any]] = []
+    try:
+        with _handled(lambda number, frame: received.append((number, frame)), *handlers):
+            yield
+    finally:
+        for number, frame in received:
+            handlers[signal.Signals(number)](number, frame)
 
 
 @contextmanager

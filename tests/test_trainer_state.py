@@ -17,8 +17,8 @@ from test_trainer import CLASSES, D_IN, D_SAE, PlainTrainer, batches, everything
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
-from sae_fast.interrupts import uninterrupted
 from sae_fast.ops import _dense
+from sae_fast.signals import uninterrupted
 
 classes = pytest.mark.parametrize("cls", CLASSES)
 SETTINGS = dict(lr=1e-2, l1_coefficient=0.4)
@@ -369,18 +369,20 @@ def test_fit_ends_between_steps_when_it_is_interrupted():
         assert_same_bits(everything(trainer), everything(twin))
 
 
-def test_handlers_of_every_kind_get_the_interrupt_at_the_end_and_stay():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_handler_gets_its_signal_at_the_end_and_stays(number):
     seen = []
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     try:
         for handler in (lambda *_: seen.append(len(seen)), signal.SIG_IGN):
-            signal.signal(signal.SIGINT, handler)
+            signal.signal(number, handler)
             with uninterrupted(), uninterrupted():
-                signal.raise_signal(signal.SIGINT)
+                assert (signal.getsignal(number) is handler) == (handler is signal.SIG_IGN)
+                signal.raise_signal(number)
                 assert seen == ([] if handler is not signal.SIG_IGN else [0])
-            assert seen == [0] and signal.getsignal(signal.SIGINT) is handler
+            assert seen == [0] and signal.getsignal(number) is handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     with pytest.raises(KeyboardInterrupt) as caught, uninterrupted():
         signal.raise_signal(signal.SIGINT)
         raise ValueError("of the block")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_fast import functional, nn, ops
 from sae_fast.extras import require
+from sae_fast.signals import uninterrupted
 from sae_fast.train import Trainer
 
 require("dictionary_learning", extra="dictionary-learning")
@@ -60,6 +61,8 @@ class Engine:
 
     def step(self, x: Tensor, lr: float, l1_coefficient: float) -> None:
         self.link()
+        for theirs, ours in {**self.names, "decoder.weight": "W_dec"}.items():
+            self.sae.get_parameter(ours).requires_grad_(self.ae.get_parameter(theirs).requires_grad)  # frozen or not
         self.trainer.step(x, lr=lr, l1_coefficient=l1_coefficient)
 
 
@@ -181,6 +184,7 @@ class GatedSAETrainer(_OnEngine, gdm.GatedSAETrainer):
         names = {"encoder.weight": "W_enc", "r_mag": "r_mag", **biases}
         self._start(nn.GatedSAE, names, init_l0)
 
+    @uninterrupted()
     def update(self, step: int, x: Tensor) -> None:
         self._step(step, x)
 
@@ -205,6 +209,7 @@ class StandardTrainer(_OnEngine, standard.StandardTrainer):
         names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "bias": "b_dec"}
         self._start(nn.ReluSAE, names, init_l0, betas=(0.9, 0.999))
 
+    @uninterrupted()
     def update(self, step: int, activations: Tensor) -> None:
         x = activations.to(self.device)
         self._count(x)
@@ -237,12 +242,13 @@ class StandardTrainer(_OnEngine, standard.StandardTrainer):
         drawn = activations[torch.multinomial(errors, num_samples=n, replacement=False)]
         alive_norm = sae.W_enc[~deads].norm(dim=-1).mean()
         which = deads.nonzero()[:n, 0]
-        sae.W_enc[which] = drawn * alive_norm * 0.2
-        sae.W_dec[which] = torch.nn.functional.normalize(drawn, dim=-1)
-        sae.get_parameter("b_enc")[which] = 0.0
-        for parameter in (sae.W_enc, sae.get_parameter("b_enc"), sae.W_dec):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[parameter][moment][which] = 0.0
+        unit = torch.nn.functional.normalize(drawn, dim=-1)
+        for name, new in (("W_enc", drawn * alive_norm * 0.2), ("W_dec", unit), ("b_enc", torch.zeros(n).to(unit))):
+            parameter = sae.get_parameter(name)
+            if parameter.requires_grad:  # frozen ones stay
+                parameter[which] = new
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[parameter][moment][which] = 0.0
 
     def _loss(self, x: Tensor, l1: float) -> Any:
         ae, rows = self.ae, self._sae.check_input(x)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sae_fast import _backend, ops
 from sae_fast.code import SparseCode
-from sae_fast.interrupts import uninterrupted
 from sae_fast.ops import _checks, _dense, _device_support
 from sae_fast.ops._dispatch import cuda_rejects, may_run, triton_rejects
+from sae_fast.signals import uninterrupted
 
 if TYPE_CHECKING:
     from sae_fast.train.device_step import DeviceStep
@@ -207,12 +207,9 @@ class DeviceRunner:
 
     # ---- What came of it ----------------------------------------------------------------------------------------------
 
+    @uninterrupted()
     def _settle(self, step: Step) -> None:
         """Waits until ``step``, and those before it, have happened."""
-        with uninterrupted():
-            self._await(step)
-
-    def _await(self, step: Step) -> None:
         while step.report is None and step.by_ops is None:
             if step.error is not None:
                 raise step.error

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from sae_fast import files, nn, ops
 from sae_fast.code import RowGradient, SparseCode
-from sae_fast.interrupts import uninterrupted
 from sae_fast.ops import _checks
 from sae_fast.ops._dispatch import log_once
 from sae_fast.optim import RowAdam, check_group
 from sae_fast.reference import DIALECTS
+from sae_fast.signals import uninterrupted
 from sae_fast.train import checkpoint, schedules
 from sae_fast.train.device_runner import DeviceRunner, Step, mean_l0, stale_message
 
@@ -182,6 +182,7 @@ class Trainer:
         self.wait()
         return {**self.__dict__, "_runner": None}  # a copy has steps, graphs and events of its own
 
+    @uninterrupted()
     def step(self, x: Tensor, lr: float | None = None, l1_coefficient: float | None = None) -> StepLog:
         """One optimizer step on a batch x [..., d_in].  ``lr`` and ``l1_coefficient`` replace the settings' and their
         schedules in this step, for callers with schedules of their own.
@@ -189,10 +190,6 @@ class Trainer:
         A NaN or infinity in x is a ``ValueError``, a non-finite loss or gradient a ``FloatingPointError``; both name the
         step, and leave weights and optimizer as they were.  So does a parameter that was replaced: ``ValueError``.
         """
-        with uninterrupted():
-            return self._step(x, lr, l1_coefficient)
-
-    def _step(self, x: Tensor, lr: float | None, l1_coefficient: float | None) -> StepLog:
         index = self.step_count
         self._check_parameters(f"step {index}: ")
         runner = self._device_runner()
@@ -416,7 +413,7 @@ class Trainer:
         sixteenth = self.step_count % 16
         first, last = (W.shape[0] * i // 16 for i in (sixteenth, sixteenth + 1))
         if bool(ops.stale_columns(W, shadow, self.step_count)) or ops.stale_rows(W, shadow, first, last):
-            warnings.warn(stale_message(self.step_count), stacklevel=3)
+            warnings.warn(stale_message(self.step_count), stacklevel=4)
             ops.refresh_shadow(W, shadow)
         return shadow
 

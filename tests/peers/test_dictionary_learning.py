@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import signal
 import warnings
 
 import pytest
@@ -361,3 +362,49 @@ def test_bad_batches_are_named_with_their_step():
         mine.update(1, torch.randn(8, 5))
     assert_same_bits(list(before.values()), list(state(mine).values()))
     assert BATCH > 8
+
+
+# ---- Frozen, interrupted ---------------------------------------------------------------------------------------------
+
+
+@pairs
+@pytest.mark.parametrize("at", ["decoder.weight", "encoder.weight", "encoder.bias", "decoder_bias", "r_mag"])
+def test_a_frozen_parameter_of_the_dictionary_keeps_its_bits(kind, at):
+    mine = make(PAIRS[kind][1], warmup_steps=5, **dict(resample_steps=10) if kind == "standard" else {})
+    frozen = dict(mine.ae.named_parameters()).get(at)
+    if frozen is None:
+        at = {"encoder.bias": "gate_bias", "decoder_bias": "bias", "r_mag": "encoder.bias"}[at]
+        frozen = mine.ae.get_parameter(at)
+    batches = superposition(128, active=4, seed=2)
+    for step in range(14):
+        if step == 2:
+            frozen.requires_grad_(False)
+            before = state(mine)
+        if step == 12:
+            frozen.requires_grad_(True)
+            assert_same_bits(before[at], state(mine)[at])
+            assert all((t != state(mine)[name]).any() for name, t in before.items() if name != at)
+        if step == 9 and kind == "standard":
+            mine.steps_since_active[:5] = 100
+        mine.update(step, batches[step])
+    assert (before[at] != state(mine)[at]).any(), "and goes on when it is thawed"
+
+
+@pairs
+def test_an_interrupt_waits_for_the_end_of_an_update(kind, monkeypatch):
+    mine, twin = (make(PAIRS[kind][1]) for _ in range(2))
+    batches = superposition(128, active=4, seed=2)
+    for step, x in enumerate(batches[:4]):
+        twin.update(step, x)
+        taken = mine.engine.trainer.step
+
+        def interrupted(*args, taken=taken, **kwargs):
+            signal.raise_signal(signal.SIGINT)
+            return taken(*args, **kwargs)
+
+        monkeypatch.setattr(mine.engine.trainer, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mine.update(step, x)
+        monkeypatch.undo()
+        assert mine.scheduler.get_last_lr() == twin.scheduler.get_last_lr()
+        assert_same_bits(list(state(mine).values()), list(state(twin).values()))
