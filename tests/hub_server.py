@@ -26,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, content in headers.items():
             self.send_header(name.replace("_", "-"), content)
-        self.send_header("Content-Length", headers.get("Content_Length", str(len(body))))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
         content = file.read_bytes()
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
-        self.answer(content, X_Repo_Commit=COMMIT, ETag=etag, Content_Length=str(len(content)), Accept_Ranges="bytes")
+        self.answer(content, X_Repo_Commit=COMMIT, ETag=etag, Accept_Ranges="bytes")
 
     do_HEAD = do_GET
 

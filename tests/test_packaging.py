@@ -115,6 +115,21 @@ def test_every_file_of_the_packages_is_installed(tmp_path):
     assert {name for name in below(tmp_path) if name.startswith("sae_fast/")} == installed_files()
 
 
+def test_every_extra_that_is_named_exists():
+    section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^([\w-]+) = \[", section, re.M))
+    named: dict[str, set[str]] = {}
+    for name in files("sae_fast", "kernels", "docs") | {"README.md"}:
+        if name.endswith((".py", ".md")):
+            text = (ROOT / name).read_text()
+            found = re.findall(r"""(?:sae-fast|clone>|'\.)\[([\w,-]+)\]|\brequire\("\w+", (?:extra=)?"([\w-]+)"\)""", text)
+            named[name] = {extra for pair in found for extra in "".join(pair).split(",")}
+    assert {name: missing for name, of in named.items() if (missing := of - extras)} == {}
+    assert {"store", "gpu", "demo", "hub"} <= set().union(*named.values()), (
+        "what a call to require() looks like has changed"
+    )
+
+
 @pytest.mark.parametrize("program", ["/nowhere/c++", "a C compiler"])
 def test_without_a_compiler_the_build_says_so_in_one_line(tmp_path, program):
     cxx = tmp_path / "gcc"

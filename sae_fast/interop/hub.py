@@ -85,7 +85,8 @@ def push_to_hub(
         save(sae, temporary, format, **options)
         api = hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(
+        pushed = api.upload_folder(
             repo_id=repo_id, folder_path=temporary, path_in_repo=folder or None,
             commit_message=commit_message or f"{type(sae).__name__}, {sae.d_sae} features, as {format}",
         )  # fmt: skip
+        return pushed.commit_url
