@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The peers' own packages live in an environment of their own: nnsight, which one of them imports, patches torch for its process.
 PEERS := .venv-peers
 ENGINE := $(VENV)/.built
-.PHONY: demo test test-slow test-peers test-all chromium lint claims bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread portability clean
+.PHONY: demo test test-slow test-peers test-all matrix chromium lint claims bench bench-sweep bench-peers gpu sanitize sanitize-address sanitize-thread portability clean
 
 # Threads that wait asleep: a little slower alone, many times faster beside other work on the same cores.
 demo test test-slow test-peers claims: export OMP_WAIT_POLICY ?= passive
@@ -36,6 +36,10 @@ APT := $(if $(filter 0,$(shell id -u)),,sudo -n )apt-get -qq -o Acquire::http::T
 chromium:
 	{ command -v chromium && command -v chromedriver; } >/dev/null \
 	|| { $(APT) update && $(APT) install --yes --no-install-recommends chromium chromium-driver >/dev/null; }
+
+# A core of the tests on each torch and Triton that is supported, in environments of their own (tests/matrix.py): 15 GB.
+matrix: $(ENGINE)
+	$(BIN)/python tests/matrix.py $(ONLY)
 
 lint: $(ENGINE)
 	$(BIN)/ruff check .
@@ -97,4 +101,4 @@ $(PEERS)/.built: pyproject.toml setup.py $(shell find csrc -name '*.[ch]pp')
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) .venv-gpu build *.egg-info sae_fast/*.so
+	rm -rf $(VENV) $(PEERS) .venv-gpu .venv-matrix build *.egg-info sae_fast/*.so

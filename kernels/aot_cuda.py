@@ -137,8 +137,12 @@ def comparable(got: Manifest, want: Manifest) -> tuple[Manifest, Manifest]:
     """Both, without the needs where ``want`` is of another nvcc: then the kernels have to be the same, and no more."""
     if all(key.endswith(f"nvcc={version()}") for by_key in want.values() for key in by_key):
         return got, want
-    bare = [{name: {key.split()[0]: {} for key in by_key} for name, by_key in m.items()} for m in (got, want)]
-    return bare[0], bare[1]
+    return kernels_only(got), kernels_only(want)
+
+
+def kernels_only(manifest: Manifest) -> Manifest:
+    """Its kernels and targets: what another compiler has to have in common."""
+    return {name: {key.split()[0]: {} for key in by_key} for name, by_key in manifest.items()}
 
 
 def split(manifest: Manifest) -> tuple[Manifest, Manifest]:

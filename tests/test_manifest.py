@@ -1,7 +1,6 @@
 """The manifest: what the kernels need on the chip, compiled for sm_80 and sm_90; and that what must not ship is seen."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -82,8 +81,8 @@ def test_stack_shared_memory_and_forgotten_kernels_are_seen(tmp_path):
 
 
 def test_a_difference_is_shown_line_by_line():
-    want = json.loads(aot.MANIFEST.read_text())
-    assert aot.text(want) == aot.MANIFEST.read_text()
+    version, want = aot.read(aot.MANIFEST)
+    assert aot.text(want, version) == aot.MANIFEST.read_text()
     assert not aot.differences(want, want)
     got = copy.deepcopy(want)
     name, key = next((n, k) for n, by_key in want.items() for k in by_key)
@@ -92,6 +91,16 @@ def test_a_difference_is_shown_line_by_line():
     lines = aot.differences(got, want)
     assert [line[0] for line in lines] == ["-", "+", "+"]
     assert name in lines[0] and key in lines[0] and "new._kernel" in lines[2]
+
+
+def test_another_triton_is_held_to_the_limits_only():
+    version, want = aot.read(aot.MANIFEST)
+    got = {name: {f"{key} new": {**it, "registers": 1} for key, it in by_key.items()} for name, by_key in want.items()}
+    assert aot.differences(*aot.comparable(got, want, aot.triton.__version__))
+    assert not aot.differences(*aot.comparable(got, want, version + ".1"))
+    first = next(iter(got))
+    del got[first]
+    assert [line[:1] for line in aot.differences(*aot.comparable(got, want, version + ".1"))] == ["-", "-"]
 
 
 def test_every_limit_is_a_fault():
@@ -174,7 +183,7 @@ def test_another_release_of_cuda_is_held_to_the_limits_only(monkeypatch):
 
 def test_without_nvcc_nothing_is_dropped_from_the_manifest(tmp_path):
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(aot.text({"csrc/cuda/a.cu k": {"sm_80 nvcc=1": {"registers": 1}}}))
+    manifest.write_text(aot.text({"csrc/cuda/a.cu k": {"sm_80 nvcc=1": {"registers": 1}}}, "3.6.0"))
     before = manifest.read_text()
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "sae_fast.kernels.aot", "--write", "--manifest", manifest]
