@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -670,7 +671,9 @@ torch.save(sae(torch.load({str(tmp_path / "x.pt")!r})), {str(tmp_path / "out.pt"
 assert not any(name.startswith("sae_fast") for name in sys.modules)
 """
     if kind == "gated":  # once is enough: importing SAELens takes seconds
-        subprocess.run([sys.executable, "-c", elsewhere], check=True, timeout=300)
+        # Elsewhere than in the repository, where transformers would take the folder kernels for a package of that name.
+        alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run([sys.executable, "-c", elsewhere], check=True, timeout=300, cwd=tmp_path, env=alone)
         torch.testing.assert_close(torch.load(tmp_path / "out.pt"), theirs(x).detach())
 
 
