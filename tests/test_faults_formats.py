@@ -298,6 +298,7 @@ KNOWN: list[tuple[str, str, dict[str, dict]]] = [  # format, the file that is na
     ("hook_z", "", {"L1.pt": SAE, "L1_cfg.json": {"act_size": D}}),
     ("hook_z", "L1.pt", {"L1.pt": SAE, "L1_cfg.json": {"act_size": D}}),
     ("Goodfire", "l50.pt", {"l50.pt": {"encoder_linear.weight": M}}),
+    ("Goodfire", "Llama-3.1-8B-Instruct-SAE-l19.pth", {"Llama-3.1-8B-Instruct-SAE-l19.pth": {}}),
     ("temporal SAEs", "", {"conf.yaml": {}, "latest_ckpt.safetensors": {"D": M}}),
     ("circuit-tracer's transcoders", "", {"config.yaml": {}, "layer_0.safetensors": {"W_enc": M}}),
 ]

@@ -111,8 +111,10 @@ def test_what_is_known_but_not_read_is_named_by_the_names_on_the_hub(server, tmp
     (tmp_path / "hub/user/other/L3R-8x/checkpoints/final.safetensors").write_text("unread")
     places = [f"user/other/{name}".rpartition("/")[0] for name in files]
     script = FAIL.replace('("user/none", "user/saes/nowhere", "user/saes")', repr(tuple(places)))
+    server.log.clear()
     for said, format in zip(client(server, tmp_path, script), files.values(), strict=True):
         assert f"this is of {format}, a format that is known but cannot be read yet" in said, said
+    assert not [line for line in server.log if "/resolve/" in line and not line.endswith(".json")], "no weights are fetched"
 
 
 def test_a_folder_here_comes_before_one_there(tmp_path, monkeypatch):

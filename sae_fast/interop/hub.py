@@ -55,7 +55,7 @@ def _patterns(inside: str) -> tuple[list[str], list[str]]:
         folders = [str(p) for p in list(PurePosixPath(here).parents)[:2]]
         wanted += [here, f"{here.removesuffix('.pt')}_cfg.json"]
         wanted += [f"{folder}/config.json".removeprefix("./") for folder in folders]
-    return wanted, [f"{below}*/*"]
+    return wanted, [f"{below}*/*", *(f"{below}{name}" for name in foreign.LARGE)]
 
 
 def _listed(hub: Any, repo: str, revision: str | None) -> list[str]:

@@ -20,10 +20,15 @@ FILES: list[tuple[str, str]] = [  # a pattern of one file's name or of its path 
     (r"checkpoints/(final|pruned)\.(safetensors|pt|dcp)(/.*)?", "Llamascopium"),
     (r"layer\d+\.sae\.pt", QWEN),
     (r"(?!runner_)[^/]+_cfg\.json", HOOK_Z),
+    (r"Llama-.*-SAE-l\d+\.pth?", "Goodfire"),
     (r"latest_ckpt\.safetensors", "temporal SAEs"),
     (r"W_enc_\d+\.safetensors", "circuit-tracer's cross-layer transcoders"),
     (r"layer_\d+\.safetensors", "circuit-tracer's transcoders"),
 ]
+LARGE = (  # of those the weights, as patterns of the Hub: to be named they need not be fetched
+    "params.safetensors", "latest_ckpt.safetensors", "layer[0-9]*.sae.pt", "layer_[0-9]*.safetensors",
+    "W_*_[0-9]*.safetensors",
+)  # fmt: skip
 TENSORS: list[tuple[set[str], str]] = [  # names that a file has, among others
     ({"W_E", "b_E"}, "Llamascopium"),
     ({"encoder.weight", "log_jumprelu_threshold"}, "Llama Scope R1"),
