@@ -26,6 +26,7 @@ from sae_fast.train.harvest import cache_folder, harvest, reopened
 from sae_fast.train.text import read_text_file, stdlib_documentation
 from sae_fast.train.transformer import Source
 
+ALIASES = {"gpt2-small": "gpt2"}  # a name of TransformerLens' own
 STDLIB = "stdlib_documentation()"  # where a run's text is from, when it is not a file
 
 
@@ -155,8 +156,9 @@ def _known(metadata: Mapping[str, Any]) -> _Known:
     source = metadata["source"] if isinstance(metadata.get("source"), dict) else {}
     hook, layer = metadata.get("hook_name"), metadata.get("layer")
     place = {"hook": hook} if hook else None if layer is None else {"layer": layer}
+    model = metadata.get("model_name")
     return _Known(
-        source.get("model") or metadata.get("model_name"),
+        source.get("model") or ALIASES.get(model, model),
         source.get("place") or place,
         source.get("context_length") or metadata.get("context_size"),
         source.get("text"),
@@ -183,7 +185,7 @@ def _check_agreement(known: _Known, model: str | None, place: dict[str, Any], le
 
 def _short(model: str) -> str:
     name = Path(model).name.lower()
-    return {"gpt2-small": "gpt2"}.get(name, name)  # TransformerLens' own name for it
+    return ALIASES.get(name, name)
 
 
 def _text(text_from: str | Path) -> str:

@@ -41,6 +41,7 @@ def made(tmp_path_factory):
 def here(made, tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_FAST_CACHE", str(made / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(demo.plots, "plot_training", lambda *arguments: arguments[2].write_text(""))  # it takes its time
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

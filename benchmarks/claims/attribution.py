@@ -33,7 +33,7 @@ from sae_fast.train.transformer import quiet
 TITLE = "Attribution across a step: exact, AtP, integrated gradients, jump-corrected"
 SETTING = (
     "Random SAEs (12 dimensions, 48 features), SAEs trained on synthetic activations (64 dimensions, 256 features), "
-    "in float64, 32 pairs of inputs each, and SAEs of 1 024 features trained on layer 3 of MiniLM, 4 pairs of texts "
+    "in float64, 32 pairs of inputs each, and SAEs of 1 024 features trained on block 2 of MiniLM, 4 pairs of texts "
     "of 6 tokens. IG takes the gradient at N points from the clean end by the left rule; errors are of the sum of all "
     "effects, root mean square over examples. *R1*: features move, the SAE's error is kept. *R2*: an SAE downstream "
     "recomputes its error. *R3*: an SAE encodes anew what comes to it. *ΣJ*: the jumps of the metric where gates open "
@@ -44,7 +44,7 @@ SEEDS, QUICK_SEEDS = 6, 2
 STEPS, QUICK_STEPS = (1, 3, 10, 32, 100, 320, 1000, 3200), (1, 4, 16, 64)
 KINDS = {"Gated": sf.GatedSAE, "ReLU": sf.ReluSAE}
 HELD_OUT = 8192  # activations
-LAYER, SITE = 3, "encoder.layer.2"  # the third layer of the demo's model is block 2, counted from 0
+LAYER, SITE = 2, "encoder.layer.2"
 TOKENS, PAIRS, QUICK_TOKENS, QUICK_PAIRS = 6, 4, 4, 2  # of a text, and pairs of texts, in the transformer
 CURVES = {"R1": TERMS["reconstruction"], "R2": TERMS["sparsity"], "R3": ACCENT, "R3, jump-corrected": TERMS["auxiliary"]}
 
@@ -322,7 +322,7 @@ def conclude(results: list[dict[str, Any]]) -> list[Row]:
         for kind, name in (("Gated", "R1"), ("Gated", "R3"), ("Gated", "R3, jump-corrected"), ("ReLU", "R3"))
     )
     result = (
-        f"relative error at N = {n} in MiniLM, layer {LAYER}: R1 {r1}, R3 {r3}, R3 jump-corrected {fixed}, R3 of a ReLU "
+        f"relative error at N = {n} in MiniLM, block {LAYER}: R1 {r1}, R3 {r3}, R3 jump-corrected {fixed}, R3 of a ReLU "
         f"SAE {of_relu}; rms ΣJ ÷ rms effect: {over_seeds(['transformer Gated'], lambda curve: curve['jumps'])[0]}"
     )
     claim = (

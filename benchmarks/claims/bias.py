@@ -23,7 +23,7 @@ from sae_fast.analysis.plots import INK, _label, _plain_ticks
 
 TITLE = "Shrinkage of Gated SAEs and of a baseline, by the paper's measure and by the corrected one"
 SETTING = (
-    "Gated SAEs (1 024 features) and ReLU baselines (1 536) on layer 3 of MiniLM, and 256 and 384 on synthetic "
+    "Gated SAEs (1 024 features) and ReLU baselines (1 536) on block 2 of MiniLM, and 256 and 384 on synthetic "
     "activations (64 dimensions, 256 directions, about 5 an example), 500 steps each at four λs; measured on held-out "
     "activations about their mean, where not said otherwise. γ of A = E‖x̂‖², B = E‖x‖², C = E[x̂·x], D = E‖x − x̂‖² "
     "is A/C, c₁ is C/B, s is C/A, ρ² is C²/(AB) ([MATH.md §4](../docs/MATH.md)). γ is taken for 1 within 0.02."

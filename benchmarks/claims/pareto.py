@@ -25,7 +25,7 @@ SETTING = (
 SEEDS, QUICK_SEEDS = 5, 2
 HALF = 0.5  # of the baseline's L0: reached where the mean over seeds is not above it
 MARGINS = {"cosine": 0.02, "found": 0.05}  # recovery that is surely worse by less than this is as good
-NAMES = {REAL: "real activations (MiniLM, layer 3)", SYNTHETIC: "synthetic activations with known features"}
+NAMES = {REAL: "real activations (MiniLM, block 2)", SYNTHETIC: "synthetic activations with known features"}
 
 Curve = Sequence[tuple[float, float]]  # points (x, y)
 

@@ -116,7 +116,7 @@ def race(task: Task, kind: str, calibrated: bool, every: int, progress: bool = T
 
 
 def demo_task(steps: int) -> Task:
-    """The demo's activations: layer 3 of MiniLM on the standard library's documentation, scaled."""
+    """The demo's activations: block 2 of MiniLM on the standard library's documentation, scaled."""
     recipe = demo.Recipe(device="cpu")
     train_part, _ = harvest(demo.demo_model(), stdlib_documentation(), 2, device="cpu").split(recipe.holdout)
     _, scale = demo._mean_and_scale(train_part)

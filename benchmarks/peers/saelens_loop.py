@@ -86,7 +86,7 @@ class Result:
 
 
 def demo_task() -> Task:
-    """The demo's activations: layer 3 of MiniLM on the standard library's documentation, scaled."""
+    """The demo's activations: block 2 of MiniLM on the standard library's documentation, scaled."""
     recipe = demo.Recipe(device="cpu")
     train_part, _ = harvest(demo.demo_model(), stdlib_documentation(), 2, device="cpu").split(recipe.holdout)
     _, scale = demo._mean_and_scale(train_part)

@@ -50,15 +50,31 @@ class SAEBenchSAE(BaseSAE):
         return self.sae(x)
 
 
-def as_saebench(sae: SparseAutoencoder, model_name: str, hook_layer: int, hook_name: str | None = None) -> SAEBenchSAE:
-    """``sae`` in SAEBench's form; ``hook_name`` is by default the residual stream after ``hook_layer``.
+def as_saebench(
+    sae: SparseAutoencoder, model_name: str | None = None, hook_layer: int | None = None, hook_name: str | None = None
+) -> SAEBenchSAE:
+    """``sae`` in SAEBench's form.  What is not given is what its metadata says (``model_name``, ``layer``, ``hook_name``);
+    ``hook_name`` is otherwise the residual stream after block ``hook_layer``, counted from 0.
 
-    ``ValueError`` if its decoder rows are not unit, which the evaluations need (``sf.load(..., fold_decoder_norm=True)``).
+    ``ValueError`` if its decoder rows are not unit, which the evaluations need (``sf.load(..., fold_decoder_norm=True)``);
+    for a model or layer that neither is given nor said, and a layer or hook that contradicts what is said.
     """
     if type(sae).__name__ not in ARCHITECTURES:
         raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(ARCHITECTURES)}")
-    if said := _norms.why_not_unit(sae):
-        raise ValueError(f"sae: {said}")
+    if problem := _norms.why_not_unit(sae):
+        raise ValueError(f"sae: {problem}")
+    said = {"hook_layer": sae.metadata.get("layer"), "hook_name": sae.metadata.get("hook_name")}
+    for name, got in (("hook_layer", hook_layer), ("hook_name", hook_name)):
+        if None not in (got, said[name]) and got != said[name]:
+            raise ValueError(f"{name}: got {got!r}, but the SAE's metadata says {said[name]!r}")
+    model_name = sae.metadata.get("model_name") if model_name is None else model_name
+    hook_layer = said["hook_layer"] if hook_layer is None else hook_layer
+    if hook_name is None and str(said["hook_name"]).startswith("blocks."):  # SAEBench runs TransformerLens' models
+        hook_name = said["hook_name"]
+    if model_name is None or hook_layer is None:
+        raise ValueError(
+            f"model_name, hook_layer: got {model_name!r} and {hook_layer!r}, which its metadata does not say either"
+        )
     return SAEBenchSAE(sae, model_name, hook_layer, hook_name)
 
 

@@ -577,6 +577,14 @@ def test_any_layer_is_an_sae_that_saebench_takes(kind, tmp_path):
     torch.testing.assert_close(sae.encode(x), theirs.encode(x), rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(sae(x), theirs.decode(theirs.encode(x)), rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(sae.decode(sae.encode(x)), sae(x), rtol=2e-5, atol=2e-5)
+    sae.sae.metadata |= {"model_name": "said", "layer": 2, "hook_name": "blocks.2.hook_resid_post"}
+    own = as_saebench(sae.sae)
+    assert (own.cfg.model_name, own.cfg.hook_layer, own.cfg.hook_name) == ("said", 2, "blocks.2.hook_resid_post")
+    with pytest.raises(ValueError, match="hook_layer: got 3, but the SAE's metadata says 2"):
+        as_saebench(sae.sae, "a-model", 3)
+    sae.sae.metadata = {}
+    with pytest.raises(ValueError, match="model_name, hook_layer: got None and None"):
+        as_saebench(sae.sae)
     with torch.no_grad():
         sae.sae.W_dec.mul_(2)
     with pytest.raises(ValueError, match="rows are not unit"):
