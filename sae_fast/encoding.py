@@ -158,7 +158,7 @@ def _known(metadata: Mapping[str, Any]) -> _Known:
     place = {"hook": hook} if hook else None if layer is None else {"layer": layer}
     model = metadata.get("model_name")
     return _Known(
-        source.get("model") or ALIASES.get(model, model),
+        source.get("model") or ALIASES.get(str(model), model),
         source.get("place") or place,
         source.get("context_length") or metadata.get("context_size"),
         source.get("text"),

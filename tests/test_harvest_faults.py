@@ -258,10 +258,12 @@ def test_what_a_killed_harvest_leaves_is_swept_by_the_next(folder, tmp_path):
     cache = tmp_path / "cache" / "activations"
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        HiddenStates.__call__ = lambda self, ids: time.sleep(60)
-        harvested(folder, tmp_path)
-        os._exit(0)
+        try:
+            torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+            HiddenStates.__call__ = lambda self, ids: time.sleep(60)
+            harvested(folder, tmp_path)
+        finally:
+            os._exit(0)
     deadline = time.monotonic() + 20
     while not list(cache.glob(".*/**/activations.npy")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -377,11 +377,13 @@ def killed(here, number, delay, run) -> None:
     """Runs in a process that is sent a signal after so many seconds."""
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        run()
-        os._exit(0)
+        try:
+            torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            run()
+        finally:
+            os._exit(0)
     time.sleep(delay)
     os.kill(child, number)
     os.waitpid(child, 0)
