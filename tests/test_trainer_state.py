@@ -494,6 +494,15 @@ def test_a_subclass_is_refused_by_every_save_before_anything_is_written(cls, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_metadata_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+    trainer = trained()
+    trainer.sae.metadata["where"] = tmp_path
+    for save in (trainer.save, lambda path: sf.save(trainer.sae, path)):
+        with pytest.raises(ValueError, match=r"^sae\.metadata: .*PosixPath.*want what JSON can hold"):
+            save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- What a save leaves alone ---------------------------------------------------------------------------------------
 
 OTHERS = {

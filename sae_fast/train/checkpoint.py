@@ -95,8 +95,12 @@ def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, 
     folder, token = Path(path), secrets.token_hex(4)
     names = {group: f"{group}-{token}.safetensors" for group in tensors}
     manifest = {"format": FORMAT, "version": VERSION, "files": names, **manifest}
+    try:
+        last = files.json_writer(manifest)
+    except TypeError as error:
+        raise ValueError(f"sae.metadata: {error}; want what JSON can hold") from error
     writers = {names[group]: files.safetensors_writer(contents, MARK) for group, contents in tensors.items()}
-    files.write_files(folder, {**writers, MANIFEST: files.json_writer(manifest)}, overwrite=True)
+    files.write_files(folder, {**writers, MANIFEST: last}, overwrite=True)
     for file in folder.glob("*.safetensors"):
         ours = OWN_NAME.fullmatch(file.name) and file.name not in names.values()
         if ours and (file.name in replaced or _marked(file)):
