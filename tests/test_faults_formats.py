@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import same_bits
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
@@ -646,3 +646,20 @@ def test_any_layer_comes_back_the_same_from_every_format_that_holds_it(sae, form
     x = torch.randn(7, sae.d_in, generator=torch.Generator().manual_seed(3)).to(sae.W_enc.dtype)
     again.precision = sae.precision = "exact"
     assert same_bits(again(x), sae(x))
+
+
+@settings(max_examples=30)
+@given(sae=layers(), chain=st.lists(st.sampled_from(sorted(set(FORMATS) - {"saebench"})), min_size=2, max_size=4))
+def test_any_chain_of_conversions_ends_in_the_same_bits_or_is_refused(sae, chain):
+    with TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        places = [Path(temporary) / str(i) for i in range(len(chain) + 1)]
+        try:
+            interop.save(sae, places[0], chain[0])
+            for i, format in enumerate([*chain[1:], "sae_fast"]):
+                last = interop.convert(places[i], places[i + 1], format)
+        except ValueError as error:
+            assert "cannot hold this" in str(error) or "to fold" in str(error)
+            return
+    assert type(last) is type(sae) and last.options() == sae.options() and last.precision == sae.precision
+    assert all(same_bits(t, last.state_dict()[name]) for name, t in sae.state_dict().items())
