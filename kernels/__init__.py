@@ -10,6 +10,7 @@ float32, in an order that the arguments decide: every sum has one owner, and res
   feature i            entries colptr[i] .. colptr[i + 1] of rows and perm; always packed
 """
 
-from sae_fast.extras import require
+if __name__ == "sae_fast.kernels":  # in the repository's folder, transformers takes this for the Hub's package kernels
+    from sae_fast.extras import require
 
-require("triton", extra="gpu")
+    require("triton", extra="gpu")

@@ -115,6 +115,12 @@ def test_every_file_of_the_packages_is_installed(tmp_path):
     assert {name for name in below(tmp_path) if name.startswith("sae_fast/")} == installed_files()
 
 
+def test_who_imports_the_folder_kernels_gets_nothing_of_this_package():
+    """As transformers does in the repository's folder, in search of a package of that name."""
+    script = "import sys, kernels; print([name for name in ('sae_fast', 'torch', 'triton') if name in sys.modules])"
+    assert output(sys.executable, "-c", script).strip() == "[]"
+
+
 def test_every_extra_that_is_named_exists():
     section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     extras = set(re.findall(r"^([\w-]+) = \[", section, re.M))
