@@ -521,9 +521,12 @@ def kill_at_random(how: str, checkpoints: Path, folder: Path) -> None:
     for _ in range(50):
         child = os.fork()
         if child == 0:
-            while True:
-                save(new, folder)
-                save(old, folder)
+            try:
+                while True:
+                    save(new, folder)
+                    save(old, folder)
+            finally:
+                os._exit(1)
         time.sleep(random.uniform(0, 0.04))
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "it had saved until then"

@@ -139,9 +139,12 @@ class TrainerMachine(RuleBasedStateMachine):
         self.trainer.wait()
         child = os.fork()
         if child == 0:
-            with interrupted(moment, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-                self.trainer.save(self.folder)
-            os._exit(0)
+            try:
+                with interrupted(moment, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                    self.trainer.save(self.folder)
+                os._exit(0)
+            finally:
+                os._exit(1)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         found = everything(sf.Trainer.load(self.folder))
         wanted = [everything(t) for t in (self.saved, self.twin)]

@@ -78,7 +78,9 @@ def registers() -> str:
 
 def _manifest() -> Iterator[tuple[tuple[str, str, str], list[dict[str, int]]]]:
     """((op, body, kernel), its variants)."""
-    for key, variants in json.loads(MANIFEST.read_text("utf-8")).items():
+    kernels = json.loads(MANIFEST.read_text("utf-8"))
+    del kernels["triton"]  # the version
+    for key, variants in kernels.items():
         here = [each for name, each in variants.items() if name.startswith(ARCH)]
         cuda = re.match(r"csrc/cuda/(\w+)\.cu (\w+)", key)
         yield (cuda[1], "CUDA", cuda[2]) if cuda else (key.split(".")[0], "Triton", key.split(".")[1]), here

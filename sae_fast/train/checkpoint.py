@@ -91,7 +91,7 @@ def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, 
     old manifest names, and those of a save that was killed, which bear our mark.
     """
     old = replaceable(Path(path)).get("files")
-    replaced = set(old.values()) if isinstance(old, dict) else set()
+    replaced = list(old.values()) if isinstance(old, dict) else []
     folder, token = Path(path), secrets.token_hex(4)
     names = {group: f"{group}-{token}.safetensors" for group in tensors}
     manifest = {"format": FORMAT, "version": VERSION, "files": names, **manifest}

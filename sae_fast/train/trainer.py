@@ -136,11 +136,12 @@ class Trainer:
     """Trains a GatedSAE or ReluSAE; the sole writer of its weights between steps.
 
     The ``paper`` dialect holds the decoder rows at unit norm (projection, Adam, renormalisation); ``saelens`` weights the
-    sparsity by the decoder norms instead.  lr and l1_coefficient are constant unless warm-up or decay steps are given:
-    both warm up linearly from 0; the learning rate falls linearly to 0 from ``lr_decay_start`` to ``total_steps``.
-    ``init_l0``: calibrate the encoder biases on the first batch (see ``calibrate_``).  ``grad_clip``: the largest global
-    gradient norm.  ``betas[0] = 0`` takes the lazy optimizer; ``unit_start`` is for decoder rows that are not unit at first
-    (see RowAdam for both).  A frozen parameter (requires_grad False) keeps its bits.  Ctrl-C in a step waits for its end.
+    sparsity by the decoder norms instead. ``l1_coefficient``, λ, has to be given. lr and l1_coefficient are constant unless
+    warm-up or decay steps are given: both warm up linearly from 0; the learning rate falls linearly to 0 from
+    ``lr_decay_start`` to ``total_steps``. ``init_l0``: calibrate the encoder biases on the first batch (see
+    ``calibrate_``). ``grad_clip``: the largest global gradient norm. ``betas[0] = 0`` takes the lazy optimizer;
+    ``unit_start`` is for decoder rows that are not unit at first (see RowAdam for both). A frozen parameter (requires_grad
+    False) keeps its bits. Ctrl-C in a step waits for its end.
     """
 
     def __init__(
