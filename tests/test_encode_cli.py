@@ -187,6 +187,19 @@ def test_the_width_is_compared_before_the_model_runs(here, made, monkeypatch):
     assert "activations: got 16 dimensions, want d_in = 17" in refused("wide", "--activations=x.npy")
 
 
+def test_an_sae_that_is_missing_and_the_store_of_one_that_is_no_run(here, made):
+    sae = sf.ReluSAE(D, F, seed=0)
+    sf.save(sae, "lone")
+    np.save("x.npy", np.random.default_rng(0).normal(size=(60, D)).astype(np.float32))
+    folder = done("lone", "--activations=x.npy").rpartition(" ")[2]
+    assert "there is no 'out/nothing'" in refused("out/nothing"), "though there is an out/store"
+    outcome = CliRunner().invoke(app, ["report", "lone"])
+    assert outcome.exit_code == 0 and (here / "report.html").is_file(), "the store is found by the SAE"
+    shutil.rmtree(folder)
+    outcome = CliRunner().invoke(app, ["report", "lone"])
+    assert outcome.exit_code == 1 and f"make one: sae-fast encode lone --out {folder} --model" in outcome.stderr
+
+
 @pytest.mark.parametrize("kind", ["npy", "safetensors"])
 def test_any_sae_with_a_file_of_activations(here, kind):
     x, sae = torch.randn(200, D), sf.load("run/checkpoint")

@@ -97,6 +97,16 @@ def test_a_hook_is_a_module_or_a_name_of_transformer_lens(transformers, hook, si
     assert states.d == (64 if "c_proj" in site else 16)
 
 
+def test_a_module_that_is_not_the_block_is_noticed(transformers):
+    model, source = source_of(transformers, "gpt2")
+    place = source.place(0)
+    assert HiddenStates(model, place).d == 16
+    with pytest.raises(
+        ValueError, match=r"layer: 0 of this GPT2Model is not what 'h\.0\.ln_1' gives; want the site's own name"
+    ):
+        HiddenStates(model, place._replace(site="h.0.ln_1"))
+
+
 def test_the_final_norm_is_not_the_last_block(transformers, model_folders, tmp_path):
     last, norm = (harvested(model_folders, tmp_path, "gpt2", **at) for at in (dict(layer=2), dict(layer=None, hook="ln_f")))
     assert last.folder != norm.folder and not np.allclose(last.activations, norm.activations)

@@ -58,7 +58,7 @@ def blocks(model: nn.Module) -> list[str]:
 
 def normalises_output(block: nn.Module) -> bool:
     """Whether a block is of the BERT kind."""
-    return "output.LayerNorm" in dict(block.named_modules())
+    return not {"output.LayerNorm", "output_layer_norm"}.isdisjoint(dict(block.named_modules()))
 
 
 def site_of(model: nn.Module, name: str) -> str | None:
