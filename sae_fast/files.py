@@ -167,9 +167,13 @@ def appear(path: Path, replace: Callable[[], bool] = lambda: False) -> Iterator[
 
 
 def _write_synced(path: Path, writer: Writer, place: Path) -> None:
-    """Write the file that will be at ``place``, which an ``OSError`` names."""
+    """Write the file that will be at ``place``, which an ``OSError`` names.  Its permissions are those of any new file:
+    safetensors would keep it from everyone else."""
     try:
+        path.touch()
+        mode = path.stat().st_mode
         writer(path)
+        path.chmod(mode)
         sync(path)
     except (SafetensorError, OSError) as error:
         found = re.search(r"os error (\d+)", str(error))  # safetensors' words for a full disk

@@ -108,6 +108,17 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path, monkeypatch, w
     assert contents(tmp_path) == {"f": b"old"}
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+@pytest.mark.parametrize("writer", [one_file, several_files])
+def test_permissions_are_those_of_any_new_file(tmp_path, writer, mask):
+    before = os.umask(mask)
+    try:
+        writer(tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
         files.write_text(tmp_path / "nowhere" / "f", "text")
