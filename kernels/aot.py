@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton._utils import find_paths_if, get_iterable_path
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
@@ -266,8 +268,24 @@ def variant(launch: _launch.Launch, arch: int) -> Variant:
     keywords = {**launch.options, "debug": False, "instrumentation_mode": ""}
     binder = create_function_from_signature(fn.signature, fn.params, backend)
     bound, specialization, options = binder(*launch.arguments, **keywords)
-    options, signature, constants, attributes = fn._pack_args(backend, keywords, bound, specialization, options)
+    pack = fn._pack_args if hasattr(fn, "_pack_args") else partial(_pack_args, fn)
+    options, signature, constants, attributes = pack(backend, keywords, bound, specialization, options)
     return Variant(fn, target, ASTSource(fn, signature, constants, attributes), options.__dict__)
+
+
+def _pack_args(fn: JITFunction, backend: CUDABackend, keywords: dict, bound: dict, specialization: list, _: Any) -> tuple:
+    """Triton's own of a later release than 3.4, where it is a part of JITFunction.run."""
+    kinds, details = zip(*specialization, strict=True)
+    values, parsed = list(bound.values()), backend.parse_attr
+    constants = {
+        path: get_iterable_path(values, path) for path in find_paths_if(kinds, lambda _, kind: kind == "constexpr")
+    }
+    attributes = find_paths_if(details, lambda _, detail: isinstance(detail, str))
+    return (
+        backend.parse_options(keywords), dict(zip((p.name for p in fn.params), kinds, strict=True)),
+        {path: get_iterable_path(values, path) for path in constants},
+        {path: parsed(get_iterable_path(details, path)) for path in attributes},
+    )  # fmt: skip
 
 
 def needs(it: Variant) -> Needs:
