@@ -283,7 +283,7 @@ def _pack_args(fn: JITFunction, backend: CUDABackend, keywords: dict, bound: dic
     attributes = find_paths_if(details, lambda _, detail: isinstance(detail, str))
     return (
         backend.parse_options(keywords), dict(zip((p.name for p in fn.params), kinds, strict=True)),
-        {path: get_iterable_path(values, path) for path in constants},
+        constants,
         {path: parsed(get_iterable_path(details, path)) for path in attributes},
     )  # fmt: skip
 
