@@ -23,7 +23,7 @@ ENVIRONMENTS = {
     "torch-2.14": ("torch==2.14.1", None),
 }
 TOOLS = (
-    "numpy<2.4", "safetensors>=0.4.3", "tqdm>=4.66", "typer>=0.12", "rich>=13",  # the package's
+    "numpy<2.4", "safetensors>=0.4.3", "tqdm>=4.66", "typer>=0.15.4", "rich>=13",  # the package's
     "pytest>=8,<10", "pytest-xdist>=3.6", "hypothesis>=6.100",  # the tests'
 )  # fmt: skip
 CORE = (
