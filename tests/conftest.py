@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
+
+# Whoever starts the tests in the background may have had Ctrl-C ignored; several of them press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch starts OpenMP: thousands of tiny parallel regions, whose threads would spin for each other, several times
 # slower where the cores are shared with anything else.

@@ -545,7 +545,7 @@ def test_a_bad_batch_stops_the_run_where_it_was_and_it_goes_on():
     assert_same_bits(everything(trainer), wanted)
 
 
-@pytest.mark.skipif(not GPU, reason="the interpreter reads what a device would")
+@pytest.mark.skipif(not GPU, reason="torch.cuda is not available: the interpreter reads what a device would")
 def test_no_step_of_the_steady_state_waits():
     trainer = trainer_of(grad_clip=1.0)
     data = batches(16)
@@ -561,7 +561,7 @@ def test_no_step_of_the_steady_state_waits():
     assert all(log.loss > 0 for log in logs)
 
 
-@pytest.mark.skipif(not GPU, reason="no streams")
+@pytest.mark.skipif(not GPU, reason="torch.cuda is not available: no streams")
 def test_two_trainers_on_two_streams():
     data = batches(12)
     _, wanted, _ = run(data)
@@ -592,7 +592,7 @@ def test_a_second_device_while_the_first_is_current():
     assert_same_bits(home(ops.encode(**given)), home(ops.encode(**other)))
 
 
-@pytest.mark.skipif(not GPU, reason="no CUDA memory to measure")
+@pytest.mark.skipif(not GPU, reason="torch.cuda is not available: no CUDA memory to measure")
 def test_a_step_takes_an_eighth_of_the_dense_ones_memory_at_most():
     rows, features = 2048, 24576
     data = [on(randn(rows, D, seed=i)) for i in range(3)]
@@ -623,7 +623,7 @@ def test_a_step_takes_an_eighth_of_the_dense_ones_memory_at_most():
     assert 0 < ours <= eager / 8, f"{ours / 2**20:.0f} MiB of {eager / 2**20:.0f}"
 
 
-@pytest.mark.skipif(not GPU, reason="needs memory of its own")
+@pytest.mark.skipif(not GPU, reason="torch.cuda is not available: needs memory of its own")
 def test_a_dense_batch_is_taken_densely_and_the_next_is_not():
     """The one step whose way a GPU chooses for itself: half of all gates open."""
     data = batches(6)
