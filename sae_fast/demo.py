@@ -47,10 +47,21 @@ class Recipe:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("d_sae", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
         usable(self.device)
+        self.trainer(sf.GatedSAE(1, 1, seed=self.seed))  # whose checks come before a harvest, not after it
+
+    def trainer(self, sae: sf.GatedSAE) -> sf.Trainer:
+        return sf.Trainer(
+            sae,
+            lr=self.lr,
+            l1_coefficient=self.l1,
+            init_l0=self.init_l0,
+            lr_decay_start=self.steps * 4 // 5,
+            total_steps=self.steps,
+        )
 
 
 @dataclass(frozen=True)
@@ -142,14 +153,7 @@ def train(
         sae.b_dec.copy_(mean / scale)
     about = dataclasses.asdict(recipe) | {"tokens": train_part.n_tokens, "version": sf.__version__}
     sae.metadata = {**(metadata or {}), "training": about, INPUT_SCALE: scale}
-    trainer = sf.Trainer(
-        sae,
-        lr=recipe.lr,
-        l1_coefficient=recipe.l1,
-        init_l0=recipe.init_l0,
-        lr_decay_start=recipe.steps * 4 // 5,
-        total_steps=recipe.steps,
-    )
+    trainer = recipe.trainer(sae)
     batches = train_part.batches(recipe.batch_size, steps=recipe.steps, seed=recipe.seed)
     scaled = (batch.to(recipe.device) / scale for batch in batches)
     start, log_every = time.perf_counter(), max(1, recipe.steps // 200)

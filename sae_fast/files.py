@@ -73,7 +73,10 @@ def _held(parent: Path) -> tuple[Path, int]:
     """A new room and the handle that holds it."""
     while True:
         made = parent / ROOM.format(secrets.token_hex(6))
-        made.mkdir()
+        try:
+            made.mkdir()
+        except OSError as error:  # the name of a room would say nothing
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(parent)) from error
         handle = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,9 +125,8 @@ def write_files(folder: str | os.PathLike, files: Mapping[str, Writer], overwrit
         raise FileExistsError(f"{folder}: holds {', '.join(there)} already; overwrite=True (--overwrite) replaces them")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, want a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     last = list(files)[-1]
-    with room(folder) as made:
+    with _there(folder), room(folder) as made:
         for name, writer in files.items():
             _write_synced(made / name, writer, folder / name)
         if set(there) - {last}:
@@ -141,20 +143,41 @@ def write_files(folder: str | os.PathLike, files: Mapping[str, Writer], overwrit
 
 
 @contextmanager
+def _there(folder: Path) -> Iterator[None]:
+    """A folder, made if missing; one that was made goes again if the block fails and leaves it empty."""
+    missing = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if missing:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def appear(path: Path, replace: Callable[[], bool] = lambda: False) -> Iterator[Path]:
     """A folder that takes the place ``path`` when the block ends well, with all that is in it on the disk.
 
     ``replace`` is asked then, as making takes its time: whether a folder that is there may go.  It may raise.  Without it
-    ``OSError`` (ENOTEMPTY or EEXIST) when another appeared meanwhile.
+    ``OSError`` (ENOTEMPTY or EEXIST) when another appeared meanwhile.  One that names no file, as pyarrow's and numpy's of
+    a full disk, names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with room(path.parent) as made:
         new, old = made / "new", made / "old" / path.name
         new.mkdir()
         old.parent.mkdir()
-        yield new
-        for file in (*new.rglob("*"), new):
-            sync(file)
+        try:
+            yield new
+            for file in (*new.rglob("*"), new):
+                sync(file)
+        except OSError as error:
+            if error.filename is not None or (error.errno is None and type(error) is not OSError):
+                raise
+            said = os.strerror(error.errno) if error.errno else f"not written: {error}"
+            raise OSError(error.errno or errno.EIO, said, str(path)) from error
         if replace() and path.exists():
             os.rename(path, old)
         try:

@@ -46,6 +46,7 @@ def claimed(out: Path, overwrite: bool = False) -> Iterator[Callable[[], None]]:
             raise FileExistsError(f"out: another process is writing a run into {out}; want a folder of its own") from error
         except OSError:  # a disk without locks
             pass
+        _sweep(out / CHECKPOINT)
         _check(out, overwrite)
         yield lambda: _clear(out)
     finally:
@@ -53,6 +54,13 @@ def claimed(out: Path, overwrite: bool = False) -> Iterator[Callable[[], None]]:
             with suppress(OSError):  # it is not empty
                 out.rmdir()
         os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    """Takes away what is left where a first save was killed: an empty folder."""
+    files.sweep(folder)
+    with suppress(OSError):  # there is none, or something in it
+        folder.rmdir()
 
 
 def _check(out: Path, overwrite: bool) -> None:

@@ -1,5 +1,5 @@
 """Ctrl-C and SIGTERM: work that is worth saving takes note and ends; what would be torn waits for its end; anything else is
-left at once, cleanly."""
+left at once, cleanly.  A signal that is ignored, as a script's jobs in the background ignore Ctrl-C, stays so."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _handled(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[Non
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield
     finally:

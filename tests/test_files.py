@@ -108,6 +108,39 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path, monkeypatch, w
     assert contents(tmp_path) == {"f": b"old"}
 
 
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENOSPC, "No space"), "No space left on device: '{}'"),  # as pyarrow's, of no file
+        (OSError("9 requested and 0 written"), "not written: 9 requested and 0 written: '{}'"),  # as numpy's
+        (FileNotFoundError("model: there is none"), "model: there is none"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, error, said):
+    with pytest.raises(type(error)) as found, files.appear(tmp_path / "store"):
+        raise error
+    assert str(found.value).endswith(said.format(tmp_path / "store")) and not list(tmp_path.iterdir())
+
+
+def test_a_folder_made_for_what_was_not_written_goes_again(tmp_path):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space")
+
+    for folder in (tmp_path / "new", tmp_path):
+        with pytest.raises(OSError, match=str(folder / "f")):
+            files.write_files(folder, {"f": full}, overwrite=False)
+        assert not list(tmp_path.iterdir())
+
+
+def test_where_no_room_can_be_made_the_folder_is_named(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a room")
+
+    monkeypatch.setattr(files.Path, "mkdir", refused)
+    with pytest.raises(OSError, match=f"Read-only file system: '{tmp_path}'"):
+        one_file(tmp_path)
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o007])
 @pytest.mark.parametrize("writer", [one_file, several_files])
 def test_permissions_are_those_of_any_new_file(tmp_path, writer, mask):

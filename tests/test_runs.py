@@ -15,7 +15,7 @@ from tiny_models import save_tiny_model
 from typer.testing import CliRunner
 
 import sae_fast as sf
-from sae_fast import demo
+from sae_fast import demo, files
 from sae_fast.cli import app
 from sae_fast.run_folder import claimed
 from sae_fast.train.activations import ActivationStore
@@ -152,6 +152,19 @@ def test_a_disk_that_is_full_is_said_after_one_step(train, here, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert outcome.exit_code == 1 and outcome.stderr.count("\n") == 1
     assert "File too large" in outcome.stderr and "out/checkpoint/" in outcome.stderr and not steps
+    assert not (here / "out").exists()
+
+
+def test_a_first_save_that_was_killed_is_no_run(train, here):
+    (here / "out" / "checkpoint" / files.ROOM.format("killed")).mkdir(parents=True)
+    assert train().exit_code == 0
+
+
+@pytest.mark.parametrize("name, bad", dict(d_sae=0, lr="nan", l1=-1, init_l0=0, steps=0, seed=2**70).items())
+def test_settings_that_do_not_fit_are_found_before_the_harvest(train, here, monkeypatch, name, bad):
+    monkeypatch.setattr(demo, "harvest", lambda *_, **__: pytest.fail("harvested"))
+    outcome = train(**{name: bad})
+    assert outcome.exit_code == 1 and outcome.stderr.startswith(f"error: {name}") and not (here / "out").exists()
 
 
 def test_a_disk_that_fills_costs_no_sae(train, here, monkeypatch):

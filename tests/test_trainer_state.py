@@ -18,7 +18,7 @@ from test_trainer import CLASSES, D_IN, D_SAE, PlainTrainer, batches, everything
 import sae_fast as sf
 from sae_fast import ops, use_backend
 from sae_fast.ops import _dense
-from sae_fast.signals import uninterrupted
+from sae_fast.signals import leaving, noticing, uninterrupted
 
 classes = pytest.mark.parametrize("cls", CLASSES)
 SETTINGS = dict(lr=1e-2, l1_coefficient=0.4)
@@ -387,6 +387,16 @@ def test_a_handler_gets_its_signal_at_the_end_and_stays(number):
         signal.raise_signal(signal.SIGINT)
         raise ValueError("of the block")
     assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with leaving(), noticing() as signalled, uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+        assert not signalled() and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---- What a checkpoint keeps ----------------------------------------------------------------------------------------

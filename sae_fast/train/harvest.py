@@ -219,25 +219,20 @@ def _run(
 @contextmanager
 def _rows(file: Path, n: int, d: int) -> Iterator[Any]:
     """A .npy file of [n, d] float32, and a function (row, values) that writes into it.  Its space is taken at once where
-    the system can; written, not mapped: a full disk is an OSError that names the file, no SIGBUS."""
-    try:
-        with file.open("wb") as stream:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (n, d)}
-            np.lib.format.write_array_header_1_0(stream, header)
-            stream.flush()
-            begin = stream.tell()
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(stream.fileno(), 0, begin + 4 * n * d)
+    the system can; written, not mapped: a full disk is an OSError, no SIGBUS."""
+    with file.open("wb") as stream:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (n, d)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.flush()
+        begin = stream.tell()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, begin + 4 * n * d)
 
-            def write(row: int, values: np.ndarray) -> None:
-                stream.seek(begin + 4 * d * row)
-                stream.write(np.ascontiguousarray(values, dtype="<f4").data)
+        def write(row: int, values: np.ndarray) -> None:
+            stream.seek(begin + 4 * d * row)
+            stream.write(np.ascontiguousarray(values, dtype="<f4").data)
 
-            yield write
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
+        yield write
 
 
 def _check_width(place: Place, got: int, want: int | None) -> None:
@@ -256,7 +251,7 @@ def _check_disk(folder: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"the activations need {needed / 1e9:.1f} GB and {str(folder)!r} has {free / 1e9:.1f} GB free; "
+            f"the activations need {needed / 1e9:.2g} GB and {str(folder)!r} has {free / 1e9:.2g} GB free; "
             "make room, use less text, or set SAE_FAST_CACHE to a folder on a larger disk",
         )
 
