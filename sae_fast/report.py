@@ -81,7 +81,7 @@ def title_of(sae: SparseAutoencoder) -> str:
 def facts_of(run: Path) -> Mapping[str, str]:
     """What a run's metrics.json adds to the page, as far as it is there."""
     try:
-        fvu = files.read_json(run / METRICS)["held_out"]["fvu"]
+        held_out = files.read_json(run / METRICS)["held_out"]
+        return {f"FVU on {held_out['tokens']:,} held-out tokens": f"{held_out['fvu']:.3g}"}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return {"FVU": f"{fvu:.3g}"} if isinstance(fvu, int | float) else {}

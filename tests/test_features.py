@@ -92,7 +92,8 @@ def test_a_feature_that_does_not_exist(sae, store, feature):
 
 
 def test_markdown_marks_the_token_and_escapes_the_text(sae, store):
-    page = features.markdown(features.report(sae, store, [0, 2], examples=1), "Title")
+    page = features.markdown(features.report(sae, store, [0, 2], examples=1), "Title", store.n_tokens)
+    assert f"all {store.n_tokens} tokens" in page
     assert page.index("Feature 2") < page.index("Feature 0")  # from rare to common
     assert page.startswith("# Title\n")
     assert "## Feature 2\n\ndensity 0.500% · max 4.00\n" in page

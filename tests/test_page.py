@@ -189,7 +189,7 @@ def run(tmp_path):
     sae, _ = small_store(tmp_path / "run" / "store")
     sae.metadata = {"model_name": "<tiny>", "hook_name": "blocks.3.hook_resid_post"}
     sf.save(sae, tmp_path / "run" / "checkpoint")
-    metrics = {"held_out": {"fvu": 0.2134, "l0": 4.0}}
+    metrics = {"held_out": {"fvu": 0.2134, "l0": 4.0, "tokens": 1234}}
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
     return tmp_path / "run"
 
@@ -199,7 +199,9 @@ def test_the_command_writes_the_page_of_a_run(run, tmp_path):
     result = command(run, "--effects", tmp_path / "effects.json", "--top", 3, "--per-bin", 1)
     assert result.exit_code == 0, result.output
     about, chunks = read_page(run / "report.html")
-    assert ["FVU", "0.213"] in about["facts"] and about["effects"] and chunks["columns"]["effect"][7] == 0.25
+    said = dict(about["facts"])
+    assert said["FVU on 1,234 held-out tokens"] == "0.213" and {"L0 on these", "dead on these"} <= set(said)
+    assert about["effects"] and chunks["columns"]["effect"][7] == 0.25
     assert chunks["examples"]["count"].max() == 7
     assert "<title>SAE on blocks.3.hook_resid_post of &lt;tiny&gt;</title>" in (run / "report.html").read_text()
     result = command(run / "checkpoint", "--out", tmp_path / "other.html")

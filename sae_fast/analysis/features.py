@@ -94,13 +94,14 @@ def report(
     ]
 
 
-def markdown(features: Sequence[Feature], title: str) -> str:
-    """A page that shows each feature's top contexts with the token that fires marked [[**so**]]."""
+def markdown(features: Sequence[Feature], title: str, n_tokens: int) -> str:
+    """A page that shows each feature's top contexts with the token that fires marked [[**so**]].  n_tokens: how many their
+    densities are of."""
     lines = [
         f"# {title}",
         "",
-        "Features from rare to common. *Density* is the fraction of tokens a feature fires on. Each line is the part",
-        "of a context around one of its highest activations, with the token that fires marked [[**so**]].",
+        f"Features from rare to common. *Density* is the fraction of all {n_tokens:,} tokens a feature fires on. Each line",
+        "is the part of a context around one of its highest activations, with the token that fires marked [[**so**]].",
     ]
     for feature in sorted(features, key=lambda feature: feature.density):
         rarity = f"density {feature.density:.3%} · max {feature.maximum:.2f}"

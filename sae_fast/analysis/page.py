@@ -50,7 +50,7 @@ def write_page(
     store      where and how much each feature fires, of this SAE
     effects    what `attribution.patch` found, or feature → effect, or [F] such as `Shift.effects` gives for a site: a
                column of the table
-    facts      more to say of the SAE at the top of the page: name → text, such as {"FVU": "0.21"}
+    facts      more to say of the SAE at the top of the page: name → text, such as {"FVU on others": "0.21"}
     top, bins, per_bin   a feature is shown with its ``top`` strongest contexts and ``per_bin`` of each of ``bins``
                quantiles of its activations, as `FeatureStore.contexts` chooses them
     before, after   tokens of the context that are shown either side
@@ -87,10 +87,10 @@ def write_page(
             ["class", type(sae).__name__],
             ["d", f"{sae.d_in:,}"],
             ["F", f"{sae.d_sae:,}"],
-            ["L0", f"{store.n_activations / store.n_tokens:.1f}"],
-            *map(list, (facts or {}).items()),
-            ["dead", f"{(store.features['fires'] == 0).mean():.1%}"],
             ["tokens", f"{store.n_tokens:,}"],
+            ["L0 on these", f"{store.n_activations / store.n_tokens:.1f}"],
+            ["dead on these", f"{(store.features['fires'] == 0).mean():.1%}"],
+            *map(list, (facts or {}).items()),
         ],
     }
     title = title or f"{type(sae).__name__}, {sae.d_sae:,} features"

@@ -35,7 +35,8 @@ def plot_training(
     """Writes a PNG of four panels: loss terms, L0 and FVU against the step, and how often features fire.
 
     history: records with step, loss, reconstruction, auxiliary, sparsity, l0 and fvu, as `Trainer.fit` returns.
-    density [F]: the fraction of tokens each feature fires on. held_out: l0 and fvu to draw as lines. Raises
+    density [F]: the fraction of tokens each feature fires on. held_out: l0 and fvu of the same tokens, if those were
+    held out, to draw as lines. Raises
     ValueError if the history is empty and MissingExtra without matplotlib.
     """
     if not history:
@@ -62,13 +63,13 @@ def plot_training(
         axes.legend(frameon=False)
     for axes in (loss, l0, fvu):
         _plain_ticks(axes.yaxis)
-    _density_histogram(densities, density)
+    _density_histogram(densities, density, "held-out tokens" if held_out else "tokens")
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
 
-def _density_histogram(axes: Any, density: Tensor) -> None:
+def _density_histogram(axes: Any, density: Tensor, of: str) -> None:
     alive = density[density > 0].double().log10()
     dead = len(density) - len(alive)
     axes.hist(alive.numpy(), bins=50, color=TERMS["reconstruction"])
@@ -76,7 +77,7 @@ def _density_histogram(axes: Any, density: Tensor) -> None:
         median = float(alive.median())
         axes.axvline(median, color=ACCENT, linestyle="--", label=f"median {10**median:.2g}")
         axes.legend(frameon=False)
-    _label(axes, "Feature density", "log₁₀ of the fraction of tokens a feature fires on", "features")
+    _label(axes, "Feature density", f"log₁₀ of the fraction of {of} a feature fires on", "features")
     axes.set_title(f"{len(alive)} alive, {dead} dead", loc="right", fontsize="medium", color=INK)
 
 
