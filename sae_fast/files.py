@@ -41,53 +41,54 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
+def lock(folder: Path) -> Iterator[bool | None]:
+    """Hold a folder while the block runs.  Gives True, or False where another process holds it; None on a disk without
+    locks, where nobody can tell."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours: bool | None = True
+        except BlockingIOError:
+            ours = False
+        except OSError:
+            ours = None
+        yield ours
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def room(parent: Path) -> Iterator[Path]:
     """A hidden folder in ``parent``, held while the block runs and removed when it ends."""
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent}: there is no such folder")
     sweep(parent)
-    made, handle = _held(parent)
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        os.close(handle)
-
-
-def sweep(parent: Path) -> None:
-    """Remove the rooms in ``parent`` whose writers are dead; a folder that one had moved away goes back."""
-    for left in parent.glob(ROOM.format("*")):
-        with suppress(OSError):  # it vanished, is no folder, or is held
-            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for replaced in left.glob("old/*"):
-                    if not (parent / replaced.name).exists():
-                        os.rename(replaced, parent / replaced.name)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(handle)
-
-
-def _held(parent: Path) -> tuple[Path, int]:
-    """A new room and the handle that holds it."""
     while True:
         made = parent / ROOM.format(secrets.token_hex(6))
         try:
             made.mkdir()
         except OSError as error:  # the name of a room would say nothing
             raise OSError(error.errno, os.strerror(error.errno or 0), str(parent)) from error
-        handle = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # a sweeper was between our two calls
-            os.close(handle)
-            continue
-        except OSError:  # a disk without locks, on which nobody sweeps
-            pass
-        if made.exists():
-            return made, handle
-        os.close(handle)
+        with lock(made) as ours:
+            if ours is False or not made.exists():  # a sweeper was between our two calls
+                continue
+            try:
+                yield made
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+            return
+
+
+def sweep(parent: Path) -> None:
+    """Remove the rooms in ``parent`` whose writers are dead; a folder that one had moved away goes back."""
+    for left in parent.glob(ROOM.format("*")):
+        with suppress(OSError), lock(left) as ours:  # it may vanish, or be no folder
+            if ours:
+                for replaced in left.glob("old/*"):
+                    if not (parent / replaced.name).exists():
+                        os.rename(replaced, parent / replaced.name)
+                shutil.rmtree(left, ignore_errors=True)
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,22 +37,17 @@ def claimed(out: Path, overwrite: bool = False) -> Iterator[Callable[[], None]]:
         raise NotADirectoryError(f"out: {out} is a file, want a folder")
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(f"out: another process is writing a run into {out}; want a folder of its own") from error
-        except OSError:  # a disk without locks
-            pass
-        _sweep(out / CHECKPOINT)
-        _check(out, overwrite)
-        yield lambda: _clear(out)
+        with files.lock(out) as ours:
+            if ours is False:
+                raise FileExistsError(f"out: another process is writing a run into {out}; want a folder of its own")
+            _sweep(out / CHECKPOINT)
+            _check(out, overwrite)
+            yield lambda: _clear(out)
     finally:
         if made:
             with suppress(OSError):  # it is not empty
                 out.rmdir()
-        os.close(handle)
 
 
 def _sweep(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,14 +67,8 @@ def _folders() -> Iterator[Path]:
 
 def _held(path: Path) -> bool:
     """Whether a harvest is at work in this room."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+    with files.lock(path) as ours:
+        return ours is False
 
 
 def _entry(path: Path) -> Entry:
