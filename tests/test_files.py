@@ -46,15 +46,16 @@ def test_what_a_killed_writer_leaves_is_swept_by_the_next(tmp_path, writer):
     whole = contents(tmp_path / "fresh")
     start = time.perf_counter()
     writer(tmp_path / "fresh")
-    seconds, chance, left, moment = time.perf_counter() - start, random.Random(0), 0, 0
-    while moment < 25 or not left:  # until some were killed in the midst of it
-        moment += 1
+    seconds, chance, left = time.perf_counter() - start, random.Random(0), 0
+    for moment in range(25):
         folder = tmp_path / f"{moment}"
         folder.mkdir()
         child = os.fork()
         if child == 0:
             while True:
                 writer(folder)
+        while not os.listdir(folder):  # until it has begun
+            time.sleep(0)
         time.sleep(chance.random() * 2 * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -64,6 +65,7 @@ def test_what_a_killed_writer_leaves_is_swept_by_the_next(tmp_path, writer):
             assert found in ({}, whole) or not (folder / "f").exists()
         writer(folder)
         assert contents(folder) == whole and not any(name.startswith(".") for name in os.listdir(folder))
+    assert left  # some were killed in the midst of it
 
 
 def test_a_writer_at_work_is_not_swept(tmp_path):
