@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from threading import RLock
 
 # Whoever starts the tests in the background may have had Ctrl-C ignored; several of them press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -24,8 +25,12 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 import routes
 import ways
 from hypothesis import HealthCheck, settings
+from tqdm import tqdm
 
 from sae_fast.ops import _dense, _dispatch
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop all others.
+tqdm.set_lock(RLock())
 
 # Examples are drawn from a fixed seed: a test that passes here passes everywhere.
 settings.register_profile(
