@@ -30,7 +30,7 @@ def test_a_skip_fails_the_run_unless_nothing_can_be_done_about_it(reason, proces
     (tmp_path / "test_a.py").write_text(f'import pytest\npytest.skip("{reason}", allow_module_level=True)\n')
     (tmp_path / "test_b.py").write_text(f'import pytest\ndef test_it():\n    pytest.skip("{reason}")\n')
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", "-n", str(processes)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "PYTEST_ADDOPTS": ""}
     run = subprocess.run([*command, "."], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == (1 if reason == "not today" else 0), run.stdout + run.stderr
     assert ("2 skipped for a reason that is not allowed: Skipped: not today" in run.stdout) == (reason == "not today")
