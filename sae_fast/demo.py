@@ -313,7 +313,7 @@ def write_report(result: Run, store: ActivationStore, out: Path, recipe: Recipe,
     title = f"Gated SAE, {recipe.d_sae} features, on {about['hook_name']} of {about['model_name']}"
     plots.plot_training(result.history, result.held_out.density().cpu(), out / PLOT, held_out, title)
     report = features.report(result.sae, store, features.chosen(result.tally), progress=progress)
-    (out / FEATURES).write_text(features.markdown(report, title, store.n_tokens), encoding="utf-8")
+    files.write_text(out / FEATURES, features.markdown(report, title, store.n_tokens))
 
 
 def demo_model() -> Path:

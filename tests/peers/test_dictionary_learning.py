@@ -17,7 +17,7 @@ from helpers import Judge, assert_same_bits
 from test_trajectory import BATCH, D_IN, D_SAE, ROUNDING, superposition
 from torch import Tensor
 
-pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make test builds it")
+pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make test-peers builds it")
 
 from dictionary_learning.dictionary import AutoEncoder, GatedAutoEncoder
 from dictionary_learning.trainers import gdm, standard

@@ -14,7 +14,7 @@ import torch
 from helpers import assert_close_2x, same_bits
 from torch import Tensor
 
-pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make test builds it")
+pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make test-peers builds it")
 
 from dictionary_learning.utils import (
     AutoEncoder,

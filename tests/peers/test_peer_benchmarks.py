@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make test builds it")
+pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make test-peers builds it")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import gate, machine

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("sae_lens", reason="the peers are in an environment of their own: make test builds it")
+pytest.importorskip("sae_lens", reason="the peers are in an environment of their own: make test-peers builds it")
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
