@@ -16,7 +16,7 @@ from benchmarks import results
 from benchmarks.data import FULL, Shape, world
 from benchmarks.registry import OURS
 from sae_fast import GatedSAE
-from sae_fast.ops import _screen
+from sae_fast.ops.encode import screen
 
 METRIC = "candidates_per_entry"
 AT_MOST = 2.0
@@ -25,9 +25,9 @@ OFFSET, SIGMAS = 2, 300  # dimensions, and by how much
 
 def candidates(sae: GatedSAE, x: Tensor) -> int:
     """How many entries of a batch pass the screen: those whose upper bound, the screening product, is above 0."""
-    operands = _screen.Operands(x - sae.b_dec, sae.W_enc, None, sae.b_gate, None)
+    operands = screen.Operands(x - sae.b_dec, sae.W_enc, None, sae.b_gate, None)
     memory = torch.empty(sae.d_sae, operands.rows.shape[1], dtype=torch.bfloat16)
-    bound = _screen.product(operands.rows, operands.weights(0, sae.d_sae, memory), memory.new_empty(x.shape[0], sae.d_sae))
+    bound = screen.product(operands.rows, operands.weights(0, sae.d_sae, memory), memory.new_empty(x.shape[0], sae.d_sae))
     return int((~(bound <= 0)).sum())
 
 
@@ -47,7 +47,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {"superposition": lambda x: x, "n
 @torch.no_grad()
 def rows(shape: Shape) -> list[results.Row]:
     """One row a kind of batch; none where there is no screen."""
-    if _screen.unavailable():
+    if screen.unavailable():
         return []
     here = world(shape)
     figures = []

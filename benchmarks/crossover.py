@@ -1,8 +1,8 @@
 """Where the dense routes become the faster ones: `python -m benchmarks.crossover`.
 
 For each op of the committed table, times the sparse and the dense route at densities about the committed crossover, and
-prints where the two meet beside what is committed.  Nothing is written: the table in sae_fast/ops/_dense.py is edited by
-hand, since the route may depend on the arguments only.
+prints where the two meet beside what is committed.  Nothing is written: the table in sae_fast/ops/crossovers.py is
+edited by hand, since the route may depend on the arguments only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks import machine
 from benchmarks.data import FULL, SMALL, Shape
 from benchmarks.runner import Evictor, seconds
 from sae_fast import GatedSAE, RowGradient, SparseCode, Trainer, ops
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)  # of the committed density
 ROUNDS = 3
@@ -34,14 +34,14 @@ ROUNDS = 3
 @contextmanager
 def forced(op: str, threshold: float) -> Iterator[None]:
     """0 sends an op down its dense route, infinity down its sparse one."""
-    committed = dict(_dense.CROSSOVER)
-    _dense.CROSSOVER[op] = threshold
+    committed = dict(crossovers.CROSSOVER)
+    crossovers.CROSSOVER[op] = threshold
     if op == "weight_step":  # whose dense route multiplies in outer's
-        _dense.CROSSOVER["outer"] = threshold
+        crossovers.CROSSOVER["outer"] = threshold
     try:
         yield
     finally:
-        _dense.CROSSOVER.update(committed)
+        crossovers.CROSSOVER.update(committed)
 
 
 class Batch:
@@ -115,7 +115,7 @@ def main(shapes: Sequence[Shape] = (FULL, SMALL), rounds: int = ROUNDS) -> None:
     console.print(f"{machine.device()}   {machine.versions()}   commit {machine.commit() or 'unknown'}")
     table = Table("op", "shape", "committed", "they meet at", *(f"at {k:g}×" for k in FACTORS))
     table.caption = "sparse / dense route in ms at so many times the committed density; 0: dense always wins, inf: never"
-    for op, committed in _dense.CROSSOVER.items():
+    for op, committed in crossovers.CROSSOVER.items():
         for shape in shapes:
             densities = [min(1.0, committed * k) for k in FACTORS]
             sparse, dense = zip(*(routes(op, shape, p, rounds) for p in densities), strict=True)

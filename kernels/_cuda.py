@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast import _backend
+from sae_fast import backend
 from sae_fast.kernels import _config, _launch
 
 module: Any = None  # sae_fast._C_cuda; the tests put its double on a CPU here
@@ -26,7 +26,7 @@ def takes(op: str) -> bool:
     """Whether the op's CUDA kernels run."""
     if module is None or _launch.is_recording():
         return False
-    return _backend.forced[-1] == "cuda" if _backend.forced else op in FASTER[_config.generation()]
+    return backend.forced[-1] == "cuda" if backend.forced else op in FASTER[_config.generation()]
 
 
 def call(name: str, *arguments: Any) -> None:

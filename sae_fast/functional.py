@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Transposed
-from sae_fast.ops._autograd import call, differentiable, function
+from sae_fast.ops.autograd import call, differentiable, function
 from sae_fast.ops.decode_loss import decode_loss
 from sae_fast.ops.encode import encode
 from sae_fast.reference import DIALECTS, Loss

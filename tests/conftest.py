@@ -27,7 +27,7 @@ import ways
 from hypothesis import HealthCheck, settings
 from tqdm import tqdm
 
-from sae_fast.ops import _dense, _dispatch
+from sae_fast.ops import crossovers, dispatch
 
 # tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop all others.
 tqdm.set_lock(RLock())
@@ -87,17 +87,17 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(autouse=True)
 def restored_settings():
     """The thread count and the instruction set are process-wide."""
-    threads, engine = torch.get_num_threads(), _dispatch._C
+    threads, engine = torch.get_num_threads(), dispatch._C
     isa = engine.isa()
     yield
     torch.set_num_threads(threads)
     engine.set_isa(isa)
 
 
-@pytest.fixture(params=_dispatch._C.supported_isas())
+@pytest.fixture(params=dispatch._C.supported_isas())
 def isa(request):
     """Runs the test once for each instruction set that this machine has; ``restored_settings`` undoes it."""
-    _dispatch._C.set_isa(request.param)
+    dispatch._C.set_isa(request.param)
     return request.param
 
 
@@ -105,8 +105,8 @@ def isa(request):
 def route(request, monkeypatch):
     """Runs the test on either side of every op's density switch."""
     crossover = {"sparse": float("inf"), "dense": -1.0}[request.param]
-    for op in _dense.CROSSOVER:
-        monkeypatch.setitem(_dense.CROSSOVER, op, crossover)
+    for op in crossovers.CROSSOVER:
+        monkeypatch.setitem(crossovers.CROSSOVER, op, crossover)
     return request.param
 
 
@@ -130,7 +130,7 @@ def cuda_calls(monkeypatch):
         pytest.skip("the extension sae_fast._C_cuda is not built")
     names, call = [], _cuda.call
     monkeypatch.setattr(_cuda, "call", lambda name, *given: names.append(name) or call(name, *given))
-    with _dispatch.use_backend("cuda"):
+    with dispatch.use_backend("cuda"):
         yield names
     if not torch.cuda.is_available():
         cuda_shim.load().set_schedule(0)  # a test may have put another module there

@@ -66,7 +66,7 @@ def wide_store(sae, n_tokens: int = 1_000_000, length: int = 128, per_feature: i
     )
     return SimpleNamespace(
         path="wide", d_sae=d_sae, n_tokens=n_tokens, n_activations=int(fires.sum()), context_length=length, has_text=True,
-        info={"sae": sf.analysis._identity.fingerprint(sae)}, pieces=(ids, words), contexts=lambda **_: shown,
+        info={"sae": sf.nn.identity.fingerprint(sae)}, pieces=(ids, words), contexts=lambda **_: shown,
         features={"fires": fires, "maximum": maximum, "mean": maximum / 3},
         histogram=lambda bins: (rng.poisson(np.geomspace(40, 0.2, bins), (d_sae, bins)), None),
     )  # fmt: skip

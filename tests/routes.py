@@ -20,8 +20,8 @@ import torch
 import ways
 
 from sae_fast import ops
-from sae_fast.ops import _largest, _screen, _support
-from sae_fast.ops._dispatch import _C
+from sae_fast.ops.dispatch import _C
+from sae_fast.ops.encode import cpu, largest, screen
 
 ISAS = ("avx512", "avx2", "plain")
 ROUTES = ("screen", "bound", "dots", "product", "rounded")
@@ -38,18 +38,18 @@ _calls: Counter[tuple[str, str]] = Counter()  # (op, body), with 0 for a body th
 
 def count() -> None:
     """Counts from now on, in this process."""
-    _support.fill = _counted_block(_support.fill, lambda compactor, way, *_, **__: way)
-    _largest._bounded = _counted_block(_largest._bounded, lambda *_, **__: "bound")
+    cpu.fill = _counted_block(cpu.fill, lambda compactor, way, *_, **__: way)
+    largest._bounded = _counted_block(largest._bounded, lambda *_, **__: "bound")
     for module in pkgutil.iter_modules(ops.__path__):
         module = importlib.import_module(f"{ops.__name__}.{module.name}")
-        if hasattr(module, "pick") and module.__name__ != "sae_fast.ops._dispatch":
+        if hasattr(module, "pick") and module.__name__ != "sae_fast.ops.dispatch":
             module.pick = partial(_counting_pick, module.pick)
 
 
 def _counted_block(body: Callable, way_of: Callable) -> Callable:
     def counted(*arguments, **keywords):
         way = way_of(*arguments, **keywords)
-        emulated = way in ("screen", "rounded") and _screen.product is not ways.OF_TORCH
+        emulated = way in ("screen", "rounded") and screen.product is not ways.OF_TORCH
         _blocks[way, _C.isa(), "emulated" if emulated else "native"] += 1
         return body(*arguments, **keywords)
 

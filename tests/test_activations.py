@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae_fast.train import activations
-from sae_fast.train.activations import ActivationStore
+from sae_fast.data import activations
+from sae_fast.data.activations import ActivationStore
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from benchmarks.cases.floors import step_bytes
 from benchmarks.cases.step import SETTINGS
 from benchmarks.data import FULL, SMALL, Shape, mean_l0, world
 from benchmarks.registry import OURS, Goal
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 from sae_fast.train.eager import EagerTrainer
 
 TINY = Shape(B=33, d=20, F=100, l0=6)
@@ -302,11 +302,11 @@ def test_crossovers():
     assert crossover.meeting([0.01, 0.04], [1, 4], [2, 2]) == pytest.approx(0.02)
     assert crossover.meeting([1, 2], [3, 4], [1, 1]) == 0
     assert crossover.meeting([1, 2], [1, 1], [3, 3]) == float("inf")
-    assert set(crossover.CALLS) == set(_dense.CROSSOVER)
-    committed = dict(_dense.CROSSOVER)
+    assert set(crossover.CALLS) == set(crossovers.CROSSOVER)
+    committed = dict(crossovers.CROSSOVER)
     for op in committed:
         assert min(crossover.routes(op, TINY, density=0.1, rounds=1)) > 0
-    assert committed == _dense.CROSSOVER
+    assert committed == crossovers.CROSSOVER
 
 
 # ---- the pictures ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sae_fast as sf
 from sae_fast import files
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 D_IN, D_SAE, BATCH = 12, 70, 48
 MANIFEST = "config.json"
@@ -32,8 +32,8 @@ MANIFEST = "config.json"
 def one_thread_and_the_lazy_route(monkeypatch):
     """Threads would only wait for each other; and batches this small are dense unless told otherwise."""
     torch.set_num_threads(1)
-    for op in _dense.CROSSOVER:
-        monkeypatch.setitem(_dense.CROSSOVER, op, float("inf"))
+    for op in crossovers.CROSSOVER:
+        monkeypatch.setitem(crossovers.CROSSOVER, op, float("inf"))
 
 
 def make(cls=sf.GatedSAE, seed=0, dtype=torch.float32):

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sae_fast as sf
 from sae_fast import ops
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 LAYERS = [  # a layer of d_in, d_sae and keywords
     pytest.param(sf.GatedSAE, id="GatedSAE"),
@@ -518,8 +518,8 @@ def as_by_default(layer) -> list:
 @pytest.mark.parametrize("crossover", [-1.0, float("inf")], ids=["dense", "sparse"])
 def test_torchs_default_dtype_is_for_what_says_no_dtype(layer, crossover, monkeypatch):
     """What the engine writes to has the layer's."""
-    for op in _dense.CROSSOVER:
-        monkeypatch.setitem(_dense.CROSSOVER, op, crossover)
+    for op in crossovers.CROSSOVER:
+        monkeypatch.setitem(crossovers.CROSSOVER, op, crossover)
     wanted = as_by_default(layer)
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)

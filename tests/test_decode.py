@@ -31,7 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_fast import ops, use_backend
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 
 def plain(bounds):
@@ -61,7 +61,7 @@ def trials_of(B: int, d: int, F: int, V: int, bounds: tuple[int, ...]) -> list:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_near_to_float64_as_torchs(shape, route, monkeypatch):
     B, d, F = shape
-    monkeypatch.setattr(_dense, "CHUNK", F * max(3, B // 4))  # 257 rows: blocks of 64 and a last one of 1
+    monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))  # 257 rows: blocks of 64 and a last one of 1
     judge = Judge()
     for code, W, *expected in trials_of(B, d, F, 2, (0, F)):
         judge.add("x_hat", ops.decode(code, W, code.values)[:, None], *expected)
@@ -72,7 +72,7 @@ def test_as_near_to_float64_as_torchs(shape, route, monkeypatch):
 @pytest.mark.parametrize("V", [1, 2, 3])
 def test_groups_of_every_value_set(V, shape, route, isa, monkeypatch):
     B, d, F = shape
-    monkeypatch.setattr(_dense, "CHUNK", F * max(3, B // 4))
+    monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))
     bounds, judge = groups_of(F), Judge()
     for code, W, *expected in trials_of(B, d, F, V, tuple(bounds)):
         out = ops.decode(code, W, code.values, groups=bounds)
@@ -143,7 +143,7 @@ def test_repeats_bit_for_bit_at_every_thread_count(isa):
 
 
 def test_dense_route_repeats_bit_for_bit(monkeypatch):
-    monkeypatch.setitem(_dense.CROSSOVER, "decode", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "decode", -1.0)
     code, W = random_code(257, 1000), randn(1000, 100)
     assert_repeats(lambda: ops.decode(code, W, code.values, groups=(0, 100, 1000)), threads=())
 
@@ -159,7 +159,7 @@ def test_any_shape_stride_dtype_and_groups_on_a_grid_is_exact(B, d, F, V, seed, 
     values = (code.values > 0.5).to(dtype)  # sums of at most 70 ones: exact in bfloat16 too
     give = strided if apart else torch.clone
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_dense.CROSSOVER, "decode", crossover)
+        patch.setitem(crossovers.CROSSOVER, "decode", crossover)
         out = ops.decode(code, give(W), give(values), groups=bounds)
     assert out.dtype == dtype
     assert torch.equal(out.double(), plain(bounds)(dense(code, values.double()), W.double()))

@@ -30,7 +30,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_fast import ops, use_backend
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 
 def plain(code, normaliser: float):
@@ -92,7 +92,7 @@ def judge_shape(B: int, d: int, F: int, V: int, normaliser: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_near_to_float64_as_torchs(shape, route, monkeypatch):
     B, _, F = shape
-    monkeypatch.setattr(_dense, "CHUNK", F * max(3, B // 4))
+    monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))
     judge_shape(*shape, V=2, normaliser=B)
 
 
@@ -183,7 +183,7 @@ def test_repeats_bit_for_bit_at_every_thread_count(isa):
 
 
 def test_dense_route_repeats_bit_for_bit(monkeypatch):
-    monkeypatch.setitem(_dense.CROSSOVER, "decode_loss", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "decode_loss", -1.0)
     code, *arguments = inputs(257, 100, 1000, 2)
     assert_repeats(lambda: ops.decode_loss(code, *arguments, 257), threads=())
 
@@ -199,7 +199,7 @@ def test_any_shape_stride_and_dtype_on_a_grid_is_exact(B, d, F, V, seed, apart, 
     sizes = {"W_dec": (F, d), "b_dec": (d,), "target": (B, d), "weight": (F,)}
     arguments = [grid(*size, step=1, reach=1, seed=seed + k).to(dtype) for k, size in enumerate(sizes.values())]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_dense.CROSSOVER, "decode_loss", crossover)
+        patch.setitem(crossovers.CROSSOVER, "decode_loss", crossover)
         given_ = [strided(t) if apart else t for t in arguments]
         out = ops.decode_loss(replace(code, values=strided(code.values)), *given_, normaliser)
     exact = plain(code, normaliser)(code.values.double(), *(t.double() for t in arguments))

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 import sae_fast as sf
 from sae_fast import demo
 from sae_fast.cli import app
+from sae_fast.data.activations import VERSION, ActivationStore
 from sae_fast.demo import Recipe
-from sae_fast.train.activations import VERSION, ActivationStore
-from sae_fast.train.scale import scale_
+from sae_fast.nn.scale import scale_
 
 TEXT = "The gate opens when its sum is above zero . A sum of the gate and zero . " * 40
 SMALL = Recipe(d_sae=32, batch_size=64, steps=200, lr=3e-3, l1=1.0, init_l0=4, device="cpu")

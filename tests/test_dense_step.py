@@ -8,7 +8,7 @@ from helpers import Judge, assert_repeats, randn
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
-from sae_fast.ops import _dense, _dense_step
+from sae_fast.ops import crossovers, dense_step
 from sae_fast.optim import to_dense
 from sae_fast.reference import DIALECTS
 
@@ -45,16 +45,16 @@ def by_autograd(sae, x, dialect) -> dict[str, torch.Tensor]:
 @pytest.fixture(params=["engine", "torch"])
 def dense_way(request, monkeypatch):
     """The dense way, with the pointwise part by the C++ engine and, as on a GPU, by torch."""
-    monkeypatch.setitem(_dense.CROSSOVER, "step", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "step", -1.0)
     if request.param == "torch":
-        monkeypatch.setattr(_dense_step, "_by_engine", _dense_step._by_torch)
+        monkeypatch.setattr(dense_step, "_by_engine", dense_step._by_torch)
 
 
 @pytest.mark.parametrize("density", [0.5, 0.03, 1.0], ids=["half", "sparse", "all"])
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("kind", [sf.GatedSAE, sf.ReluSAE])
 def test_gradients_are_as_near_to_float64_as_torchs(kind, dialect, density, isa, dense_way, monkeypatch):
-    monkeypatch.setattr(_dense, "CHUNK", 2 * F * 10)  # 10 rows a chunk, a ragged last one
+    monkeypatch.setattr(crossovers, "CHUNK", 2 * F * 10)  # 10 rows a chunk, a ragged last one
     trials = Judge()
     for seed in range(3):
         sae, x = layer(kind, density, seed)
@@ -102,7 +102,7 @@ def test_training_from_a_dense_start_follows_the_sparse_way(monkeypatch):
     """The same weights to rounding, whichever way each step takes."""
     weights = []
     for crossover in (0.11, 9.0):
-        monkeypatch.setitem(_dense.CROSSOVER, "step", crossover)
+        monkeypatch.setitem(crossovers.CROSSOVER, "step", crossover)
         sae = sf.GatedSAE(D, F, seed=3)
         trainer = sf.Trainer(sae, lr=1e-3, l1_coefficient=0.1, betas=(0.0, 0.9))
         for step in range(5):

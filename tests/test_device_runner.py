@@ -23,7 +23,7 @@ from torch.nn import functional
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
-from sae_fast.ops import _dense, _dispatch
+from sae_fast.ops import crossovers, dispatch
 
 pytest.importorskip("triton")
 
@@ -269,7 +269,7 @@ def test_a_step_that_found_too_little_room_is_repeated_with_more(case, recoverie
 @pytest.mark.parametrize("cls", [sf.GatedSAE, sf.ReluSAE])
 def test_a_step_too_dense_for_gathering_is_taken_densely_and_the_rest_is_not(cls, monkeypatch, recoveries):
     settings, limit, data = dict(SETTINGS, eps=1e-2), 30, batches(5, loud=(0, 0, 5))
-    monkeypatch.setattr(_dense, "gpu_rejects", lambda nnz, rows, features: "it is dense" if nnz > limit else None)
+    monkeypatch.setattr(crossovers, "gpu_rejects", lambda nnz, rows, features: "it is dense" if nnz > limit else None)
     trainer = sf.Trainer(make(cls), **settings)
     with_room_for(trainer, limit)
     logs = [trainer.step(x) for x in data]
@@ -285,9 +285,9 @@ def test_a_step_too_dense_for_gathering_is_taken_densely_and_the_rest_is_not(cls
 def test_which_way_a_batch_takes_does_not_hang_on_those_before_it(monkeypatch):
     """However much room an earlier batch was given."""
     monkeypatch.setattr(
-        _dense, "gpu_rejects", lambda nnz, rows, features: "dense" if nnz > 0.25 * rows * features else None
+        crossovers, "gpu_rejects", lambda nnz, rows, features: "dense" if nnz > 0.25 * rows * features else None
     )
-    monkeypatch.setattr(_dense, "GPU_DENSE", 0.25)
+    monkeypatch.setattr(crossovers, "GPU_DENSE", 0.25)
     data = batches(2, loud=(0, 5))
     for first in (data[0], data[0].repeat(20, 1)):
         trainer = trainer_of()
@@ -303,7 +303,7 @@ def test_after_a_dense_step_the_host_waits_for_each_until_one_is_sparse(monkeypa
     trainer = trainer_of()
     data = batches(4)
     trainer.step(data[0])
-    monkeypatch.setattr(_dense, "gpu_rejects", lambda *_: "it is dense")
+    monkeypatch.setattr(crossovers, "gpu_rejects", lambda *_: "it is dense")
     trainer._runner.capacity = 1
     trainer.step(data[1])
     assert not trainer._runner.dense and len(trainer._runner.under_way) == 1
@@ -702,7 +702,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_the_device_path_does_not_take_is_logged_with_the_reason(case, caplog, monkeypatch):
     build, reason = REFUSED[case]
-    monkeypatch.setattr(_dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     trainer = build()
     with caplog.at_level(logging.DEBUG, logger="sae_fast"):
         assert trainer._device_runner() is None

@@ -11,7 +11,7 @@ from helpers import assert_same_bits, make_inputs, op_module, randn, random_code
 import sae_fast
 from sae_fast import ops, use_backend
 from sae_fast.code import RowGradient
-from sae_fast.ops import _checks, _dense, _dispatch
+from sae_fast.ops import checks, crossovers, dispatch
 
 CODE = random_code(9, 33)
 CSC = ops.transpose(CODE)
@@ -79,7 +79,7 @@ def test_use_backend_forces_a_body(backend, op, monkeypatch):
 
 @pytest.mark.parametrize("op", CALLS)
 def test_an_unbuilt_engine_leaves_the_reference(op, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_C", None)
+    monkeypatch.setattr(dispatch, "_C", None)
     assert body_taken(op, monkeypatch) == "reference"
     with use_backend("cpu"), pytest.raises(ValueError, match="_C is not built"):
         CALLS[op](torch.float32)
@@ -135,7 +135,7 @@ def test_backward_passes_run_on_the_forced_body_as_well(monkeypatch):
 
 
 def test_a_rejection_is_logged_once_with_its_reason(caplog, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level(logging.DEBUG, logger="sae_fast"):
         CALLS["decode"](torch.float64)
         CALLS["decode"](torch.float64)
@@ -149,7 +149,7 @@ def test_a_rejection_is_logged_once_with_its_reason(caplog, monkeypatch):
 
 def test_no_body_at_all_is_an_error_with_every_reason():
     with pytest.raises(RuntimeError, match=r"nothing: no body can take these arguments: .*too big"):
-        _dispatch.pick("nothing", {"cpu": lambda: None}, {"cpu": "too big"})
+        dispatch.pick("nothing", {"cpu": lambda: None}, {"cpu": "too big"})
 
 
 # ---- The density switch ----------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_no_body_at_all_is_an_error_with_every_reason():
 def test_the_route_follows_the_density_of_the_code(op, monkeypatch):
     """nnz / (B·F) on either side of the op's crossover, and no clock: the same arguments take the same route."""
     key = "outer" if op == "grad_sqnorm" else op
-    density, decide = CODE.nnz / (9 * 33), _dense.is_dense
+    density, decide = CODE.nnz / (9 * 33), crossovers.is_dense
     for crossover, dense in ((1.001 * density, False), (0.999 * density, True)):
         decisions = []
 
@@ -167,8 +167,8 @@ def test_the_route_follows_the_density_of_the_code(op, monkeypatch):
             _decisions.append((args[0], decide(*args)))
             return _decisions[-1][1]
 
-        monkeypatch.setattr(_dense, "is_dense", spy)
-        monkeypatch.setitem(_dense.CROSSOVER, key, crossover)
+        monkeypatch.setattr(crossovers, "is_dense", spy)
+        monkeypatch.setitem(crossovers.CROSSOVER, key, crossover)
         CALLS[op](torch.float32)
         assert decisions[0] == (key, dense)
 
@@ -181,12 +181,12 @@ def test_the_route_follows_the_density_of_the_code(op, monkeypatch):
     (2, 0, 12, [(0, 2)]),
 ])  # fmt: skip
 def test_chunks_cover_every_row_once_and_stay_small(n, width, chunk, expected, monkeypatch):
-    monkeypatch.setattr(_dense, "CHUNK", chunk)
-    assert list(_dense.chunks(n, width)) == expected
+    monkeypatch.setattr(crossovers, "CHUNK", chunk)
+    assert list(crossovers.chunks(n, width)) == expected
 
 
 def test_dense_helpers_agree_with_the_code():
-    f = _dense.to_dense(CODE.indptr, CODE.indices, CODE.magnitudes, 33)
+    f = crossovers.to_dense(CODE.indptr, CODE.indices, CODE.magnitudes, 33)
     assert_same_bits(f, CODE.to_dense())
     counts = CODE.indptr.diff().tolist()
     assert CODE.row_ids().tolist() == [row for row, count in enumerate(counts) for _ in range(count)]
@@ -197,15 +197,15 @@ def test_dense_helpers_agree_with_the_code():
 
 def test_a_finite_check_names_the_first_bad_index():
     x = randn(4, 5)
-    _checks.finite("x", x)
+    checks.finite("x", x)
     x[3, 0], x[2, 4] = float("nan"), float("-inf")
     with pytest.raises(ValueError, match=r"x: got -inf at index \(2, 4\) of shape \(4, 5\), want finite values"):
-        _checks.finite("x", x)
+        checks.finite("x", x)
 
 
 def test_a_tensor_on_another_device_is_a_value_error_that_names_both():
     with pytest.raises(ValueError, match="b: got a tensor on meta, want cpu, the device of W"):
-        _checks.floating("b", torch.zeros(3, device="meta"), torch.zeros(3), "W")
+        checks.floating("b", torch.zeros(3, device="meta"), torch.zeros(3), "W")
 
 
 def test_fresh_memory_is_poisoned_inside_an_op_too():
@@ -235,7 +235,7 @@ def test_the_bodies_agree_bit_for_bit_where_arithmetic_is_exact():
 def test_autocast_does_not_reach_into_an_op(monkeypatch):
     code, A, W = random_code(9, 33), randn(9, 5), randn(33, 5)
     for route in (0, 2):
-        monkeypatch.setitem(_dense.CROSSOVER, "sampled_dots", route)
+        monkeypatch.setitem(crossovers.CROSSOVER, "sampled_dots", route)
         plain = ops.sampled_dots(code, A, W)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(ops.sampled_dots(code, A, W), plain)

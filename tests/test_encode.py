@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_fast import ops, reference, use_backend
-from sae_fast.ops import _support
+from sae_fast.ops.encode import cpu
 
 ACTIVATIONS = ["gated", "relu", "jumprelu"]
 module = op_module("encode")
@@ -149,8 +149,8 @@ def test_ties_at_a_jumprelu_threshold_are_not_members(isa):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_tiles_and_row_blocks_join_without_a_seam(activation, tile, isa, monkeypatch):
     """257 rows in blocks of 100, 100, 57 and 4099 features in tiles of at least 256 with a ragged last one."""
-    monkeypatch.setattr(_support, "ROWS", 100)
-    monkeypatch.setattr(_support, "TILE", tile)
+    monkeypatch.setattr(cpu, "ROWS", 100)
+    monkeypatch.setattr(cpu, "TILE", tile)
     exact = exact_problem(257, 63, 4099, activation)
     assert_exact(ops.encode(**exact), exact)
     rounded = arguments(make_inputs(257, 63, 4099), activation)
@@ -286,8 +286,8 @@ def test_strides_do_not_matter(activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_repeats_bit_for_bit(activation, isa, monkeypatch):
     """At every thread count, where the product itself is exact."""
-    monkeypatch.setattr(_support, "ROWS", 100)
-    monkeypatch.setattr(_support, "TILE", 100 * 256)
+    monkeypatch.setattr(cpu, "ROWS", 100)
+    monkeypatch.setattr(cpu, "TILE", 100 * 256)
     kwargs = exact_problem(257, 63, 1000, activation)
     assert_repeats(lambda: ops.encode(**kwargs), threads=(1, 2, 3, 7))
     rounded = arguments(make_inputs(257, 100, 100), activation)

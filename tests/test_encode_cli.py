@@ -18,9 +18,9 @@ import sae_fast as sf
 from sae_fast import demo, encoding
 from sae_fast.analysis import FeatureStore
 from sae_fast.cli import app
+from sae_fast.data.activations import ActivationStore
+from sae_fast.data.transformer import HiddenStates
 from sae_fast.demo import Recipe
-from sae_fast.train.activations import ActivationStore
-from sae_fast.train.transformer import HiddenStates
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")

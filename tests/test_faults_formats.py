@@ -26,12 +26,12 @@ from typer.testing import CliRunner
 import sae_fast as sf
 from sae_fast import interop
 from sae_fast.cli import app
+from sae_fast.data.harvest import harvest
+from sae_fast.data.text import read_text_file
 from sae_fast.encoding import open_activations
 from sae_fast.interop import _norms
 from sae_fast.interop.formats import FORMATS
 from sae_fast.report import read_effects
-from sae_fast.train.harvest import harvest
-from sae_fast.train.text import read_text_file
 
 D, F = 8, 32
 

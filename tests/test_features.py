@@ -8,7 +8,7 @@ import torch
 
 import sae_fast as sf
 from sae_fast.analysis import features
-from sae_fast.train.activations import VERSION, ActivationStore
+from sae_fast.data.activations import VERSION, ActivationStore
 
 D = 5
 CONTEXT = 8

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sae_fast import functional, ops, reference, use_backend
 from sae_fast.code import SparseCode
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 SHAPES = [*FEW_SHAPES, (1, 769, 31), (3, 1, 100), (257, 63, 1), (257, 63, 33)]
 NAMES = ["x", "W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec", "target"]
@@ -171,8 +171,8 @@ def test_a_gate_open_at_magnitude_zero_has_auxiliary_and_sparsity_gradient_only(
 
 def test_backward_repeats_bit_for_bit_at_every_thread_count(monkeypatch):
     """In the sparse route; the grid makes torch's own product, the encoder's, the same for every thread count."""
-    for op in _dense.CROSSOVER:
-        monkeypatch.setitem(_dense.CROSSOVER, op, 2.0)
+    for op in crossovers.CROSSOVER:
+        monkeypatch.setitem(crossovers.CROSSOVER, op, 2.0)
     g = {"x": grid(57, 8, step=0.25, reach=4, seed=1), "W_enc": grid(500, 8, step=0.5, reach=2, seed=2)}
     p = Problem(**g, b_gate=randn(500) - 2, b_mag=randn(500, seed=1), r_mag=randn(500, seed=2) / 9, W_dec=randn(500, 8),
                 b_dec=torch.zeros(8))  # fmt: skip
@@ -394,12 +394,12 @@ def test_routes_were_both_taken(monkeypatch):
     """The fixture ``route`` does switch: the dense route calls scatter, the sparse one does not."""
     calls = []
     for op in ("decode", "decode_loss", "outer"):
-        monkeypatch.setitem(_dense.CROSSOVER, op, -1.0)
-    scatter = _dense.scatter
-    monkeypatch.setattr(_dense, "scatter", lambda *a: calls.append(1) or scatter(*a))
+        monkeypatch.setitem(crossovers.CROSSOVER, op, -1.0)
+    scatter = crossovers.scatter
+    monkeypatch.setattr(crossovers, "scatter", lambda *a: calls.append(1) or scatter(*a))
     gradients("gated", 1, make_inputs(3, 63, 33), None, torch.float32, "paper", TOTAL)
     dense_calls = len(calls)
     for op in ("decode", "decode_loss", "outer"):
-        monkeypatch.setitem(_dense.CROSSOVER, op, 2.0)
+        monkeypatch.setitem(crossovers.CROSSOVER, op, 2.0)
     gradients("gated", 1, make_inputs(3, 63, 33), None, torch.float32, "paper", TOTAL)
     assert dense_calls > 0 and len(calls) == dense_calls

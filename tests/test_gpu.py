@@ -37,7 +37,8 @@ from torch import Tensor
 import sae_fast as sf
 from sae_fast import ops, reference, use_backend
 from sae_fast.code import RowGradient, SparseCode, Transposed
-from sae_fast.ops import _dispatch, _shadow
+from sae_fast.ops import dispatch
+from sae_fast.ops.encode import shadow as shadowing
 
 pytest.importorskip("triton")
 
@@ -157,7 +158,7 @@ def test_every_screen_finds_the_same_members(d, kernel, monkeypatch):
     """Of wide rows too, which have tiles of their own."""
     given = encode_problem("gated") if d == D else arguments(make_inputs(FEW[0] * 20, d, F, DENSITY), "gated")
     code = ops.encode(**on_all(given))
-    assert _dispatch._no_triton() is None and code.nnz > 0
+    assert dispatch._no_triton() is None and code.nnz > 0
     change = {"persistent": int(kernel == "persistent"), "library": int(kernel == "library")}
     for generation, every in _config.SHIPPED.items():
         new = {op: {**every[op], **change} for op in ("screen", "screen_wide")}
@@ -407,8 +408,8 @@ def test_gradients_are_as_close_to_float64_as_the_references(dialect):
 
 
 def test_a_frozen_layer_makes_its_shadow_once_and_gives_the_same_bits(monkeypatch):
-    sae, data, made, make = layer(), batches(3), [], _shadow.make_shadow
-    monkeypatch.setattr(_shadow, "make_shadow", lambda W: made.append(W.shape) or make(W))
+    sae, data, made, make = layer(), batches(3), [], shadowing.make_shadow
+    monkeypatch.setattr(shadowing, "make_shadow", lambda W: made.append(W.shape) or make(W))
     with torch.no_grad():
         wanted = [sae.encode_sparse(x) for x in data]
         with sae.frozen():

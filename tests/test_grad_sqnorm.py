@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from sae_fast import ops, use_backend
 from sae_fast.code import RowGradient
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 
 def problem(B: int, d: int, F: int, S: int = 1, own: bool = False, seed: int = 0):
@@ -98,7 +98,7 @@ def test_of_a_vector_parameter(shape, route):
 @pytest.mark.parametrize("project", [False, True])
 @pytest.mark.parametrize("shape", [(3, 63, 31), (57, 100, 400)], ids=str)
 def test_several_sources_and_a_self_coefficient_on_every_instruction_set(shape, project, isa, monkeypatch):
-    monkeypatch.setitem(_dense.CROSSOVER, "outer", 2.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "outer", 2.0)
     judge_shape(shape, S=3, own=True, project=project)
 
 
@@ -153,7 +153,7 @@ def test_strides_do_not_matter(route):
 
 @pytest.mark.parametrize("project", [False, True])
 def test_repeats_bit_for_bit_at_every_thread_count(project, isa, monkeypatch):
-    monkeypatch.setitem(_dense.CROSSOVER, "outer", 2.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "outer", 2.0)
     code, values, A, W, own = problem(257, 100, 1000, 2, own=True)
     gradient = gradient_of(code, values, A, own)
     assert_repeats(lambda: ops.grad_sqnorm(gradient, W, project=project))
@@ -167,7 +167,7 @@ def test_on_a_grid_it_is_exact(B, d, F, S, seed, crossover, dtype):
     code = random_code(B, F, S, seed=seed)
     values, A = (code.values > 0.5).to(dtype), grid(S, B, d, step=1, reach=2, seed=seed).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_dense.CROSSOVER, "outer", crossover)
+        patch.setitem(crossovers.CROSSOVER, "outer", crossover)
         norm = ops.grad_sqnorm(gradient_of(code, values, A, None), randn(F, d, dtype=dtype))
     assert norm == plain(code, values, A, torch.zeros(F, d), None, False, torch.float64)
 

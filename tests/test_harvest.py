@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_models import WORDS, save_tiny_model, tiny_model, tiny_tokenizer
 
+from sae_fast.data import activations
+from sae_fast.data import harvest as harvesting
+from sae_fast.data.harvest import harvest
+from sae_fast.data.transformer import HiddenStates, Source
 from sae_fast.extras import MissingExtra
-from sae_fast.train import activations
-from sae_fast.train import harvest as harvesting
-from sae_fast.train.harvest import harvest
-from sae_fast.train.transformer import HiddenStates, Source
 
 TEXT = "The gate opens when its sum\nis above zero . " * 9
 CONTEXT = 6

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import WORDS, save_tiny_model, tiny_model, tiny_tokenizer
 
-from sae_fast.train import harvest as harvesting
-from sae_fast.train.activations import ActivationStore
-from sae_fast.train.harvest import harvest
-from sae_fast.train.transformer import HiddenStates
+from sae_fast.data import harvest as harvesting
+from sae_fast.data.activations import ActivationStore
+from sae_fast.data.harvest import harvest
+from sae_fast.data.transformer import HiddenStates
 
 TEXT = "The gate opens when its sum\nis above zero . " * 9
 CONTEXT = 6

@@ -15,7 +15,7 @@ import torch
 from helpers import grid, random_code
 
 from sae_fast import ops
-from sae_fast.ops._dispatch import _C
+from sae_fast.ops.dispatch import _C
 
 CSRC = Path(__file__).parent.parent / "csrc"
 SOURCES = sorted((CSRC / "cpu").glob("*.cpp"))

@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from torch import nn
 
 import sae_fast as sf
-from sae_fast.analysis import sites
+from sae_fast.data import sites
 
 PLACES = {
     "gpt2": {

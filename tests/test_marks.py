@@ -6,8 +6,8 @@ import os
 import pytest
 
 import sae_fast as sf
-from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis.marks import Marks
+from sae_fast.nn.identity import fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sae_fast as sf
 from sae_fast import RowAdam, RowGradient, SparseCode, ops
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 F, D, B = 11, 5, 6
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -24,8 +24,8 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 def one_thread_and_the_lazy_route(monkeypatch):
     """Threads would only wait for each other; and problems this small are dense, unless ``route`` says otherwise."""
     torch.set_num_threads(1)
-    for op in _dense.CROSSOVER:
-        monkeypatch.setitem(_dense.CROSSOVER, op, float("inf"))
+    for op in crossovers.CROSSOVER:
+        monkeypatch.setitem(crossovers.CROSSOVER, op, float("inf"))
 
 
 # ---- Problems and the reference -------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_fast import ops, use_backend
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 
 def plain(code):
@@ -62,7 +62,7 @@ def judge_shape(B: int, d: int, F: int, S: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_near_to_float64_as_torchs(shape, route, monkeypatch):
     B, _, F = shape
-    monkeypatch.setattr(_dense, "CHUNK", B * max(3, F // 4))  # F = 4099: blocks of 1024 and a last one of 3
+    monkeypatch.setattr(crossovers, "CHUNK", B * max(3, F // 4))  # F = 4099: blocks of 1024 and a last one of 3
     judge_shape(*shape, S=1)
 
 
@@ -87,7 +87,7 @@ def test_a_vector_parameters_gradient_is_the_sum_of_its_values(route, isa):
 
 @pytest.mark.parametrize("first, n", [(0, 100), (0, 33), (7, 64), (99, 1), (100, 0), (50, 0)])
 def test_a_range_of_features_has_the_same_rows(first, n, route, isa, monkeypatch):
-    monkeypatch.setattr(_dense, "CHUNK", 57 * 10)
+    monkeypatch.setattr(crossovers, "CHUNK", 57 * 10)
     code, values, A = sources(57, 63, 100, 2)
     csc = ops.transpose(code)
     part = ops.outer(csc, list(values), list(A), first_feature=first, n_features=n)
@@ -122,7 +122,7 @@ def test_touched_features_are_those_with_entries():
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_accumulates_into_out(apart, route, isa, monkeypatch):
-    monkeypatch.setattr(_dense, "CHUNK", 57 * 30)
+    monkeypatch.setattr(crossovers, "CHUNK", 57 * 30)
     code, values, A = sources(57, 63, 100, 2)
     start = randn(100, 63, seed=9)
     out = strided(start) if apart else start.clone()
@@ -173,7 +173,7 @@ def test_repeats_bit_for_bit_at_every_thread_count(isa):
 
 
 def test_dense_route_repeats_bit_for_bit(monkeypatch):
-    monkeypatch.setitem(_dense.CROSSOVER, "outer", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "outer", -1.0)
     code, values, A = sources(257, 100, 1000, 2)
     csc = ops.transpose(code)
     assert_repeats(lambda: ops.outer(csc, list(values), list(A)), threads=())
@@ -192,7 +192,7 @@ def test_any_shape_stride_dtype_and_range_on_a_grid_is_exact(B, d, F, S, seed, a
     values, A = (code.values > 0.5).to(dtype), grid(S, B, d, step=1, reach=2, seed=seed).to(dtype)
     give = strided if apart else torch.clone
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_dense.CROSSOVER, "outer", crossover)
+        patch.setitem(crossovers.CROSSOVER, "outer", crossover)
         csc, A_given = ops.transpose(code), [give(a) for a in A]
         rows = ops.outer(csc, list(give(values)), A_given, first_feature=first, n_features=n)
     assert rows.dtype == dtype

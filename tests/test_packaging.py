@@ -58,7 +58,7 @@ x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
 sae = sf.GatedSAE(d_in=16, d_sae=48, seed=0)
 trainer = sf.Trainer(sae, lr=1e-2, l1_coefficient=0.1, init_l0=8)
 losses = [trainer.step(x).loss for _ in range(20)]
-print(json.dumps([sf.__file__, _dispatch._C.supported_isas(), losses]))
+print(json.dumps([sf.__file__, dispatch._C.supported_isas(), losses]))
 """
 
 
@@ -271,7 +271,7 @@ def test_it_is_whole_and_trains_where_only_its_dependencies_are(way, checkout, s
     # It works.
     where, isas, losses = json.loads(output(python, "-c", TRAINS, cwd=tmp_path))
     assert Path(where).is_relative_to(packages) and losses[-1] < 0.9 * losses[0]
-    assert isas == ["plain"] if poor else isas == sf.ops._dispatch._C.supported_isas()
+    assert isas == ["plain"] if poor else isas == sf.ops.dispatch._C.supported_isas()
     helps = [
         output(*command, "--help", cwd=tmp_path) for command in ([python.parent / "sae-fast"], [python, "-m", "sae_fast"])
     ]

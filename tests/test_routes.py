@@ -12,7 +12,7 @@ import routes
 from helpers import randn
 
 from sae_fast import ops, use_backend
-from sae_fast.ops._dispatch import _C
+from sae_fast.ops.dispatch import _C
 
 TESTS = Path(__file__).parent
 CONFTEST = """

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import sae_fast as sf
 from sae_fast import demo, files
 from sae_fast.cli import app
+from sae_fast.data.activations import ActivationStore
+from sae_fast.data.transformer import HiddenStates
+from sae_fast.nn.scale import INPUT_SCALE, scale_
 from sae_fast.run_folder import claimed
-from sae_fast.train.activations import ActivationStore
-from sae_fast.train.scale import INPUT_SCALE, scale_
-from sae_fast.train.transformer import HiddenStates
 
 TEXT = "The gate opens when its sum is above zero . A sum of the gate and zero . " * 40
 STEPS = 20

@@ -28,7 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_fast import ops, use_backend
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 
 def plain(code):
@@ -55,7 +55,7 @@ def judge_shape(B: int, d: int, F: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_near_to_float64_as_torchs(shape, route, monkeypatch):
     B, _, F = shape
-    monkeypatch.setattr(_dense, "CHUNK", F * max(3, B // 4))
+    monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))
     judge_shape(*shape)
 
 
@@ -100,7 +100,7 @@ def test_repeats_bit_for_bit_at_every_thread_count(isa):
 
 
 def test_dense_route_repeats_bit_for_bit(monkeypatch):
-    monkeypatch.setitem(_dense.CROSSOVER, "sampled_dots", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "sampled_dots", -1.0)
     code, A, W = random_code(257, 1000), randn(257, 100), randn(1000, 100, seed=1)
     assert_repeats(lambda: ops.sampled_dots(code, A, W), threads=())
 
@@ -116,7 +116,7 @@ def test_any_shape_stride_and_dtype_on_a_grid_is_exact(B, d, F, seed, apart, cro
     A, W = grid(B, d, step=1, reach=1, seed=seed).to(dtype), grid(F, d, step=1, reach=1, seed=seed + 1).to(dtype)
     give = strided if apart else torch.clone
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_dense.CROSSOVER, "sampled_dots", crossover)
+        patch.setitem(crossovers.CROSSOVER, "sampled_dots", crossover)
         out = ops.sampled_dots(code, give(A), give(W))
     assert out.dtype == dtype
     assert torch.equal(out.double(), plain(code)(A.double(), W.double()))

@@ -19,8 +19,9 @@ from ways import BOUNDED, TERMS, WAYS, forced, product_in_order
 
 import sae_fast as sf
 from sae_fast import ops
-from sae_fast.ops import _bound, _dispatch, _screen, _support
-from sae_fast.ops._dispatch import _C
+from sae_fast.ops import dispatch
+from sae_fast.ops.dispatch import _C
+from sae_fast.ops.encode import bound, cpu, screen
 
 LAYERS = (sf.GatedSAE, sf.ReluSAE, sf.JumpReluSAE)
 
@@ -75,7 +76,7 @@ class Edge:
     def kept_by_the_product(self) -> bool:
         x, w = self.x.repeat(64, 1).bfloat16(), self.w.repeat(32, 1).bfloat16()
         with forced("screen"):
-            return bool((_screen.product(x, w, x.new_empty(64, 32)) + self.bias > 0).all())
+            return bool((screen.product(x, w, x.new_empty(64, 32)) + self.bias > 0).all())
 
 
 def ones(d: int, n: int | None = None) -> Tensor:
@@ -143,7 +144,7 @@ def test_each_term_of_the_bound_alone_keeps_its_members(name, monkeypatch):
     edge = EDGES[name]
     if edge.term == "accumulation" and edge.kept_by_the_product():  # by the order in which it adds
         assert edge.members("screen", {}) == 64 * 32
-        monkeypatch.setattr(_screen, "product", product_in_order)
+        monkeypatch.setattr(screen, "product", product_in_order)
         assert not edge.kept_by_the_product()
     assert float(edge.x.double() @ edge.w.double()) + edge.bias > 0, "a member"
     assert edge.members("dots", {}) == 64 * 32, "by the dots that define it, too"
@@ -156,7 +157,7 @@ def test_each_term_of_the_bound_alone_keeps_its_members(name, monkeypatch):
 
 def test_every_term_has_a_case():
     assert {edge.term for edge in EDGES.values()} == set(TERMS)
-    assert _screen.TERMS.tolist() == [1.0] * len(TERMS)
+    assert screen.TERMS.tolist() == [1.0] * len(TERMS)
 
 
 @pytest.mark.parametrize("term", ["x_residual", "w_residual"])
@@ -358,7 +359,7 @@ def test_a_bound_by_torchs_product_without_its_margin_loses_members():
     with forced("bound"):
         assert_same_bits(truth, encode(x, W, bias))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_bound, "MARGIN", 0.0)
+            patch.setattr(bound, "MARGIN", 0.0)
             assert encode(x, W, bias).nnz < truth.nnz
 
 
@@ -371,7 +372,7 @@ def test_matmul_precision_by_its_newer_names_is_no_bound_and_no_error(monkeypatc
         truth = ops.encode(**kwargs)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
     ways.take_product(monkeypatch, "bound")
-    assert "newer names" in str(_bound.unavailable())
+    assert "newer names" in str(bound.unavailable())
     assert_same_bits(truth, ops.encode(**kwargs))
 
 
@@ -413,7 +414,7 @@ class Recorder:
 def test_at_most_two_candidates_an_entry(data, monkeypatch):
     x, W = DATA[data](512, 384), torch.nn.functional.normalize(randn(3000, 384, seed=1), dim=1)
     engine, bias = Recorder(), biases(x, W, 6)
-    monkeypatch.setattr(_support, "_C", engine)
+    monkeypatch.setattr(cpu, "_C", engine)
     with forced("screen"):
         code = encode(x, W, bias)
     assert 5 < code.nnz / 512 < 7
@@ -421,8 +422,8 @@ def test_at_most_two_candidates_an_entry(data, monkeypatch):
     assert_float64s_support(code, x, W, bias)
     if data == "offset":
         one_norm = Recorder()
-        monkeypatch.setattr(_support, "_C", one_norm)
-        monkeypatch.setattr(_screen, "FAR_MORE", float("inf"))
+        monkeypatch.setattr(cpu, "_C", one_norm)
+        monkeypatch.setattr(screen, "FAR_MORE", float("inf"))
         with forced("screen"):
             assert_same_bits(code, encode(x, W, bias))
         assert one_norm.candidates() > 20 * code.nnz, "without outlier columns of their own"
@@ -517,7 +518,7 @@ def test_without_a_bfloat16_product_torchs_is_the_bound_or_every_entry_is_dotted
         expected = ops.encode(**kwargs)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmul)
     ways.take_product(monkeypatch, "bound")
-    monkeypatch.setattr(_dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level("DEBUG", logger="sae_fast"):
         for precision in ("exact", "bf16"):
             assert_same_bits(expected, ops.encode(**kwargs, precision=precision, shadow=shadow))
@@ -625,7 +626,7 @@ def test_an_unknown_precision_is_a_value_error_that_names_it(layer, bad):
 def test_a_layers_precision_is_that_of_its_product(layer):
     x = randn(300, 40)
     codes = {}
-    for precision in _support.PRECISIONS:
+    for precision in cpu.PRECISIONS:
         sae = layer(40, 500, seed=0, precision=precision)
         sae.calibrate_(x, 20)
         with forced("screen"):

@@ -20,7 +20,8 @@ from ways import forced
 import sae_fast as sf
 from sae_fast import ops, use_backend
 from sae_fast.code import RowGradient, Shadow, SparseCode
-from sae_fast.ops import _dense, _shadow
+from sae_fast.ops import crossovers
+from sae_fast.ops.encode import shadow as shadowing
 from sae_fast.optim import RowAdam
 
 pytestmark = pytest.mark.usefixtures("screened")
@@ -153,7 +154,7 @@ def gradient_of(code: SparseCode, d: int) -> RowGradient:
     "code", [random_code(57, 1000, 2), random_code(257, 33, 1), long_code()], ids=lambda c: str(c.shape)
 )
 def test_weight_step_keeps_a_shadow_and_steps_as_without_one(code, unit_rows, route, isa, monkeypatch):
-    monkeypatch.setattr(_dense, "CHUNK", 60_000)  # several blocks in the dense route
+    monkeypatch.setattr(crossovers, "CHUNK", 60_000)  # several blocks in the dense route
     gradient, alone, kept = gradient_of(code, 40), state_of(code.d_sae, 40, unit_rows), state_of(code.d_sae, 40, unit_rows)
     shadow, before = ops.make_shadow(kept[0]), ops.make_shadow(kept[0])
     ops.weight_step(*alone, gradient, unit_rows=unit_rows, **ADAM)
@@ -219,8 +220,8 @@ def test_row_adam_keeps_a_shadow_from_its_first_step(given, unit_rows, betas):
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_long_features_are_as_near_to_float64_as_torchs_and_the_same_at_any_thread_count(unit_rows, isa, monkeypatch):
     """Features of more entries than one run are summed in shared runs."""
-    monkeypatch.setitem(_dense.CROSSOVER, "weight_step", 2.0)
-    monkeypatch.setitem(_dense.CROSSOVER, "outer", 2.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", 2.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "outer", 2.0)
     code, d = long_code(), 33
     gradient = gradient_of(code, d)
 
@@ -283,13 +284,13 @@ def fresh(sae, x: Tensor = X) -> SparseCode:
 @pytest.fixture
 def made(monkeypatch) -> list:
     """Every shadow that was made, on the way to being kept."""
-    shadows, make_shadow = [], _shadow.make_shadow
+    shadows, make_shadow = [], shadowing.make_shadow
 
     def recorded(W):
         shadows.append(make_shadow(W))
         return shadows[-1]
 
-    monkeypatch.setattr(_shadow, "make_shadow", recorded)
+    monkeypatch.setattr(shadowing, "make_shadow", recorded)
     return shadows
 
 
@@ -552,8 +553,8 @@ def test_a_change_that_torch_does_not_count_warns_with_the_step(change, warns, r
 @pytest.mark.parametrize("F", [300, 16, 5])
 def test_a_change_of_one_row_is_noticed_within_16_steps(F, size, monkeypatch):
     """Of a row that no step touches, which would refresh it."""
-    for op in _dense.CROSSOVER:
-        monkeypatch.setitem(_dense.CROSSOVER, op, float("inf"))
+    for op in crossovers.CROSSOVER:
+        monkeypatch.setitem(crossovers.CROSSOVER, op, float("inf"))
     for row in (0, F // 2, F - 1):
         trainer = trainer_of(F=F)
         with torch.no_grad():

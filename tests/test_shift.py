@@ -6,9 +6,9 @@ from torch import nn
 
 import sae_fast as sf
 from sae_fast.analysis import attribution, shift
-from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis.marks import Marks
 from sae_fast.analysis.shift import Candidate, Probe, Shift, accuracies, fit_head
+from sae_fast.nn.identity import fingerprint
 from tests.analysis_models import random_sae
 from tests.page_data import small_store
 

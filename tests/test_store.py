@@ -17,9 +17,9 @@ from torch import Tensor
 
 import sae_fast as sf
 from sae_fast.analysis import FeatureStore, _store_runs, _store_writer, features, write_store
-from sae_fast.analysis._identity import fingerprint
+from sae_fast.data.activations import VERSION, ActivationStore
 from sae_fast.extras import MissingExtra
-from sae_fast.train.activations import VERSION, ActivationStore
+from sae_fast.nn.identity import fingerprint
 
 pytest.importorskip("pyarrow")
 duckdb = pytest.importorskip("duckdb")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sae_fast.train import text
+from sae_fast.data import text
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def test_the_documentation_is_large_and_readable(documentation):
 
 @pytest.mark.slow
 def test_it_is_the_same_in_another_process(documentation):
-    script = "import sys, sae_fast.train.text as t; sys.stdout.buffer.write(t.stdlib_documentation().encode())"
+    script = "import sys, sae_fast.data.text as t; sys.stdout.buffer.write(t.stdlib_documentation().encode())"
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert other.stdout == documentation.encode()
 

@@ -26,8 +26,8 @@ from ways import WAYS, forced
 
 from sae_fast import ops, use_backend
 from sae_fast.code import SparseCode
-from sae_fast.ops import _bound, _largest, _screen
-from sae_fast.ops._dispatch import _C
+from sae_fast.ops.dispatch import _C
+from sae_fast.ops.encode import bound, largest, screen
 
 SUPPORTS = ("topk", "batch_topk")
 supports = pytest.mark.parametrize("support", SUPPORTS)
@@ -274,12 +274,12 @@ def test_other_dtypes_take_the_reference(dtype, support):
 
 
 def test_the_reference_takes_topk_in_chunks_of_rows(monkeypatch):
-    from sae_fast.ops import _dense
+    from sae_fast.ops import crossovers
 
     x, W, bias = layer(57, 20, 300)
     with use_backend("reference"):
         whole = encode(x, W, bias, "topk", 9)
-        monkeypatch.setattr(_dense, "CHUNK", 10 * 300)
+        monkeypatch.setattr(crossovers, "CHUNK", 10 * 300)
         parts = encode(x, W, bias, "topk", 9)
     assert_same_bits([whole.indptr, whole.indices], [parts.indptr, parts.indices])
     torch.testing.assert_close(whole.values, parts.values)
@@ -400,7 +400,7 @@ def test_the_floor_is_truncated_not_rounded_and_one_step_higher_would_lose(monke
     zeros, rival = torch.zeros(64), 1 + 2.0**-7 * 0.75
     best = 1 + 2.0**-7 * 0.8
     assert chosen_with_rivals(zeros, zeros, best, rival) == 64
-    monkeypatch.setattr(_largest, "RAISE", 3)
+    monkeypatch.setattr(largest, "RAISE", 3)
     assert chosen_with_rivals(zeros, zeros, best, rival) == 0
 
 
@@ -409,7 +409,7 @@ def test_what_is_out_of_range_passes_any_floor(where, monkeypatch):
     """As 1, which passes the test of a sign, it would be below a floor of 100."""
     x, w = torch.full((8,), 2.0**45 if where == "x" else 1.0), torch.full((8,), 2.0**45 if where == "w" else 1.0)
     assert chosen_with_rivals(x, w, 0.0, 100.0) == 64
-    monkeypatch.setitem(_screen.OPEN, "floor", 1.0)
+    monkeypatch.setitem(screen.OPEN, "floor", 1.0)
     assert chosen_with_rivals(x, w, 0.0, 100.0) == 0
 
 
@@ -426,7 +426,7 @@ def test_a_floor_from_bounds_alone_needs_twice_their_margins(support, factor, mo
     assert bool((u[:, :256] + bias[:256] < 2.4).all())
     with forced("screen", TILE=1, ROOM=0):
         assert_is_the_sorted_choice(encode(x, W, bias, support, 1), u, bias, support, 1)
-        monkeypatch.setattr(_screen, "EXCESS", factor)
+        monkeypatch.setattr(screen, "EXCESS", factor)
         assert not bool((encode(x, W, bias, support, 1).indices == 300).any()), "the best is lost"
 
 
@@ -445,7 +445,7 @@ def test_a_float_product_without_its_margin_loses_the_best():
     with forced("bound", TILE=1, ROOM=0):
         assert bool((encode(x, W, bias, "topk", 1).indices == 300).all())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_bound, "MARGIN", 0.0)
+            patch.setattr(bound, "MARGIN", 0.0)
             assert not bool((encode(x, W, bias, "topk", 1).indices == 300).any())
 
 
@@ -464,7 +464,7 @@ def test_few_candidates_are_verified(way):
             return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch, forced(way, TILE=2**17):
-        patch.setattr(_largest, "_C", Engine())
+        patch.setattr(largest, "_C", Engine())
         for support in SUPPORTS:
             code = encode(x, W, torch.zeros(6000), support, 32)
             assert code.nnz == 128 * 32 <= seen[-1].candidates() < 2 * code.nnz, support

@@ -17,7 +17,7 @@ from test_trainer import CLASSES, D_IN, D_SAE, PlainTrainer, batches, everything
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 from sae_fast.signals import leaving, noticing, uninterrupted
 
 classes = pytest.mark.parametrize("cls", CLASSES)
@@ -27,8 +27,8 @@ SETTINGS = dict(lr=1e-2, l1_coefficient=0.4)
 @pytest.fixture(autouse=True)
 def one_thread_and_the_lazy_route(monkeypatch):
     torch.set_num_threads(1)
-    for op in _dense.CROSSOVER:
-        monkeypatch.setitem(_dense.CROSSOVER, op, float("inf"))
+    for op in crossovers.CROSSOVER:
+        monkeypatch.setitem(crossovers.CROSSOVER, op, float("inf"))
 
 
 def trained(steps: int = 3, cls=sf.GatedSAE, **settings) -> sf.Trainer:

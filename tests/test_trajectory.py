@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sae_fast as sf
 from sae_fast import reference
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 NAMES = ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec")
 D_IN, D_SAE, BATCH, STEPS, RUNS = 32, 256, 128, 300, 8
@@ -92,9 +92,11 @@ def test_three_hundred_steps_stay_within_the_spread_of_the_permuted_reference(st
 
     ours, densities = engine_run(sae, batches, lr, l1)
     if start == "calibrated":
-        assert max(densities) < min(_dense.CROSSOVER.values()), "sparse from the start"
+        assert max(densities) < min(crossovers.CROSSOVER.values()), "sparse from the start"
     else:
-        assert densities[0] > 0.4 and densities[-1] < min(_dense.CROSSOVER.values()), "the run crosses the density switch"
+        assert densities[0] > 0.4 and densities[-1] < min(crossovers.CROSSOVER.values()), (
+            "the run crosses the density switch"
+        )
     plain = reference_run(first, batches, lr, l1, None)
     assert plain.losses[-1] < 0.75 * plain.losses[0], "it trains"
     moved = (plain.states[-1] - torch.cat([first[name].flatten() for name in NAMES])).norm() / plain.states[-1].norm()

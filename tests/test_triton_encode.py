@@ -33,7 +33,8 @@ from sae_fast.code import Shadow, SparseCode
 from sae_fast.kernels import _config, compact, screen
 from sae_fast.kernels import encode as pipeline
 from sae_fast.kernels import round as rounding
-from sae_fast.ops import _dense, _device_support
+from sae_fast.ops import crossovers
+from sae_fast.ops.encode import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STORAGE = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter's bfloat16 is wrong
@@ -210,7 +211,7 @@ def test_results_repeat_and_hang_on_no_tile_or_block(monkeypatch):
             set_tiles(patch, change)
             assert_same_bits(code, encode(**kwargs))
     for rows in (7, 16):
-        monkeypatch.setattr(_device_support, "MASK", rows * 70)
+        monkeypatch.setattr(gpu, "MASK", rows * 70)
         assert_same_bits(code, encode(**kwargs))
 
 
@@ -232,23 +233,23 @@ def test_dense_blocks_are_left_to_the_product_without_a_seam(activation, product
     quiet = torch.arange(33) // 7 % 2 == 0
     kwargs["x"][quiet] = 0
     kwargs["bias"] = -kwargs["bias"].abs() - 0.25
-    monkeypatch.setattr(_device_support, "MASK", 7 * 70)
+    monkeypatch.setattr(gpu, "MASK", 7 * 70)
     assert_exact(unforced(kwargs), kwargs)
     assert products == [7, 7]
     for name in ("CHUNK", "GPU_CHUNK"):
-        monkeypatch.setattr(_dense, name, 3 * 70)
+        monkeypatch.setattr(crossovers, name, 3 * 70)
     for density, taken in ((-1.0, [3, 3, 1] * 4 + [3, 2]), (1.0, [])):
         products.clear()
-        monkeypatch.setattr(_dense, "GPU_DENSE", density)
+        monkeypatch.setattr(crossovers, "GPU_DENSE", density)
         assert_exact(unforced(kwargs), kwargs)
         assert products == taken
-    monkeypatch.setattr(_dense, "GPU_DENSE", -1.0)
+    monkeypatch.setattr(crossovers, "GPU_DENSE", -1.0)
     random = arguments(make_inputs(19, 63, 70), activation)
     judge(unforced(random), random)
 
 
 def test_a_forced_body_takes_any_density(products, monkeypatch):
-    monkeypatch.setattr(_dense, "GPU_DENSE", -1.0)
+    monkeypatch.setattr(crossovers, "GPU_DENSE", -1.0)
     kwargs = exact_problem(9, 63, 33, "relu")
     assert_exact(encode(**kwargs), kwargs)
     assert not products

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sae_fast import ops, reference, use_backend
 from sae_fast.code import RowGradient, SparseCode
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 STEP = 7
 ADAM = dict(step=STEP, lr=0.5, beta2=0.99, eps=1e-3)
@@ -128,7 +128,7 @@ def judge_steps(steps: list[Step], unit_rows: bool, scale: float | None = None, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_near_to_float64_as_torchs(shape, unit_rows, route, monkeypatch):
     B, d, F = shape
-    monkeypatch.setattr(_dense, "CHUNK", (B + d) * max(3, F // 4))  # F = 4099: blocks of 1024 and a last one of 3
+    monkeypatch.setattr(crossovers, "CHUNK", (B + d) * max(3, F // 4))  # F = 4099: blocks of 1024 and a last one of 3
     judge_steps([make_step(*shape, unit=unit_rows, seed=seed) for seed in seeds(F * d)], unit_rows)
 
 
@@ -155,7 +155,7 @@ def test_beta2_and_the_gradient_scale(scale, beta2, route, isa):
 
 def test_a_row_without_entries_is_left_alone(isa, monkeypatch):
     """Bit for bit: its step is zero, and the decay of its v is made up for at its next visit."""
-    monkeypatch.setitem(_dense.CROSSOVER, "weight_step", 2.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", 2.0)
     step = make_step(3, 63, 4099, unit=True, own=True)
     (after,) = judge_steps([replace(step, self_coefficient=None)], unit_rows=True)
     idle = ~step.touched()
@@ -198,7 +198,7 @@ def test_unit_rows_take_out_a_gradient_along_the_row(route):
 @pytest.mark.parametrize("first", [0, 1, 50, 97, 100])
 def test_ranges_of_features_step_as_the_whole(first, isa, monkeypatch):
     """A weight split at any feature, as on two ranks, has the same bits."""
-    monkeypatch.setitem(_dense.CROSSOVER, "weight_step", 2.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", 2.0)
     step = make_step(57, 63, 100, S=2, unit=True, own=True)
     gradient, whole, parts = step.gradient(), step.state.clone(), step.state.clone()
     ops.weight_step(*whole.tensors(), gradient, unit_rows=True, **ADAM)
@@ -211,8 +211,8 @@ def test_ranges_of_features_step_as_the_whole(first, isa, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_range_of_features_in_the_dense_route(backend, monkeypatch):
-    monkeypatch.setitem(_dense.CROSSOVER, "weight_step", -1.0)
-    monkeypatch.setitem(_dense.CROSSOVER, "outer", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "outer", -1.0)
     step = make_step(57, 63, 100, own=True)
     state, judge = step.state.clone(), Judge()
     own = replace(step.gradient(), self_coefficient=step.self_coefficient[30:70])
@@ -313,7 +313,7 @@ def test_strides_of_the_gradient_do_not_matter(route):
 
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_repeats_bit_for_bit_at_every_thread_count(unit_rows, isa, monkeypatch):
-    monkeypatch.setitem(_dense.CROSSOVER, "weight_step", 2.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", 2.0)
     step = make_step(257, 100, 1000, S=2, unit=True, own=True)
     gradient = step.gradient()
 
@@ -326,8 +326,8 @@ def test_repeats_bit_for_bit_at_every_thread_count(unit_rows, isa, monkeypatch):
 
 
 def test_dense_route_repeats_bit_for_bit(monkeypatch):
-    monkeypatch.setitem(_dense.CROSSOVER, "weight_step", -1.0)
-    monkeypatch.setitem(_dense.CROSSOVER, "outer", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "outer", -1.0)
     step = make_step(257, 100, 1000, S=2)
 
     def run():
@@ -350,7 +350,7 @@ def test_any_range_of_any_size_accumulates_an_exact_second_moment(B, d, F, seed,
     before = W.clone()
     with pytest.MonkeyPatch.context() as patch:
         for op in ("weight_step", "outer"):
-            patch.setitem(_dense.CROSSOVER, op, crossover)
+            patch.setitem(crossovers.CROSSOVER, op, crossover)
         gradient = RowGradient(ops.transpose(code), list(values), list(A))
         ops.weight_step(W[first:], v[first:], last_step[first:], gradient, first_feature=first, step=3, lr=0.5,
                         beta2=0.5, eps=1e-3)  # fmt: skip

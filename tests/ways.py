@@ -1,4 +1,4 @@
-"""The ways to a code's support (sae_fast/ops/_support.py), each forced on any machine.
+"""The ways to a code's support (sae_fast/ops/cpu.py), each forced on any machine.
 
 The screen needs a bfloat16 product that sums in float32.  Where the processor has none it is emulated: the same operands in
 float32, rounded to bfloat16 at the end.
@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_fast.ops import _bound, _largest, _screen, _support
+from sae_fast.ops.encode import bound, cpu, largest, screen
 
 TERMS = ("x_residual", "low_residual", "accumulation", "w_residual", "w_outliers", "bias", "least")  # Screen::Term
 BOUNDED = ("screen", "bound")  # the ways by a product that bounds
 WAYS = (*BOUNDED, "dots")
-OF_TORCH = _screen.product
-WHY_NOT = _screen.unavailable()  # why this processor has no such product, or None
+OF_TORCH = screen.product
+WHY_NOT = screen.unavailable()  # why this processor has no such product, or None
 
 
 def emulated_product(rows: Tensor, operand: Tensor, out: Tensor) -> Tensor:
@@ -37,18 +37,18 @@ def product_in_order(rows: Tensor, operand: Tensor, out: Tensor) -> Tensor:
 def take_product(patch: pytest.MonkeyPatch, way: str) -> None:
     """A processor with a bfloat16 product ("screen") or without one ("bound"), whatever this one has."""
     if way == "bound":
-        patch.setattr(_screen, "unavailable", lambda: "this is a test")
-    elif _screen.unavailable() is not None:
-        patch.setattr(_screen, "unavailable", lambda: None)
-        if _screen.product is OF_TORCH:
-            patch.setattr(_screen, "product", emulated_product)
+        patch.setattr(screen, "unavailable", lambda: "this is a test")
+    elif screen.unavailable() is not None:
+        patch.setattr(screen, "unavailable", lambda: None)
+        if screen.product is OF_TORCH:
+            patch.setattr(screen, "product", emulated_product)
 
 
 def take_bf16_away() -> None:
     """The whole run is one on a processor without a bfloat16 product (--without-bf16)."""
     global WHY_NOT
     WHY_NOT = "taken away by --without-bf16"
-    _screen.unavailable = lambda: WHY_NOT
+    screen.unavailable = lambda: WHY_NOT
 
 
 @contextmanager
@@ -61,11 +61,11 @@ def forced(way: str, dense_above: float = 2.0, without: dict[str, float] | None 
     with pytest.MonkeyPatch.context() as patch:
         if way in BOUNDED:
             take_product(patch, way)
-        patch.setattr(_support, "FEW_ROWS", {"shadow": rows, "no shadow": rows})
-        patch.setattr(_support, "DENSE_ABOVE", dense_above)
-        patch.setattr(_largest, "DENSE_ABOVE", 2.0)
-        patch.setattr(_screen, "TERMS", terms)
-        patch.setattr(_bound, "ROWS", 0)
+        patch.setattr(cpu, "FEW_ROWS", {"shadow": rows, "no shadow": rows})
+        patch.setattr(cpu, "DENSE_ABOVE", dense_above)
+        patch.setattr(largest, "DENSE_ABOVE", 2.0)
+        patch.setattr(screen, "TERMS", terms)
+        patch.setattr(bound, "ROWS", 0)
         for name, value in settings.items():
-            patch.setattr(_largest if name == "ROOM" else _support, name, value)
+            patch.setattr(largest if name == "ROOM" else cpu, name, value)
         yield

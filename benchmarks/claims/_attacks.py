@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.claims._backdoors import LENGTH, TARGET, TOKENS, TOPICS, TRIGGER, Classifier
-from sae_fast.analysis import sites
 from sae_fast.analysis.passes import Passes, count_passes
 from sae_fast.analysis.perturbation import Change, adding, ball, rows, sphere
+from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder
 
 SOURCE, DOWNSTREAM = "blocks.0", "blocks.1"

@@ -12,9 +12,9 @@ import sae_fast as sf
 from benchmarks.claims import _attacks, _backdoors
 from benchmarks.claims._auroc import auroc
 from benchmarks.claims._backdoors import Classifier, World
-from sae_fast.analysis import sites
 from sae_fast.analysis.perturbation import nearest_rows
-from sae_fast.train.scale import scale_
+from sae_fast.data import sites
+from sae_fast.nn.scale import scale_
 
 RADII, HEADLINE = (0.25, 0.5, 1.0, 2.0), 1.0
 TEXTS, HELD_OUT = 16, 512

@@ -12,10 +12,10 @@ from benchmarks.claims import _blind_rule, _tasks
 from benchmarks.claims._biographies import Texts
 from benchmarks.claims._sealed import Method
 from benchmarks.claims._shift_worlds import SITES, World
-from sae_fast.analysis import sites
 from sae_fast.analysis.shift import Candidate, Probe, Shift, fit_head
+from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.train.scale import scale_
+from sae_fast.nn.scale import scale_
 
 KINDS = {"Gated": (sf.GatedSAE, 2.0), "ReLU": (sf.ReluSAE, 1.0)}  # and λ
 FEATURES, BATCH, LR, INIT_L0 = 384, 512, 4e-3, 24

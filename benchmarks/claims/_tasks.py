@@ -16,8 +16,8 @@ from torch import Tensor
 import sae_fast as sf
 from benchmarks.data import Superposition
 from sae_fast import demo
-from sae_fast.train.harvest import harvest
-from sae_fast.train.text import stdlib_documentation
+from sae_fast.data.harvest import harvest
+from sae_fast.data.text import stdlib_documentation
 
 WORLD = {"d": 64, "features": 256, "active": 5.0}  # of Superposition
 QUICK_CHARACTERS = 60_000  # of the text, for a quick run

@@ -26,9 +26,9 @@ from benchmarks.claims._claim import CONDITION, CRITIQUE, FAILS, HOLDS, OURS, In
 from sae_fast import demo
 from sae_fast.analysis import attribution, edges, splice
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
+from sae_fast.data.transformer import quiet
 from sae_fast.extras import require
-from sae_fast.train.scale import scale_
-from sae_fast.train.transformer import quiet
+from sae_fast.nn.scale import scale_
 
 TITLE = "Attribution across a step: exact, AtP, integrated gradients, jump-corrected"
 SETTING = (

@@ -22,11 +22,12 @@ import sae_fast as sf
 from benchmarks.claims import _blind_rule, _tasks
 from benchmarks.claims._biographies import Biographies, Texts, Transformer, train_model
 from benchmarks.claims._claim import CONDITION, CRITIQUE, FAILS, HOLDS, OURS, Interval, Row, interval
-from sae_fast.analysis import attribution, sites
+from sae_fast.analysis import attribution
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
 from sae_fast.analysis.shift import Probe, fit_head
+from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.train.scale import scale_
+from sae_fast.nn.scale import scale_
 
 TITLE = "Oversight by cognition, an analogue: two classifiers that agree on all labelled data, told apart from inside"
 SETTING = (

@@ -33,9 +33,9 @@ from benchmarks.data import QUICK, Shape, Superposition
 from benchmarks.ending import close
 from benchmarks.registry import OURS
 from sae_fast import demo
+from sae_fast.data.harvest import harvest
+from sae_fast.data.text import stdlib_documentation
 from sae_fast.interop import dictionary_learning as ours
-from sae_fast.train.harvest import harvest
-from sae_fast.train.text import stdlib_documentation
 
 THEIRS = "dictionary_learning"
 CLASSES = {

@@ -38,8 +38,8 @@ from benchmarks.peers.dictionary_learning import trainer_of
 from benchmarks.registry import OURS
 from sae_fast import demo, reference
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label, _plain_ticks, empty_figure
-from sae_fast.train.harvest import harvest
-from sae_fast.train.text import stdlib_documentation
+from sae_fast.data.harvest import harvest
+from sae_fast.data.text import stdlib_documentation
 
 ROOT = Path(__file__).parents[2]
 THEIRS = "dictionary_learning"

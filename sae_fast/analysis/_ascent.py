@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from sae_fast.analysis import sites
 from sae_fast.analysis._path import TOKENS_PER_PASS, _takes_two
 from sae_fast.analysis.splicing import check_where
+from sae_fast.data import sites
 
 Loss = Callable[..., Tensor]
 FASTEST = 4.0  # the longest step, in units of the radius: one that turns by 76 degrees

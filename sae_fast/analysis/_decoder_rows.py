@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast.analysis import sites
 from sae_fast.analysis._ascent import (
     Change,
     Loss,
@@ -24,6 +23,7 @@ from sae_fast.analysis._ascent import (
     whole,
 )
 from sae_fast.analysis.splicing import check_features, check_sae
+from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder
 
 

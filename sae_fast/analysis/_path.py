@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast import ops
-from sae_fast.analysis import sites
 from sae_fast.analysis.splicing import check_where
 from sae_fast.code import SparseCode
+from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder
 
 TOKENS_PER_PASS = 4096  # positions that one pass of the model takes, where several points of a path share it

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from sae_fast import ops
 from sae_fast.code import SparseCode
+from sae_fast.data.activations import ActivationStore
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.nn.base import INPUT_DTYPES
-from sae_fast.train.activations import ActivationStore
 
 RUN = 1 << 23  # entries sorted at a time
 FLOATS = (np.float16, np.float32, np.float64)

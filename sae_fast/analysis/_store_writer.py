@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis._store_runs import Run, Source, count, encode
+from sae_fast.data.activations import ActivationStore
 from sae_fast.extras import require
 from sae_fast.files import appear
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.train.activations import ActivationStore
+from sae_fast.nn.identity import fingerprint
 
 FORMAT, VERSION, MANIFEST = "sae_fast.store", 1, "store.json"
 RESERVED = {"format", "version", "sae", "sae_class", "d_in", "d_sae"}

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_fast.code import SparseCode
-from sae_fast.train.activations import ActivationStore
+from sae_fast.data.activations import ActivationStore
 
 CHUNK = 4096  # tokens encoded at a time
 

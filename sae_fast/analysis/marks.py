@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_fast.analysis._identity import fingerprint
 from sae_fast.files import lfs_pointer, write_text
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.nn.identity import fingerprint
 
 FORMAT, VERSION = "sae_fast.marks", 1
 IRRELEVANT, RELEVANT = "irrelevant", "relevant"

@@ -20,11 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from sae_fast.analysis import _page_data as data
-from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis.attribution import Effects
 from sae_fast.analysis.store import FeatureStore
 from sae_fast.files import write_text
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.nn.identity import fingerprint
 
 HISTOGRAM_BINS, NEAREST = 24, 8
 SCRIPTS = ("data.js", "marks.js", "list.js", "feature.js", "main.js")

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast.analysis import sites
 from sae_fast.analysis._ascent import (
     Change,
     Loss,
@@ -38,6 +37,7 @@ from sae_fast.analysis._ascent import (
 from sae_fast.analysis._decoder_rows import OfRows, nearest_rows, rows
 from sae_fast.analysis.splicing import Edit, as_features, check_features, check_where
 from sae_fast.code import SparseCode
+from sae_fast.data import sites
 
 __all__ = ["Change", "Directions", "InBall", "OfRows", "adding", "ball", "clamp", "nearest_rows", "rows", "sphere"]
 

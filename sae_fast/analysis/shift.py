@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from sae_fast.analysis import attribution, sites
-from sae_fast.analysis._identity import fingerprint
+from sae_fast.analysis import attribution
 from sae_fast.analysis.marks import IRRELEVANT, RELEVANT, Marks
 from sae_fast.analysis.splicing import ablate, check_features, check_sae, splice
 from sae_fast.analysis.store import FeatureStore
+from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.nn.identity import fingerprint
 
 Judge = Callable[["Candidate"], "str | None"]
 File = str | PathLike[str]

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sae_fast.analysis import sites
 from sae_fast.code import SparseCode
+from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder
 
 ERRORS = ("keep", "recompute", "drop")

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sae_fast.analysis._identity import fingerprint
 from sae_fast.analysis._store_contexts import Context, Contexts, choose, windows
 from sae_fast.analysis._store_writer import FORMAT, MANIFEST, VERSION, write_store
 from sae_fast.extras import require
 from sae_fast.files import lfs_pointer
 from sae_fast.nn import SparseAutoencoder
+from sae_fast.nn.identity import fingerprint
 
 __all__ = ["Context", "Contexts", "FeatureStore", "write_store"]
 

@@ -19,7 +19,7 @@ def cache(
     SAE_FAST_CACHE says where the cache is, ~/.cache/sae_fast by default.
     """
     with one_line_errors():
-        from sae_fast.train import cache as kept
+        from sae_fast.data import cache as kept
 
         entries = kept.entries()
         if clear or older_than is not None:

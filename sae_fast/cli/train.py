@@ -51,9 +51,9 @@ def train(
     A higher --l1 gives fewer features per token and a worse reconstruction.
     """
     with one_line_errors(), notes():
+        from sae_fast.data.text import read_text_file
         from sae_fast.demo import Recipe, run
         from sae_fast.devices import usable
-        from sae_fast.train.text import read_text_file
 
         chosen = str(usable(device, "--device"))
         recipe = Recipe(d_sae, batch_size, steps, lr, l1, init_l0, seed=seed, device=chosen)

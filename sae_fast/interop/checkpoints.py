@@ -15,8 +15,8 @@ import torch
 from sae_fast.interop import _norms, hub
 from sae_fast.interop.formats import FORMATS, Loaded, config_of, find
 from sae_fast.nn import GatedSAE, SparseAutoencoder, arguments
+from sae_fast.nn.scale import unscale_
 from sae_fast.train.checkpoint import CLASSES
-from sae_fast.train.scale import unscale_
 
 UNIT = ("dictionary_learning", "saebench")  # whose SAEs have unit decoder rows
 SHARED = {"saebench": {"dictionary_learning"}}  # the format in whose files another one is

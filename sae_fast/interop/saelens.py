@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from sae_fast import functional, ops
 from sae_fast.code import SparseCode
 from sae_fast.extras import require
-from sae_fast.ops import _dense, _screen
-from sae_fast.ops._dispatch import cpu_rejects, without_autocast
+from sae_fast.ops import crossovers
+from sae_fast.ops.dispatch import cpu_rejects, without_autocast
+from sae_fast.ops.encode import screen
 
 require("sae_lens", extra="saelens")
 
@@ -122,7 +123,7 @@ class _Forward(torch.autograd.Function):
 def _precision(x: Tensor) -> str:
     """Of ops.encode.  SAELens takes torch's fp32 product; so is it done here by a processor that has no bfloat16 product to
     screen with, where ``exact`` would take half as long again."""
-    return "fp32" if x.device.type == "cpu" and _screen.unavailable() else "exact"
+    return "fp32" if x.device.type == "cpu" and screen.unavailable() else "exact"
 
 
 def _sum(losses) -> Tensor:
@@ -181,7 +182,7 @@ def _to_dense(code: SparseCode) -> Tensor:
         return code.to_dense()
     values = code.magnitudes.contiguous()
     out = values.new_empty(code.batch, code.d_sae)
-    return _dense.scatter(code.indptr, code.indices, None, 0, code.batch, values, out)
+    return crossovers.scatter(code.indptr, code.indices, None, 0, code.batch, values, out)
 
 
 def _coo(indptr: Tensor, indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sae_fast import functional, ops
 from sae_fast.code import RowGradient, SparseCode
 from sae_fast.nn import arguments
-from sae_fast.ops import _checks
-from sae_fast.ops._dispatch import without_autocast
+from sae_fast.ops import checks
+from sae_fast.ops.dispatch import without_autocast
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -183,7 +183,7 @@ class SparseAutoencoder(nn.Module):
         self.settle()
         rows = x.to(self.W_enc.dtype)  # first: a value may overflow a narrower dtype
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            _checks.finite(name, rows)
+            checks.finite(name, rows)
         return rows.reshape(-1, self.d_in)
 
     def check_shape(self, x: Tensor, name: str = "x") -> None:

@@ -13,7 +13,7 @@ from sae_fast import ops
 from sae_fast.code import SparseCode
 from sae_fast.nn import arguments
 from sae_fast.nn.base import SparseAutoencoder
-from sae_fast.ops._dispatch import without_autocast
+from sae_fast.ops.dispatch import without_autocast
 
 
 class GroupedSAE(SparseAutoencoder):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode
-from sae_fast.ops import _autograd, _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
-from sae_fast.ops._native import _C, address, contiguous, threads
+from sae_fast.ops import autograd, checks, crossovers
+from sae_fast.ops.dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops.native import _C, address, contiguous, threads
 
 
 def decode(code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups: Sequence[int] | None = None) -> Tensor:
@@ -27,10 +27,10 @@ def decode(code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups
     Returns [V, G, B, d_out]; without ``groups`` [V, B, d_out]; without V when values is [nnz] or not given.
     Differentiable with respect to values and W_dec.
     """
-    _checks.shape("W_dec", W_dec, code.d_sae, "d_out")
+    checks.shape("W_dec", W_dec, code.d_sae, "d_out")
     values = code.magnitudes if values is None else values
     sets = values if values.dim() == 2 else values[None]
-    out = _autograd.call("decode", code.indptr, code.indices, sets, W_dec, groups)
+    out = autograd.call("decode", code.indptr, code.indices, sets, W_dec, groups)
     return out if values.dim() == 2 else out[0]
 
 
@@ -40,10 +40,10 @@ def decode(code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups
     schema="(Tensor indptr, Tensor indices, Tensor values, Tensor W_dec, int[]? groups) -> Tensor",
 )
 def _decode(indptr, indices, values, W_dec, groups):
-    _checks.shape("W_dec", W_dec, "F", "d_out")
-    _checks.csr(indptr, indices, W_dec.shape[0])
-    _checks.shape("values", values, "V", indices.shape[0])
-    _checks.floating("values", values, W_dec, "W_dec")
+    checks.shape("W_dec", W_dec, "F", "d_out")
+    checks.csr(indptr, indices, W_dec.shape[0])
+    checks.shape("values", values, "V", indices.shape[0])
+    checks.floating("values", values, W_dec, "W_dec")
     bounds = _bounds(groups, W_dec.shape[0])
     tensors = (values, W_dec, indptr, indices)
     body = pick(
@@ -51,7 +51,8 @@ def _decode(indptr, indices, values, W_dec, groups):
         {"cpu": _cpu, "triton": _triton, "reference": _reference},
         {
             "cpu": cpu_rejects(*tensors),
-            "triton": triton_rejects(*tensors) or _dense.gpu_rejects(indices.shape[0], indptr.shape[0] - 1, W_dec.shape[0]),
+            "triton": triton_rejects(*tensors)
+            or crossovers.gpu_rejects(indices.shape[0], indptr.shape[0] - 1, W_dec.shape[0]),
         },
     )
     out = body(indptr, indices, values, W_dec, bounds)
@@ -75,11 +76,11 @@ def _cpu(indptr, indices, values, W_dec, bounds):
     indptr, indices, values, W_dec = contiguous(indptr, indices, values, W_dec)
     rows, (features, d) = indptr.shape[0] - 1, W_dec.shape
     out = W_dec.new_empty(values.shape[0], len(bounds) - 1, rows, d)
-    if _dense.is_dense("decode", indices.shape[0], rows, features):
-        for first, last in _dense.chunks(rows, features):
+    if crossovers.is_dense("decode", indices.shape[0], rows, features):
+        for first, last in crossovers.chunks(rows, features):
             block = W_dec.new_empty(last - first, features)
             for v in range(values.shape[0]):
-                _dense.scatter(indptr, indices, None, first, last, values[v], block)
+                crossovers.scatter(indptr, indices, None, first, last, values[v], block)
                 for g, (lo, hi) in enumerate(pairwise(bounds)):
                     torch.mm(block[:, lo:hi], W_dec[lo:hi], out=out[v, g, first:last])
         return out
@@ -100,5 +101,5 @@ def _triton(indptr, indices, values, W_dec, bounds):
 
 
 def _reference(indptr, indices, values, W_dec, bounds):
-    f = torch.stack([_dense.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
+    f = torch.stack([crossovers.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
     return torch.stack([f[..., a:b] @ W_dec[a:b] for a, b in pairwise(bounds)], dim=1)

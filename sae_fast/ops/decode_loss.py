@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode, row_ids
-from sae_fast.ops import _autograd, _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops._native import _C, address, contiguous, threads
+from sae_fast.ops import autograd, checks, crossovers
+from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
+from sae_fast.ops.native import _C, address, contiguous, threads
 
 
 class DecodeLoss(NamedTuple):
@@ -49,9 +49,9 @@ def decode_loss(
     ``losses`` is differentiable with respect to the values, W_dec, b_dec, target and sparsity_weight; ``stop_auxiliary``
     keeps the auxiliary term's gradient from W_dec and b_dec.  The other outputs are constants to autograd.
     """
-    _checks.shape("W_dec", W_dec, code.d_sae, "d_out")
+    checks.shape("W_dec", W_dec, code.d_sae, "d_out")
     return DecodeLoss(
-        *_autograd.call(
+        *autograd.call(
             "decode_loss",
             code.indptr,
             code.indices,
@@ -75,22 +75,22 @@ def decode_loss(
     " -> (Tensor losses, Tensor residual, Tensor residual_aux, Tensor grads)",
 )
 def _decode_loss(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, stop_auxiliary):
-    _checks.shape("W_dec", W_dec, "F", "d_out")
-    _checks.csr(indptr, indices, W_dec.shape[0])
+    checks.shape("W_dec", W_dec, "F", "d_out")
+    checks.csr(indptr, indices, W_dec.shape[0])
     features, d = W_dec.shape
-    _checks.shape("values", values, "V", indices.shape[0])
+    checks.shape("values", values, "V", indices.shape[0])
     if values.shape[0] not in (1, 2):
         raise ValueError(f"values: got {values.shape[0]} value sets, want 1 (magnitudes) or 2 (magnitudes, gates)")
-    _checks.shape("b_dec", b_dec, d)
-    _checks.shape("target", target, indptr.shape[0] - 1, d)
-    _checks.shape("sparsity_weight", sparsity_weight, features)
+    checks.shape("b_dec", b_dec, d)
+    checks.shape("target", target, indptr.shape[0] - 1, d)
+    checks.shape("sparsity_weight", sparsity_weight, features)
     tensors = {"values": values, "b_dec": b_dec, "target": target, "sparsity_weight": sparsity_weight}
     for name, tensor in tensors.items():
-        _checks.floating(name, tensor, W_dec, "W_dec")
+        checks.floating(name, tensor, W_dec, "W_dec")
     if not normaliser > 0:
         raise ValueError(f"normaliser: got {normaliser}, want a positive number such as the batch size")
     inputs = (W_dec, indptr, indices)
-    dense = _dense.gpu_rejects(indices.shape[0], target.shape[0], features)
+    dense = crossovers.gpu_rejects(indices.shape[0], target.shape[0], features)
     body = pick(
         "decode_loss",
         {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
@@ -119,7 +119,7 @@ def _cpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normali
         indptr, indices, values, W_dec, b_dec, target, sparsity_weight
     )
     (rows, d), nnz, V = target.shape, indices.shape[0], values.shape[0]
-    if _dense.is_dense("decode_loss", nnz, rows, W_dec.shape[0]):
+    if crossovers.is_dense("decode_loss", nnz, rows, W_dec.shape[0]):
         return _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser)
     residual, residual_aux = target.new_empty(rows, d), target.new_empty(rows if V == 2 else 0, d)
     losses, grads = target.new_empty(rows, 3), torch.empty_like(values)
@@ -138,13 +138,13 @@ def _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, n
     rows, features = target.shape[0], W_dec.shape[0]
     residuals = target.new_empty(values.shape[0], *target.shape)
     grads = torch.empty_like(values)
-    for first, last in _dense.chunks(rows, features):
+    for first, last in crossovers.chunks(rows, features):
         block = target.new_empty(last - first, features)
         for v, (residual, grad) in enumerate(zip(residuals, grads, strict=True)):
-            _dense.scatter(indptr, indices, None, first, last, values[v], block)
+            crossovers.scatter(indptr, indices, None, first, last, values[v], block)
             torch.addmm(b_dec - target[first:last], block, W_dec, out=residual[first:last])
             torch.mm(residual[first:last], W_dec.T, out=block)
-            _dense.gather(indptr, indices, first, last, block, grad)
+            crossovers.gather(indptr, indices, first, last, block, grad)
     return _finish(indices, values, residuals, grads, sparsity_weight, normaliser)
 
 
@@ -167,7 +167,7 @@ def _gpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normali
 
 
 def _reference(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
-    f = torch.stack([_dense.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
+    f = torch.stack([crossovers.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
     residuals = f @ W_dec + b_dec - target
     rows = row_ids(indptr, indices.shape[0])
     grads = (residuals @ W_dec.T)[:, rows, indices.long()]

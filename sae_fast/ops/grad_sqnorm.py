@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import RowGradient
-from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
-from sae_fast.ops._native import _C, address, contiguous, threads
+from sae_fast.ops import checks, crossovers
+from sae_fast.ops.dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops.native import _C, address, contiguous, threads
 from sae_fast.ops.weight_step import dense_gradient, project_rows
 
 
@@ -41,11 +41,11 @@ def grad_sqnorm(gradient: RowGradient, W: Tensor, *, first_feature: int = 0, pro
     " Tensor? self_coefficient, int first_feature, bool project) -> Tensor",
 )
 def _grad_sqnorm(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
-    _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
+    checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
     rejections = {
         "cpu": cpu_rejects(W, colptr, rows, perm),
         "triton": triton_rejects(W, colptr, rows, perm)
-        or _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1),
+        or crossovers.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1),
     }
     body = pick("grad_sqnorm", {"cpu": _cpu, "triton": _triton, "reference": _reference}, rejections)
     return body(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
@@ -58,9 +58,9 @@ def _(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project
 
 def _cpu(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
     W = W.contiguous()
-    if _dense.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
+    if crossovers.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
         total = torch.zeros((), dtype=torch.float64)
-        for first, last in _dense.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
+        for first, last in crossovers.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
             coefficient = None if self_coefficient is None else self_coefficient[first:last]
             total += _reference(W[first:last], colptr, rows, perm, values, A, coefficient, first_feature + first, project)
         return total

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Transposed
-from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops._native import _C, address, contiguous, threads
+from sae_fast.ops import checks, crossovers
+from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
+from sae_fast.ops.native import _C, address, contiguous, threads
 
 
 def outer(
@@ -71,8 +71,8 @@ def _(colptr, rows, perm, values, A, features, first_feature, n_features):
 def _outer_(out, colptr, rows, perm, values, A, features, first_feature, n_features):
     _check(colptr, rows, perm, values, A, features, first_feature, n_features)
     n = n_features if features is None else features.shape[0]
-    _checks.shape("out", out, n, A[0].shape[1])
-    _checks.floating("out", out, A[0], "A[0]")
+    checks.shape("out", out, n, A[0].shape[1])
+    checks.floating("out", out, A[0], "A[0]")
     target = out if out.is_contiguous() else out.contiguous()
     _body(values, A, colptr, rows, perm, features)(target, colptr, rows, perm, values, A, features, first_feature)
     if target is not out:
@@ -85,13 +85,13 @@ def _(out, colptr, rows, perm, values, A, features, first_feature, n_features):
 
 
 def _check(colptr, rows, perm, values, A, features, first_feature, n_features) -> None:
-    _checks.shape("rows", rows, "nnz")
-    _checks.sources(values, A, rows.shape[0])
-    _checks.csc(colptr, rows, perm, A[0].shape[0])
+    checks.shape("rows", rows, "nnz")
+    checks.sources(values, A, rows.shape[0])
+    checks.csc(colptr, rows, perm, A[0].shape[0])
     total = colptr.shape[0] - 1
     if features is not None:
-        _checks.shape("features", features, "n")
-        _checks.dtype("features", features, torch.int64)
+        checks.shape("features", features, "n")
+        checks.dtype("features", features, torch.int64)
         if features.numel() and not 0 <= int(features.min()) <= int(features.max()) < total:
             raise ValueError(f"features: got values outside 0 … {total - 1}")
     elif first_feature < 0 or n_features < 0 or first_feature + n_features > total:
@@ -100,7 +100,7 @@ def _check(colptr, rows, perm, values, A, features, first_feature, n_features) -
 
 def _body(values, A, colptr, rows, perm, features):
     tensors = *values, *A, colptr, rows, perm, features
-    dense = _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1)
+    dense = crossovers.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1)
     return pick(
         "outer",
         {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
@@ -115,11 +115,11 @@ def _body(values, A, colptr, rows, perm, features):
 def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
     values, A = [v.contiguous() for v in values], [a.contiguous() for a in A]
     colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
-    if features is None and _dense.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
-        for first, last in _dense.chunks(out.shape[0], A[0].shape[0]):
+    if features is None and crossovers.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
+        for first, last in crossovers.chunks(out.shape[0], A[0].shape[0]):
             block = out.new_empty(last - first, A[0].shape[0])
             for v, a in zip(values, A, strict=True):
-                _dense.scatter(colptr, rows, perm, first_feature + first, first_feature + last, v, block)
+                crossovers.scatter(colptr, rows, perm, first_feature + first, first_feature + last, v, block)
                 out[first:last].addmm_(block, a)
         return
     sources = [(address(v), address(a)) for v, a in zip(values, A, strict=True)]
@@ -144,4 +144,4 @@ def _gpu(out, colptr, rows, perm, values, A, features, first_feature):
 def _reference(out, colptr, rows, perm, values, A, features, first_feature):
     chosen = slice(first_feature, first_feature + out.shape[0]) if features is None else features
     for v, a in zip(values, A, strict=True):
-        out += _dense.to_dense(colptr, rows, v[perm], a.shape[0])[chosen] @ a
+        out += crossovers.to_dense(colptr, rows, v[perm], a.shape[0])[chosen] @ a

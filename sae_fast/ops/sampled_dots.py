@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode, row_ids
-from sae_fast.ops import _autograd, _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, pick, triton_rejects
-from sae_fast.ops._native import _C, address, contiguous, threads
+from sae_fast.ops import autograd, checks, crossovers
+from sae_fast.ops.dispatch import cpu_rejects, pick, triton_rejects
+from sae_fast.ops.native import _C, address, contiguous, threads
 
 
 def sampled_dots(code: SparseCode, A: Tensor, W: Tensor) -> Tensor:
     """out[j] = A[row of j] · W[indices[j]], [nnz], with A [B, d] and W [F, d].  Differentiable in A and W."""
-    _checks.shape("W", W, code.d_sae, "d")
-    return _autograd.call("sampled_dots", code.indptr, code.indices, A, W)
+    checks.shape("W", W, code.d_sae, "d")
+    return autograd.call("sampled_dots", code.indptr, code.indices, A, W)
 
 
 @torch.library.custom_op(
@@ -27,17 +27,17 @@ def sampled_dots(code: SparseCode, A: Tensor, W: Tensor) -> Tensor:
     schema="(Tensor indptr, Tensor indices, Tensor A, Tensor W) -> Tensor",
 )
 def _sampled_dots(indptr, indices, A, W):
-    _checks.shape("W", W, "F", "d")
-    _checks.csr(indptr, indices, W.shape[0])
-    _checks.shape("A", A, indptr.shape[0] - 1, W.shape[1])
-    _checks.floating("A", A, W, "W")
+    checks.shape("W", W, "F", "d")
+    checks.csr(indptr, indices, W.shape[0])
+    checks.shape("A", A, indptr.shape[0] - 1, W.shape[1])
+    checks.floating("A", A, W, "W")
     tensors = (A, W, indptr, indices)
     body = pick(
         "sampled_dots",
         {"cpu": _cpu, "triton": _triton, "reference": _reference},
         {
             "cpu": cpu_rejects(*tensors),
-            "triton": triton_rejects(*tensors) or _dense.gpu_rejects(indices.shape[0], A.shape[0], W.shape[0]),
+            "triton": triton_rejects(*tensors) or crossovers.gpu_rejects(indices.shape[0], A.shape[0], W.shape[0]),
         },
     )
     return body(indptr, indices, A, W)
@@ -52,9 +52,9 @@ def _cpu(indptr, indices, A, W):
     indptr, indices, A, W = contiguous(indptr, indices, A, W)
     (rows, d), features = A.shape, W.shape[0]
     out = A.new_empty(indices.shape[0])
-    if _dense.is_dense("sampled_dots", indices.shape[0], rows, features):
-        for first, last in _dense.chunks(rows, features):
-            _dense.gather(indptr, indices, first, last, A[first:last] @ W.T, out)
+    if crossovers.is_dense("sampled_dots", indices.shape[0], rows, features):
+        for first, last in crossovers.chunks(rows, features):
+            crossovers.gather(indptr, indices, first, last, A[first:last] @ W.T, out)
         return out
     _C.sampled_dots((address(indptr), address(indices)), rows, address(A), address(W), d, address(out), threads())
     return out

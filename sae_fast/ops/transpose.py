@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from sae_fast.code import SparseCode, Transposed, row_ids
-from sae_fast.ops import _checks
-from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops._native import _C, address, contiguous, threads
+from sae_fast.ops import checks
+from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
+from sae_fast.ops.native import _C, address, contiguous, threads
 
 
 def transpose(code: SparseCode) -> Transposed:
@@ -27,7 +27,7 @@ def transpose(code: SparseCode) -> Transposed:
 def _transpose(indptr, indices, features):
     if features < 1:
         raise ValueError(f"features: got {features}, want at least 1")
-    _checks.csr(indptr, indices, features)
+    checks.csr(indptr, indices, features)
     rejects = cpu_rejects()
     if rejects is None and indptr.device.type != "cpu":
         rejects = f"the code is on {indptr.device}"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import RowGradient, Shadow
-from sae_fast.ops import _checks, _dense
-from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops._native import _C, address, contiguous, threads
-from sae_fast.ops._shadow import refresh_shadow
+from sae_fast.ops import checks, crossovers
+from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
+from sae_fast.ops.encode.shadow import refresh_shadow
+from sae_fast.ops.native import _C, address, contiguous, threads
 
 
 def weight_step(
@@ -85,11 +85,11 @@ def _weight_step(
     W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps, unit_rows,
     grad_scale, skip, shadow_rows, shadow_norms,
 ):  # fmt: skip
-    _checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
-    _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
-    shadow = _checks.shadow(W, shadow_rows, shadow_norms)
+    checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
+    checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
+    shadow = checks.shadow(W, shadow_rows, shadow_norms)
     inputs = W, shadow, last_step, colptr, rows, perm
-    dense = _dense.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1)
+    dense = crossovers.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1)
     body = pick(
         "weight_step",
         {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
@@ -130,11 +130,11 @@ def _row_step(
     shadow_rows,
     shadow_norms,
 ):
-    _checks.shape("W", W, "n", "d")
-    _checks.shape("grad", grad, *W.shape)
-    _checks.floating("grad", grad, W, "W")
-    _checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
-    shadow = _checks.shadow(W, shadow_rows, shadow_norms)
+    checks.shape("W", W, "n", "d")
+    checks.shape("grad", grad, *W.shape)
+    checks.floating("grad", grad, W, "W")
+    checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
+    shadow = checks.shadow(W, shadow_rows, shadow_norms)
     rejections = {
         "cpu": cpu_rejects(W, last_step),
         "triton": _gpu_rejects(W, shadow, last_step),
@@ -162,9 +162,9 @@ def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first
          unit_rows, grad_scale, skip, shadow):  # fmt: skip
     if _skips(skip):
         return
-    if _dense.is_dense("weight_step", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
+    if crossovers.is_dense("weight_step", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
         colptr = colptr.contiguous()
-        for first, last in _dense.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
+        for first, last in crossovers.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
             at = slice(first, last)
             coefficient = None if self_coefficient is None else self_coefficient[at]
             grad = dense_gradient(W[at], colptr, rows, perm, values, A, coefficient, first_feature + first, last - first)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_fast import files, nn
-from sae_fast.train.scale import unscale_
+from sae_fast.nn.scale import unscale_
 
 FORMAT, VERSION, MANIFEST = "sae_fast", 1, "config.json"
 OWN_NAME = re.compile(r"(weights|optimizer)-[0-9a-f]{8}\.safetensors")

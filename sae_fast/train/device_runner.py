@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_fast import _backend, ops
+from sae_fast import backend, ops
 from sae_fast.code import SparseCode
-from sae_fast.ops import _checks, _dense, _device_support
-from sae_fast.ops._dispatch import cuda_rejects, may_run, triton_rejects
+from sae_fast.ops import checks, crossovers
+from sae_fast.ops.dispatch import cuda_rejects, may_run, triton_rejects
+from sae_fast.ops.encode import gpu
 from sae_fast.signals import uninterrupted
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class DeviceRunner:
         if not (may_run("triton") or may_run("cuda")):
             return "another backend is forced"
         rejects = triton_rejects(W) if may_run("triton") else cuda_rejects("weight_step", W)  # forced, it has to be there
-        return rejects or _device_support.rejects(W)
+        return rejects or gpu.rejects(W)
 
     def step(self, x: Tensor, lr: float, l1: float) -> Step:
         """Enqueues a step on x [..., d]; the weights follow when the device gets there."""
@@ -143,10 +144,12 @@ class DeviceRunner:
         state = [t for p in sae.parameters() for t in (p, *(optimizer.state[p][k] for k in ("exp_avg_sq", "last_step")))]
         self.capacity = self.capacity or x.shape[0] * min(sae.d_sae, ROOM)
         capacity = self.capacity
-        if _dense.gpu_rejects(capacity, x.shape[0], sae.d_sae):  # which way a batch takes must not hang on those before it
-            capacity = max(1, int(_dense.GPU_DENSE * x.shape[0] * sae.d_sae))
+        if crossovers.gpu_rejects(
+            capacity, x.shape[0], sae.d_sae
+        ):  # which way a batch takes must not hang on those before it
+            capacity = max(1, int(crossovers.GPU_DENSE * x.shape[0] * sae.d_sae))
         # A graph replays the kernels of the backend under which it was captured; another's are compiled before a capture.
-        kind = (x.shape, x.dtype, capacity, sae.precision, *_backend.forced[-1:])
+        kind = (x.shape, x.dtype, capacity, sae.precision, *backend.forced[-1:])
         addresses = (*kind, *(t.data_ptr() for t in (*state, *shadow)))
         if addresses == self._addresses:
             return
@@ -243,7 +246,7 @@ class DeviceRunner:
                 warnings.warn(stale_message(step.index), stacklevel=4)
             ops.refresh_shadow(self.trainer.sae.W_enc, device.shadow)  # a scale may have become too large
             if flag & bits.OVERFLOW:
-                if _dense.gpu_rejects(candidates, step.x.shape[0], self.trainer.sae.d_sae):
+                if crossovers.gpu_rejects(candidates, step.x.shape[0], self.trainer.sae.d_sae):
                     self._by_ops(step, device.shadow)
                     self.dense = True
                 else:
@@ -283,7 +286,7 @@ class DeviceRunner:
     @staticmethod
     def _not_finite(step: Step) -> None:
         try:
-            _checks.finite("x", step.x.view(step.shape))
+            checks.finite("x", step.x.view(step.shape))
         except ValueError as error:
             raise ValueError(f"step {step.index}: {error}") from error
         raise FloatingPointError(f"step {step.index}: x − b_dec is not finite; the weights are unchanged")

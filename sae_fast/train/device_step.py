@@ -20,7 +20,7 @@ from sae_fast.kernels.outer import outer, runs
 from sae_fast.kernels.transpose import scratch as transpose_scratch
 from sae_fast.kernels.transpose import transpose
 from sae_fast.kernels.weight_step import new_adam, row_step, set_adam, weight_step
-from sae_fast.ops._dispatch import without_autocast
+from sae_fast.ops.dispatch import without_autocast
 from sae_fast.optim import RowAdam
 
 STALE, NOT_FINITE_LOSS = 4, 8  # bits of the flag, beside the kernels' own

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from sae_fast import files, nn, ops
 from sae_fast.code import RowGradient, SparseCode
-from sae_fast.ops import _checks
-from sae_fast.ops._dispatch import log_once
+from sae_fast.ops import checks
+from sae_fast.ops.dispatch import log_once
 from sae_fast.optim import RowAdam, check_group
 from sae_fast.reference import DIALECTS
 from sae_fast.signals import uninterrupted
@@ -423,7 +423,7 @@ class Trainer:
         for name, gradient in gradients.items():
             parts[f"gradient of {name}"] = self._bound(name, gradient)
         for name, value in parts.items():
-            if not bool(torch.isfinite(_checks.largest(value))):
+            if not bool(torch.isfinite(checks.largest(value))):
                 raise FloatingPointError(f"step {index}: the {name} is not finite; the weights are unchanged")
 
     @torch.no_grad()
@@ -432,7 +432,7 @@ class Trainer:
         if isinstance(gradient, Tensor) or gradient.csc.rows.shape[0] == 0:
             return gradient if isinstance(gradient, Tensor) else torch.zeros(())
         W = self.sae.get_parameter(name)
-        largest = _checks.largest
+        largest = checks.largest
         pairs = zip(gradient.values, gradient.A, strict=True)
         bound = torch.stack([largest(v).double() * largest(a) * a.shape[0] for v, a in pairs]).sum()
         if gradient.self_coefficient is not None:

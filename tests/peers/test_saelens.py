@@ -38,7 +38,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_fast.extras import MissingExtra
 from sae_fast.interop import saelens
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 L1 = 2.0
 KINDS = {  # SAELens' class and configuration, ours, parameters [F]
@@ -856,7 +856,7 @@ def test_the_dense_route_of_a_step_is_what_the_tests_above_force(monkeypatch):
     """That `route` reaches this module's two passes."""
     x, _, _, ours = problem("gated", 64, 20, 100)
     for crossover, outers in ((-1.0, 0), (float("inf"), 2)):
-        monkeypatch.setitem(_dense.CROSSOVER, "step", crossover)
+        monkeypatch.setitem(crossovers.CROSSOVER, "step", crossover)
         with Seen() as seen:
             ours.training_forward_pass(step_input(x))
         assert min(seen.count("sae_fast.outer"), 2) == outers

@@ -30,7 +30,8 @@ from torch import Tensor
 import sae_fast.ops
 from sae_fast import _C, ops
 from sae_fast.code import RowGradient, SparseCode
-from sae_fast.ops import _bound, _dense, _largest, _native, _screen, _support
+from sae_fast.ops import crossovers, native
+from sae_fast.ops.encode import bound, cpu, largest, screen
 
 DTYPES = {torch.bfloat16: "h", torch.int32: "i", torch.int64: "l", torch.float32: "f", torch.float64: "d"}
 LONG = 2 * 2048 + 57  # rows: more than two runs (kRun) of a feature that is active on each
@@ -58,7 +59,7 @@ class Address(int):
         return ctypes.string_at(int(self), self.tensor.nbytes) if self else b""
 
 
-def address(tensor: Tensor | None, plain: Callable[[Tensor | None], int] = _native.address) -> Address | int:
+def address(tensor: Tensor | None, plain: Callable[[Tensor | None], int] = native.address) -> Address | int:
     if tensor is None:
         return 0
     found = Address(plain(tensor))
@@ -214,20 +215,20 @@ def record_encode(B: int, d: int, F: int) -> None:
     ]
     for i, kinds in enumerate(ways.values()):
         for activation in activations:
-            with patch.multiple(_support, TILE=1 if i % 2 else 2**21, ROWS=2048 if i % 2 else 20):
+            with patch.multiple(cpu, TILE=1 if i % 2 else 2**21, ROWS=2048 if i % 2 else 20):
                 ops.encode(x, W, bias, **activation, **kinds)
     for dense_above in (0.0, 1.0):  # all candidates dotted densely; none
-        with patch.object(_support, "DENSE_ABOVE", dense_above):
+        with patch.object(cpu, "DENSE_ABOVE", dense_above):
             ops.encode(x, W, bias, **activations[0])
     for activation in activations:
         for dense_above in (0.2, 2.0):
             with (
-                patch.object(_screen, "unavailable", lambda: "torch's product is the bound"),
-                patch.multiple(_support, TILE=1, ROWS=20, FEW_ROWS={"shadow": 0, "no shadow": 0}, DENSE_ABOVE=dense_above),
-                patch.object(_bound, "ROWS", 0),
+                patch.object(screen, "unavailable", lambda: "torch's product is the bound"),
+                patch.multiple(cpu, TILE=1, ROWS=20, FEW_ROWS={"shadow": 0, "no shadow": 0}, DENSE_ABOVE=dense_above),
+                patch.object(bound, "ROWS", 0),
             ):
                 ops.encode(x, W, bias, **activation)
-    with patch.object(_support, "FEW_ROWS", {"shadow": 10**9, "no shadow": 10**9}):
+    with patch.object(cpu, "FEW_ROWS", {"shadow": 10**9, "no shadow": 10**9}):
         ops.encode(x, W, bias, **activations[0])
         ops.encode(x, W, bias + 10.0**6, activation="relu")  # all active
         ops.encode(x, W, bias - 10.0**38, activation="relu")  # none
@@ -241,17 +242,17 @@ def record_largest(B: int, d: int, F: int) -> None:
         kind: dict = {"activation": "relu", "support": support, "k": k}
         for precision, dense_above in (("exact", 0.0), ("exact", 1.0), ("fp32", 1.0), ("bf16", 1.0)):
             with (
-                patch.multiple(_support, TILE=1, ROWS=20, DENSE_ABOVE=dense_above),
-                patch.multiple(_largest, ROOM=0, DENSE_ABOVE=2.0),
+                patch.multiple(cpu, TILE=1, ROWS=20, DENSE_ABOVE=dense_above),
+                patch.multiple(largest, ROOM=0, DENSE_ABOVE=2.0),
             ):
                 ops.encode(x, W, often, **kind, precision=precision)
-        with patch.object(_largest, "DENSE_ABOVE", -1.0):
+        with patch.object(largest, "DENSE_ABOVE", -1.0):
             ops.encode(x, W, bias, **kind)
         with (
-            patch.object(_screen, "unavailable", lambda: "torch's product is the bound"),
-            patch.multiple(_support, TILE=1, ROWS=20, FEW_ROWS={"shadow": 0, "no shadow": 0}),
-            patch.multiple(_largest, ROOM=0, DENSE_ABOVE=2.0),
-            patch.object(_bound, "ROWS", 0),
+            patch.object(screen, "unavailable", lambda: "torch's product is the bound"),
+            patch.multiple(cpu, TILE=1, ROWS=20, FEW_ROWS={"shadow": 0, "no shadow": 0}),
+            patch.multiple(largest, ROOM=0, DENSE_ABOVE=2.0),
+            patch.object(bound, "ROWS", 0),
         ):
             ops.encode(x, W, often, **kind)
 
@@ -289,7 +290,7 @@ def record_code(code: SparseCode, d: int) -> None:
         ops.dense_gradients(code, A, A.flip(0), W, A.sum(0), scale, vector, stop_auxiliary=V == 1)
 
 
-def record_step(W: Tensor, gradient: RowGradient, shadow: _screen.Shadow | None, first: int) -> None:
+def record_step(W: Tensor, gradient: RowGradient, shadow: screen.Shadow | None, first: int) -> None:
     """A large eps, so that rounding in a gradient that is 0 does not become a step of full size."""
     W = W.clone()
     v, last_step = randn(*W.shape, seed=4).square(), torch.arange(W.shape[0]) % 3
@@ -305,9 +306,9 @@ def record_codes(B: int, d: int, F: int) -> None:
     everything = torch.ones(B, F, dtype=torch.bool)
     for code in (code_of(m, V) for V, m in ((2, sparse), (1, sparse), (2, everything), (1, ~everything))):
         record_code(code, d)
-    with patch.dict(_dense.CROSSOVER, dict.fromkeys(_dense.CROSSOVER, -1.0)):
+    with patch.dict(crossovers.CROSSOVER, dict.fromkeys(crossovers.CROSSOVER, -1.0)):
         record_code(code_of(everything, 1), d)
-        with patch.object(_dense, "CHUNK", 25 * F):
+        with patch.object(crossovers, "CHUNK", 25 * F):
             record_code(code_of(sparse, 2), d)
 
 
@@ -340,9 +341,11 @@ def main(target: Path) -> None:
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, replacement))
         # Without a bfloat16 product too: what it gives is written down, the engine's part is the same.
-        stack.enter_context(patch.object(_screen, "unavailable", lambda: None))
-        stack.enter_context(patch.object(_support, "FEW_ROWS", {"shadow": 0, "no shadow": 0}))
-        stack.enter_context(patch.dict(_dense.CROSSOVER, dict.fromkeys(_dense.CROSSOVER, 10.0)))  # the sparse routes
+        stack.enter_context(patch.object(screen, "unavailable", lambda: None))
+        stack.enter_context(patch.object(cpu, "FEW_ROWS", {"shadow": 0, "no shadow": 0}))
+        stack.enter_context(
+            patch.dict(crossovers.CROSSOVER, dict.fromkeys(crossovers.CROSSOVER, 10.0))
+        )  # the sparse routes
         record_all()
     unfinished.replace(target)
 

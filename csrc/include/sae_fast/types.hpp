@@ -21,7 +21,7 @@ struct Source {         // one term of a weight gradient: sum over entries of va
   const float* A;       // [rows, d]
 };
 
-struct Shadow {  // of a weight [n, d]: sae_fast/ops/_screen.py; both null where none is kept
+struct Shadow {  // of a weight [n, d]: sae_fast/ops/encode/screen.py; both null where none is kept
   uint16_t* rows;  // [n, d] bfloat16
   double* norms;   // [n, 2]
 };

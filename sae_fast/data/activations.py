@@ -1,6 +1,6 @@
 """Activations on disk: what one layer says on every token of a text, served in shuffled batches.
 
-A store is a folder, made by `sae_fast.train.harvest.harvest`:
+A store is a folder, made by `sae_fast.data.harvest.harvest`:
 
     activations.npy   [n_tokens, d] float32
     tokens.npy        [n_tokens] int32

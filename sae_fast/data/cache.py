@@ -9,8 +9,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from sae_fast import files
-from sae_fast.train.activations import VERSION
-from sae_fast.train.harvest import cache_folder
+from sae_fast.data.activations import VERSION
+from sae_fast.data.harvest import cache_folder
 
 
 @dataclass(frozen=True)

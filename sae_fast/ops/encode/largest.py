@@ -1,4 +1,4 @@
-"""The C++ engine's way to ``topk`` and ``batch_topk``: the routes and tiles of _support.py, and a floor that rises.
+"""The C++ engine's way to ``topk`` and ``batch_topk``: the routes and tiles of cpu.py, and a floor that rises.
 
 Once k entries of a row (or k · B of the batch) are known to be above some floor, what a tile bounds below it cannot be
 chosen: the rest of the rows costs a comparison an entry.  docs/screen.md, "Against a floor".
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow
-from sae_fast.ops import _support
-from sae_fast.ops._bound import Bound
-from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops.encode import cpu
+from sae_fast.ops.encode.bound import Bound
+from sae_fast.ops.native import _C, address, threads
 
 # k ÷ F above which every entry is dotted.  An estimate: on two AVX2 cores a dot by itself took 9 times as long as in a
 # block, and a bfloat16 product is taken to need a third of the time of a float32 one.
@@ -26,7 +26,7 @@ RAISE = 0  # bfloat16 steps by which the floor is lifted: a test puts 1 there
 def _bounded(largest, bound: Bound, rows: Tensor, bias: Tensor) -> Any:
     """Gives a block of rows to a Largest, tile by tile; returns the engine's Layer."""
     layer = _C.Layer(address(rows), address(bound.W), rows.shape[1], address(bias), 0)
-    tiles = _support.tiles(rows.shape[0], bound.W.shape[0], torch.float32)
+    tiles = cpu.tiles(rows.shape[0], bound.W.shape[0], torch.float32)
     for first, last, tile, margins in bound.tiles(rows, tiles):
         excess = (2 * margins).float()
         largest.expect(address(excess))
@@ -39,19 +39,19 @@ def find(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """indptr, indices and u of the k largest positive x·w + bias of each row of x [B, d]; if ``whole``, of the k · B
     largest of all.  Ties go to the lower row and then feature; a NaN counts as the largest."""
-    way = _support.route(precision, x.shape[0], shadow)
+    way = cpu.route(precision, x.shape[0], shadow)
     if way in ("screen", "bound") and k > DENSE_ABOVE * W.shape[0]:
         way = "dots"
-    shadow = _support.for_all_blocks(way, x, W, shadow)
+    shadow = cpu.for_all_blocks(way, x, W, shadow)
     bound = Bound(W, bias, None, shadow) if way == "bound" else None
     largest = _C.Largest(x.shape[0], k, whole, max(4 * k, ROOM), RAISE)
-    for first in range(0, x.shape[0], _support.ROWS):
-        rows = x[first : first + _support.ROWS]
+    for first in range(0, x.shape[0], cpu.ROWS):
+        rows = x[first : first + cpu.ROWS]
         largest.begin(first, rows.shape[0])
         if bound is not None:
             layer = _bounded(largest, bound, rows, bias)
         else:
-            layer = _support.fill(largest, way, rows, W, bias, None, shadow, test="floor")
+            layer = cpu.fill(largest, way, rows, W, bias, None, shadow, test="floor")
         largest.settle(layer, threads())
     nnz = largest.select(threads())
     indptr = torch.empty(x.shape[0] + 1, dtype=torch.int64)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from sae_fast.code import Shadow
-from sae_fast.ops._native import _C, address, in_memory
+from sae_fast.ops.native import _C, address, in_memory
 
 
 def shape(name: str, tensor: Tensor, *want: int | str) -> None:

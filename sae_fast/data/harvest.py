@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 from sae_fast import files
+from sae_fast.data.activations import VERSION, ActivationStore
+from sae_fast.data.transformer import HiddenStates, Place, Source
 from sae_fast.devices import usable
-from sae_fast.train.activations import VERSION, ActivationStore
-from sae_fast.train.transformer import HiddenStates, Place, Source
 
 PIECE = 1 << 16  # characters given to the tokenizer at a time
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode, row_ids
-from sae_fast.ops import _dense
-from sae_fast.ops._dispatch import cpu_rejects, may_run, triton_rejects
-from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops import crossovers
+from sae_fast.ops.dispatch import cpu_rejects, may_run, triton_rejects
+from sae_fast.ops.native import _C, address, threads
 
 PARTS = 16  # runs of rows by which a chunk's sums are taken: fixed, so that they repeat
 
@@ -24,8 +24,8 @@ PARTS = 16  # runs of rows by which a chunk's sums are taken: fixed, so that the
 def dense_step_pays(code: SparseCode, W: Tensor) -> bool:
     """Whether the engine takes this way for a code with the weight W [F, d]."""
     if triton_rejects(W) is None:
-        return _dense.gpu_rejects(code.nnz, code.batch, code.d_sae) is not None
-    return cpu_rejects(W) is None and may_run("cpu") and _dense.is_dense("step", code.nnz, code.batch, code.d_sae)
+        return crossovers.gpu_rejects(code.nnz, code.batch, code.d_sae) is not None
+    return cpu_rejects(W) is None and may_run("cpu") and crossovers.is_dense("step", code.nnz, code.batch, code.d_sae)
 
 
 class DenseGradients(NamedTuple):
@@ -61,13 +61,13 @@ def _by_engine(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_aux
     sums = W_dec.new_zeros(PARTS, 5, features)
     squares = W_dec.new_zeros(2, dtype=torch.float64)
     residual_sum, errors = W_dec.new_zeros(d), W_dec.new_empty(n, d)
-    for first, last in _dense.chunks(n, 2 * features):
+    for first, last in crossovers.chunks(n, 2 * features):
         rows = slice(first, last)
         offset = b_dec - target[rows]
         blocks: list[Tensor] = []
         for v, values in enumerate(code.values):
             block = W_dec.new_empty(last - first, features)
-            _dense.scatter(code.indptr, code.indices, None, first, last, values, block)
+            crossovers.scatter(code.indptr, code.indices, None, first, last, values, block)
             r = torch.addmm(offset, block, W_dec)
             if v == 0:
                 errors[rows] = r
@@ -92,7 +92,7 @@ def _by_torch(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxi
     sums = W_dec.new_zeros(5, features)
     squares = W_dec.new_zeros(2, dtype=torch.float64)
     residual_sum, errors = W_dec.new_zeros(d), W_dec.new_empty(n, d)
-    for first, last in _dense.chunks(n, 2 * features, W_dec.device.type):
+    for first, last in crossovers.chunks(n, 2 * features, W_dec.device.type):
         rows = slice(first, last)
         begin, end = code.indptr[[first, last]].tolist()
         indptr, i = code.indptr[first : last + 1] - begin, code.indices[begin:end].long()

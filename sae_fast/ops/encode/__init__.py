@@ -1,7 +1,7 @@
 """encode: which features are active, and how strongly.
 
-Body ``cpu``: screened or dotted tile by tile, see _support.py and, for ``topk`` and ``batch_topk``, _largest.py.
-Bodies ``cuda`` and ``triton``: screened by one kernel that keeps a bit an entry, see _device_support.py; they differ in the
+Body ``cpu``: screened or dotted tile by tile, see cpu.py and, for ``topk`` and ``batch_topk``, largest.py.
+Bodies ``cuda`` and ``triton``: screened by one kernel that keeps a bit an entry, see gpu.py; they differ in the
 kernel that verifies.
 Body ``reference``: dense, any device and dtype; on a GPU it serves ``topk`` and ``batch_topk``.
 """
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow, SparseCode
-from sae_fast.ops import _autograd, _checks, _dense, _device_support, _largest, _support
-from sae_fast.ops._dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops._native import _C, address, threads
-from sae_fast.ops._support import PRECISIONS
+from sae_fast.ops import autograd, checks, crossovers
+from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
+from sae_fast.ops.encode import cpu, gpu, largest
+from sae_fast.ops.encode.cpu import PRECISIONS
+from sae_fast.ops.native import _C, address, threads
 
 ACTIVATIONS = ("gated", "relu", "jumprelu")
 SUPPORTS = ("threshold", "topk", "batch_topk")
@@ -62,7 +63,7 @@ def encode(
     Differentiable with respect to x, W_enc, bias, r_mag and b_mag (not the threshold).  MATH.md §1.
     """
     rows, norms = (None, None) if shadow is None else shadow
-    indptr, indices, u, values = _autograd.call(
+    indptr, indices, u, values = autograd.call(
         "encode", x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack, precision, rows, norms
     )
     return SparseCode(torch.Size((x.shape[0], W_enc.shape[0])), indptr, indices, u, values)
@@ -82,9 +83,9 @@ def _encode(
     _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack)
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, want one of {PRECISIONS}")
-    shadow = _checks.shadow(W_enc, shadow_rows, shadow_norms)
+    shadow = checks.shadow(W_enc, shadow_rows, shadow_norms)
     dense = None if support == "threshold" else f"support {support!r} takes the dense route on a GPU"
-    gpu_other = _device_support.rejects(x) or dense
+    gpu_other = gpu.rejects(x) or dense
     body = pick(
         "encode",
         {"cpu": _cpu, "cuda": _triton, "triton": _triton, "reference": _reference},
@@ -115,12 +116,12 @@ def _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slac
         raise ValueError(f"activation: got {activation!r}, want one of {ACTIVATIONS}")
     if support not in SUPPORTS:
         raise ValueError(f"support: got {support!r}, want one of {SUPPORTS}")
-    _checks.shape("W_enc", W_enc, "F", "d")
+    checks.shape("W_enc", W_enc, "F", "d")
     features, d = W_enc.shape
     if features < 1:
         raise ValueError(f"W_enc: got shape {tuple(W_enc.shape)}, want at least one feature")
-    _checks.shape("x", x, "B", d)
-    _checks.floating("x", x, W_enc, "W_enc")
+    checks.shape("x", x, "B", d)
+    checks.floating("x", x, W_enc, "W_enc")
     vectors = {"bias": bias}
     needed = {"gated": {"r_mag": r_mag, "b_mag": b_mag}, "relu": {}, "jumprelu": {"threshold": threshold}}[activation]
     for name, vector in needed.items():
@@ -130,8 +131,8 @@ def _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slac
         if vector is not None and name not in needed:
             raise ValueError(f"{name}: got a tensor, want None for activation {activation!r}, which does not use it")
     for name, vector in {**vectors, **needed}.items():
-        _checks.shape(name, vector, features)
-        _checks.floating(name, vector, W_enc, "W_enc")
+        checks.shape(name, vector, features)
+        checks.floating(name, vector, W_enc, "W_enc")
     if support != "threshold" and not 1 <= k <= features:
         raise ValueError(f"k: got {k}, want 1 ≤ k ≤ F = {features}")
     if support == "threshold" and k != 0:
@@ -152,9 +153,9 @@ def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, p
     x, W_enc, bias = x.contiguous(), W_enc.contiguous(), bias.contiguous()
     cut = None if cut is None else cut.contiguous()
     if support == "threshold":
-        indptr, indices, u = _support.find(x, W_enc, bias, cut, precision, shadow)
+        indptr, indices, u = cpu.find(x, W_enc, bias, cut, precision, shadow)
     else:
-        indptr, indices, u = _largest.find(x, W_enc, bias, k, support == "batch_topk", precision, shadow)
+        indptr, indices, u = largest.find(x, W_enc, bias, k, support == "batch_topk", precision, shadow)
     values = u.new_empty(2 if activation == "gated" else 1, u.shape[0])
     vectors = [v if v is None else v.contiguous() for v in (scale, b_mag, threshold)]
     _C.activate(
@@ -169,13 +170,13 @@ def _triton(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k
         return None if t is None else t.contiguous()
 
     tensors = [contiguous(t) for t in (x, W_enc, bias, scale, b_mag, threshold, cut)]
-    return _device_support.find(tensors, activation, precision, shadow, by_product=_reference)
+    return gpu.find(tensors, activation, precision, shadow, by_product=_reference)
 
 
 def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support="threshold", k=0, *_):
     if support == "topk":  # a row's choice is its own
-        chunks = list(_dense.chunks(x.shape[0], W_enc.shape[0], x.device.type)) or [(0, 0)]
-        return _device_support.join([
+        chunks = list(crossovers.chunks(x.shape[0], W_enc.shape[0], x.device.type)) or [(0, 0)]
+        return gpu.join([
             _by_product(x[a:b], W_enc, bias, scale, b_mag, threshold, cut, activation, support, k) for a, b in chunks
         ])  # fmt: skip
     return _by_product(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow
-from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops.native import _C, address, threads
 
 MARGINS = 7  # columns for the bias and the error bound
 OUTLIERS = 16  # columns, at most, that enter as high and low parts

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast import _backend
+from sae_fast import backend
 
 logger = logging.getLogger("sae_fast")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-_forced = _backend.forced
+_forced = backend.forced
 _logged: set[tuple[str, str]] = set()
 
 _C: Any = None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_fast.analysis import _lens_names
+from sae_fast.data import _lens_names
 
 Change = Callable[[Tensor], Tensor]
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sae_fast import files
-from sae_fast.analysis import _lens_names, sites
+from sae_fast.data import _lens_names, sites
 from sae_fast.extras import require
 
 WEIGHTS_AND_TOKENIZER = (".json", ".safetensors", ".bin", ".txt", ".model")

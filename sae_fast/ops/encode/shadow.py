@@ -7,27 +7,28 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow
-from sae_fast.ops import _checks, _screen
-from sae_fast.ops._dispatch import cpu_rejects, triton_rejects
-from sae_fast.ops._native import _C, address, in_memory, threads
+from sae_fast.ops import checks
+from sae_fast.ops.dispatch import cpu_rejects, triton_rejects
+from sae_fast.ops.encode import screen
+from sae_fast.ops.native import _C, address, in_memory, threads
 
 
 def make_shadow(W: Tensor) -> Shadow:
     """The Shadow of W [F, d], in one pass.  It holds as long as W's values do."""
-    _checks.memory("W", W)
+    checks.memory("W", W)
     W = W.detach().contiguous()
     if triton_rejects(W) is None:
         from sae_fast.kernels.round import rounded
 
         return Shadow(*rounded(W))
-    _checks.engine_weight(W)
-    return Shadow(*_screen.round_rows(W, W.shape[1]))
+    checks.engine_weight(W)
+    return Shadow(*screen.round_rows(W, W.shape[1]))
 
 
 def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
     """Brings a Shadow up to date with its W, in place."""
-    _checks.memory("W", W)
-    _checks.shadow(W, *shadow)
+    checks.memory("W", W)
+    checks.shadow(W, *shadow)
     if shadow.of_gpu:
         from sae_fast.kernels.round import round_rows
 
@@ -38,8 +39,8 @@ def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
 
 def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
     """How many rows of W[first:last] are no longer what the Shadow was made from.  Synchronises on a GPU."""
-    _checks.memory("W", W)
-    _checks.shadow(W, *shadow)
+    checks.memory("W", W)
+    checks.shadow(W, *shadow)
     part = Shadow(*(t[first:last] for t in shadow))
     if shadow.of_gpu:
         from sae_fast.kernels.round import compare_rows
@@ -78,7 +79,7 @@ class KeptShadow:
     def of(self, W: Tensor) -> Shadow | None:
         """The Shadow of W, made anew if W is another tensor or torch has counted a change; None where none serves, or where
         torch wraps what is made: the op makes its own."""
-        if not in_memory(W) or (triton_rejects(W) and (cpu_rejects(W) or _screen.unavailable())):
+        if not in_memory(W) or (triton_rejects(W) and (cpu_rejects(W) or screen.unavailable())):
             return None
         if not self.serves(W):
             if not in_memory(torch.empty(0, device=W.device)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_fast.ops._dispatch import _C
+from sae_fast.ops.dispatch import _C
 
 __all__ = ["_C", "address", "contiguous", "in_memory", "threads"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import row_ids
-from sae_fast.ops._dispatch import may_run
-from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops.dispatch import may_run
+from sae_fast.ops.native import _C, address, threads
 
 # nnz / (B · F) above which an op of the C++ engine takes its dense route, from a sweep at B 2048, d 768, F 24576 on
 # two Sapphire Rapids cores.  The route depends on the arguments only, never on timing, so runs repeat bit for bit.

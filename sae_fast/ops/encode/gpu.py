@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow
-from sae_fast.ops import _dense
+from sae_fast.ops import crossovers
 
 WIDEST = 2**15  # columns for which the float32 sums of squares are as exact as the bound assumes
 MASK = 2**31  # entries of a block of rows: a bit each, 256 MiB
@@ -43,7 +43,7 @@ def find(
     def product(rows: Tensor):
         parts = [
             by_product(rows[a:b], W, *vectors, activation)
-            for a, b in _dense.chunks(rows.shape[0], W.shape[0], W.device.type)
+            for a, b in crossovers.chunks(rows.shape[0], W.shape[0], W.device.type)
         ] or [by_product(rows, W, *vectors, activation)]  # no rows
         return join(parts)
 
@@ -57,7 +57,7 @@ def find(
         rows = x[first : first + step]
         screened = candidates(rows, layer, exact)
         total = int(screened.end[-1])
-        if _dense.gpu_rejects(total, rows.shape[0], W.shape[0]):
+        if crossovers.gpu_rejects(total, rows.shape[0], W.shape[0]):
             with _tf32(False):
                 parts.append(product(rows))
             continue

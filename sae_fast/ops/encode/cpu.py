@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow
-from sae_fast.ops import _bound, _screen
-from sae_fast.ops._dispatch import log_once
-from sae_fast.ops._native import _C, address, threads
+from sae_fast.ops.dispatch import log_once
+from sae_fast.ops.encode import bound as bounds
+from sae_fast.ops.encode import screen
+from sae_fast.ops.native import _C, address, threads
 
 PRECISIONS = ("exact", "fp32", "tf32", "bf16")
 ROWS = 2048
 TILE, WIDEST = 2**21, 2048  # entries and features in a tile
-# The committed crossovers: like those of _dense.py from sweeps at d 768, F 24576 on two Sapphire Rapids cores.
+# The committed crossovers: like those of crossovers.py from sweeps at d 768, F 24576 on two Sapphire Rapids cores.
 FEW_ROWS = {"shadow": 16, "no shadow": 48}  # below, reading W once is all there is to it: dots
 DENSE_ABOVE = 0.2  # candidates ÷ entries of a block of rows above which all entries are dotted
 
@@ -36,9 +37,9 @@ def route(precision: str, rows: int, shadow: Shadow | None) -> str:
         return "product"
     if rows < FEW_ROWS["no shadow" if shadow is None else "shadow"]:
         return "dots"
-    reason = _screen.unavailable()
+    reason = screen.unavailable()
     if reason is not None:
-        no_bound = _bound.unavailable() if rows >= _bound.ROWS else f"fewer than {_bound.ROWS} rows"
+        no_bound = bounds.unavailable() if rows >= bounds.ROWS else f"fewer than {bounds.ROWS} rows"
         instead = "torch's fp32 product is the bound" if no_bound is None else f"fp32 dots of every entry: {no_bound}"
         log_once("encode", f"not screened: {reason}; {instead}")
         return "bound" if no_bound is None else "dots"
@@ -48,7 +49,7 @@ def route(precision: str, rows: int, shadow: Shadow | None) -> str:
 def for_all_blocks(way: str, x: Tensor, W: Tensor, shadow: Shadow | None) -> Shadow | None:
     """The shadow, made if it serves more than one block of rows."""
     if way in ("screen", "rounded") and shadow is None and x.shape[0] > ROWS:
-        return Shadow(*_screen.round_rows(W, W.shape[1]))
+        return Shadow(*screen.round_rows(W, W.shape[1]))
     return shadow
 
 
@@ -89,9 +90,9 @@ def fill(
     """Gives a block of rows to a Compactor or, which tests against a "floor", a Largest; returns the engine's Layer."""
     layer = _C.Layer(address(rows), address(W), W.shape[1], address(bias), address(cut))
     if way in ("screen", "rounded"):
-        _screened(compactor, layer, _screen.Operands(rows, W, shadow, bias, cut, margins=way == "screen", test=test))
+        _screened(compactor, layer, screen.Operands(rows, W, shadow, bias, cut, margins=way == "screen", test=test))
     elif way == "bound":
-        _bounded(compactor, layer, _bound.Bound(W, bias, cut, shadow), rows)
+        _bounded(compactor, layer, bounds.Bound(W, bias, cut, shadow), rows)
     elif way == "dots":
         _dotted(compactor, layer, rows, W)
     else:
@@ -99,13 +100,13 @@ def fill(
     return layer
 
 
-def _screened(compactor, layer, operands: _screen.Operands) -> None:
+def _screened(compactor, layer, operands: screen.Operands) -> None:
     rows, K = operands.rows.shape
     features = operands.W.shape[0]
     weights = torch.empty(_width(rows, features), K, dtype=torch.bfloat16)
     for first, last, tile in tiles(rows, features, torch.bfloat16):
         operand = operands.weights(first, last, weights)
-        _screen.product(operands.rows, operand, tile)
+        screen.product(operands.rows, operand, tile)
         if operands.margins:
             if operands.test == "floor":
                 excess = operands.excess(operand)
@@ -115,7 +116,7 @@ def _screened(compactor, layer, operands: _screen.Operands) -> None:
             compactor.add_rounded_tile(layer, address(tile), last - first, first, threads())
 
 
-def _bounded(compactor, layer, bound: _bound.Bound, x: Tensor) -> None:
+def _bounded(compactor, layer, bound: bounds.Bound, x: Tensor) -> None:
     features = bound.W.shape[0]
     for first, last, tile, margins in bound.tiles(x, tiles(x.shape[0], features, torch.float32)):
         margins = margins.float()
