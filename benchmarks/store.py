@@ -26,7 +26,7 @@ from benchmarks.data import Shape, world
 from benchmarks.ending import close
 from sae_fast import GatedSAE, SparseCode
 from sae_fast.analysis import store
-from sae_fast.analysis._store_writer import BATCH
+from sae_fast.analysis.store.writer import BATCH
 
 SPEED, MILLISECONDS = 0.8, 50.0  # the goals
 CONTEXT, WORDS = 128, 5000

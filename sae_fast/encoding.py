@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_fast import interop
-from sae_fast.analysis import _store_writer
+from sae_fast.analysis.store import writer
 from sae_fast.data.activations import ActivationStore
 from sae_fast.data.harvest import cache_folder, harvest, reopened
 from sae_fast.data.text import read_text_file, stdlib_documentation
@@ -40,7 +40,7 @@ def encode(
     text: Path | None = None,
     context_length: int | None = None,
     activations: Path | None = None,
-    batch_size: int = _store_writer.BATCH,
+    batch_size: int = writer.BATCH,
     overwrite: bool = False,
     anyway: bool = False,
     device: str | None = None,
@@ -62,7 +62,7 @@ def encode(
         raise ValueError(f"--activations: got {given[0]} too, want the activations or what to make them from")
     sae = interop.load(source)
     out = Path(out) if out is not None else default_store(source, sae)
-    _store_writer.check_free(out, overwrite)
+    writer.check_free(out, overwrite)
     data: ActivationStore | np.ndarray | Tensor
     if activations is not None:
         data = open_activations(activations)
@@ -85,7 +85,7 @@ def encode(
         )  # fmt: skip
     start = time.perf_counter()
     length = None if isinstance(data, ActivationStore) else context_length
-    info = _store_writer.write_store(
+    info = writer.write_store(
         out, sae.to(chosen), data, context_length=length, batch_size=batch_size, overwrite=overwrite, progress=progress
     )
     return out, info | {"seconds": time.perf_counter() - start}

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from torch import nn
 
 import sae_fast as sf
-from sae_fast.analysis import attribution, splice
+from sae_fast.analysis import attribution, batching, splice
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -125,7 +125,7 @@ def test_points_that_share_a_pass_and_points_that_do_not_give_the_same(model, mo
     for options in ({"vary": "input"}, {"method": "jump_corrected_ig"}, {"method": "exact"}, {}):
         together = attribution.patch(model, "c", sae, clean, patch, metric=identity, steps=7, **options)
         with monkeypatch.context() as patched:
-            patched.setattr(attribution._path, "TOKENS_PER_PASS", 1)
+            patched.setattr(batching, "TOKENS_PER_PASS", 1)
             apart = attribution.patch(model, "c", sae, clean, patch, metric=identity, steps=7, **options)
         one = attribution.patch(model, "c", sae, clean, patch, metric=torch.sum, steps=7, **options)
         torch.testing.assert_close(together.effects, apart.effects, rtol=1e-11, atol=1e-14)
@@ -304,7 +304,7 @@ def test_a_pass_holds_no_more_positions_than_allowed(model, monkeypatch, method,
                 return self.tail(self.c(torch.tanh(self.a(x)).mean(1))).sum(1)
             return super().forward(x)
 
-    monkeypatch.setattr(attribution._path, "TOKENS_PER_PASS", 64)
+    monkeypatch.setattr(batching, "TOKENS_PER_PASS", 64)
     sae, (clean, patch) = random_sae("gated", 8, 32), random_ends(2, 16)
     where = None if pooled else torch.arange(16) == 3
     attribution.patch(Counted(), "c", sae, clean, patch, metric=identity, method=method, steps=50, where=where)

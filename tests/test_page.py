@@ -17,9 +17,8 @@ from page_data import HOSTILE, read_page, small_store
 from typer.testing import CliRunner
 
 import sae_fast as sf
-from sae_fast.analysis import _page_data
 from sae_fast.analysis.attribution import Effects
-from sae_fast.analysis.page import write_page
+from sae_fast.analysis.page import _data, write_page
 from sae_fast.analysis.store import FeatureStore
 from sae_fast.cli import app
 
@@ -111,12 +110,12 @@ def test_nearest_rows_are_those_of_the_whole_product():
     rows = torch.nn.functional.normalize(W.double(), dim=1)
     cosines = rows @ rows.T
     cosines.fill_diagonal_(-torch.inf)
-    found, values = _page_data.nearest(W, k=5, block=64)
+    found, values = _data.nearest(W, k=5, block=64)
     torch.testing.assert_close(values.double(), cosines.topk(5).values, atol=1e-6, rtol=0)
     torch.testing.assert_close(cosines.gather(1, found), values.double(), atol=1e-6, rtol=0)
     assert found[40, 0] == 41 and values[40, 0] == pytest.approx(1)
     assert not (found == torch.arange(300)[:, None]).any() and (values[17] == 0).all()
-    assert _page_data.nearest(W[:3], k=8)[0].shape == (3, 2) and _page_data.nearest(W[:1])[0].shape == (1, 0)
+    assert _data.nearest(W[:3], k=8)[0].shape == (3, 2) and _data.nearest(W[:1])[0].shape == (1, 0)
 
 
 def test_effects_of_attribution_are_summed_by_feature(made):
@@ -124,13 +123,13 @@ def test_effects_of_attribution_are_summed_by_feature(made):
     code = sae.encode_sparse(torch.randn(4, 8, generator=torch.Generator().manual_seed(1)))
     zeros = torch.zeros(4, dtype=torch.int64)
     effects = Effects(code, torch.linspace(-1, 1, code.nnz), zeros, zeros, torch.zeros(1), torch.ones(1), 1)
-    known = _page_data.effects_of(effects, sae.d_sae)
+    known = _data.effects_of(effects, sae.d_sae)
     fires = torch.zeros(sae.d_sae, dtype=torch.bool)
     fires[code.indices.long()] = True
     np.testing.assert_array_equal(~np.isnan(known), fires.numpy())
     np.testing.assert_allclose(known[fires.numpy()], effects.by_feature()[fires].numpy(), rtol=1e-6)
     with pytest.raises(ValueError, match="effects: got those of 60 features, want 61"):
-        _page_data.effects_of(effects, 61)
+        _data.effects_of(effects, 61)
 
 
 # ---- What goes wrong -------------------------------------------------------------------------------------------------

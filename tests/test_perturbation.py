@@ -10,9 +10,9 @@ from analysis_models import Chain, random_ends, random_sae
 from torch import Tensor, nn
 
 from sae_fast.analysis import ablate, splice
-from sae_fast.analysis._ascent import Perturbed, untouched
 from sae_fast.analysis.passes import count_passes
 from sae_fast.analysis.perturbation import Change, adding, ball, clamp, nearest_rows, rows, sphere
+from sae_fast.analysis.perturbation._ascent import Perturbed, untouched
 from sae_fast.data import sites
 
 

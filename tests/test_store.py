@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import sae_fast as sf
-from sae_fast.analysis import FeatureStore, _store_runs, _store_writer, features, write_store
+from sae_fast.analysis import FeatureStore, features, write_store
+from sae_fast.analysis.store import _sorting, writer
 from sae_fast.data.activations import VERSION, ActivationStore
 from sae_fast.extras import MissingExtra
 from sae_fast.nn.identity import fingerprint
@@ -116,8 +117,8 @@ def test_an_open_gate_of_magnitude_zero_is_no_activation(tmp_path):
 
 @pytest.mark.parametrize("size", [300, 1000])
 def test_the_store_does_not_depend_on_runs_and_files(size, tmp_path, monkeypatch, dense):
-    monkeypatch.setattr(_store_runs, "RUN", size)
-    monkeypatch.setattr(_store_writer, "FILE", size)
+    monkeypatch.setattr(_sorting, "RUN", size)
+    monkeypatch.setattr(writer, "FILE", size)
     info = write_store(tmp_path / "store", gated(), iter(activations().split(7)), batch_size=64)
     store = FeatureStore.open(tmp_path / "store")
     assert np.array_equal(entries_of(store), dense)
@@ -645,7 +646,7 @@ def test_an_error_at_any_step_leaves_nothing(tmp_path, monkeypatch, step, error)
     def fail(*_, **__):
         raise error("stop")
 
-    monkeypatch.setattr(_store_writer, step, fail)
+    monkeypatch.setattr(writer, step, fail)
     with pytest.raises(error):
         write_store(tmp_path / "store", gated(), activations(40), texts=["a"] * 40)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from sae_fast.analysis._path import check_repeatable
+from sae_fast.analysis.batching import check_repeatable
 from sae_fast.analysis.splicing import splice
 from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast import ops
+from sae_fast.analysis import batching
 from sae_fast.analysis.splicing import check_where
 from sae_fast.code import SparseCode
 from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder
 
-TOKENS_PER_PASS = 4096  # positions that one pass of the model takes, where several points of a path share it
 RULES = ("left", "right", "midpoint")
 
 
@@ -79,9 +78,9 @@ class Downstream:
     def __post_init__(self) -> None:
         if not callable(self.metric):
             raise ValueError(f"metric: got {self.metric!r}, want a function of the model's output")
-        check_repeatable(self.model)
+        batching.check_repeatable(self.model)
         self.x, output = sites.read(self.model, self.site, self.inputs)
-        self._told = _takes_two(self.metric)
+        self._told = batching.takes_examples(self.metric)
         if self.x.dim() < 2:
             raise ValueError(f"site: {self.site.name!r} gives shape {tuple(self.x.shape)}, want [N, ..., d]")
         self.mask = check_where(self.where, self.x)
@@ -126,7 +125,8 @@ class Downstream:
     @cached_property
     def examples_per_pass(self) -> int:
         """How many examples share a pass: of as many positions, in the inputs or at the site, as TOKENS_PER_PASS."""
-        return max(1, TOKENS_PER_PASS // max(self.x[0, ..., 0].numel(), sites.positions(self.inputs, self.batch)))
+        positions = max(self.x[0, ..., 0].numel(), sites.positions(self.inputs, self.batch))
+        return max(1, batching.TOKENS_PER_PASS // positions)
 
     @property
     def share(self) -> int:
@@ -227,26 +227,6 @@ def jumps(sae: SparseAutoencoder, indices: Tensor) -> tuple[Tensor, Tensor]:
     if "threshold" in parameters:
         return parameters["threshold"] - parameters["b_enc"], torch.relu(parameters["threshold"])
     return -parameters["b_enc"], torch.zeros_like(parameters["b_enc"])
-
-
-def check_repeatable(model: nn.Module) -> None:
-    """ValueError where the metric of one example would depend on chance, or on what else is in its batch."""
-    for name, module in model.named_modules():
-        chance = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        if module.training and (chance or isinstance(module, nn.modules.batchnorm._BatchNorm)):
-            raise ValueError(f"model: {name!r} is a {type(module).__name__} in training mode, want model.eval()")
-
-
-def _takes_two(metric: Callable[..., Tensor]) -> bool:
-    """Whether a metric is to be called as metric(output, examples): it has a second positional parameter, without a default
-    or of that name."""
-    try:
-        called = metric.forward if isinstance(metric, nn.Module) else metric
-        parameters = list(inspect.signature(called).parameters.values())
-    except (TypeError, ValueError):  # some built-in functions do not say
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 and (positional[1].default is inspect.Parameter.empty or positional[1].name == "examples")
 
 
 def decoded(code: SparseCode, sae: SparseAutoencoder, values: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sae_fast.analysis._store_contexts import Context, Contexts, choose, windows
-from sae_fast.analysis._store_writer import FORMAT, MANIFEST, VERSION, write_store
+from sae_fast.analysis.store.contexts import Context, Contexts, choose, windows
+from sae_fast.analysis.store.writer import FORMAT, MANIFEST, VERSION, write_store
 from sae_fast.extras import require
 from sae_fast.files import lfs_pointer
 from sae_fast.nn import SparseAutoencoder

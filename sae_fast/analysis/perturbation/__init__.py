@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast.analysis._ascent import (
+from sae_fast.analysis.perturbation._ascent import (
     Change,
     Loss,
     Perturbed,
@@ -34,7 +34,7 @@ from sae_fast.analysis._ascent import (
     untouched,
     whole,
 )  # fmt: skip
-from sae_fast.analysis._decoder_rows import OfRows, nearest_rows, rows
+from sae_fast.analysis.perturbation._decoder_rows import OfRows, nearest_rows, rows
 from sae_fast.analysis.splicing import Edit, as_features, check_features, check_where
 from sae_fast.code import SparseCode
 from sae_fast.data import sites

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from sae_fast.analysis._path import TOKENS_PER_PASS, _takes_two
+from sae_fast.analysis.batching import TOKENS_PER_PASS, takes_examples
 from sae_fast.analysis.splicing import check_where
 from sae_fast.data import sites
 
@@ -68,7 +68,7 @@ class Perturbed:
             raise ValueError("inputs: got no tensor with examples in it, want what the model takes, one row an example")
         chunk = whole("chunk", chunk or max(1, TOKENS_PER_PASS // sites.positions(inputs, self.n)))
         self.pieces = torch.arange(self.n).split(chunk)
-        self._told, self._reached = not isinstance(objective, Change) and _takes_two(objective), False
+        self._told, self._reached = not isinstance(objective, Change) and takes_examples(objective), False
         with torch.no_grad():
             x = sites.run_until(model, self.source, self._inputs(self.pieces[0]))
             if x.dim() < 2 or len(x) != len(self.pieces[0]):

@@ -1,4 +1,4 @@
-"""Encoding into sorted runs: what :mod:`sae_fast.analysis._store_writer` merges into a store."""
+"""Encoding into sorted runs: what :mod:`sae_fast.analysis.store.writer` merges into a store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Source = ActivationStore | Tensor | np.ndarray | Iterable[Tensor]
 
 
 @dataclass
-class Run:
+class Sorted:
     """Some tokens' entries, by feature and then by token.  colptr [F+1]: where each feature's begin.  The two files hold
     each entry's token, counted from ``first`` (int32), and its activation (float32)."""
 
@@ -71,7 +71,7 @@ class _Gathered:
         self.rows += code.batch
         self.nnz += len(self.indices[-1])
 
-    def sort(self, d_sae: int, folder: Path) -> Run:
+    def sort(self, d_sae: int, folder: Path) -> Sorted:
         """Sorted by feature, into files in ``folder``."""
         indptr = torch.zeros(self.rows + 1, dtype=torch.int64)
         torch.cumsum(torch.cat(self.counts), 0, out=indptr[1:])
@@ -81,12 +81,12 @@ class _Gathered:
         files = (folder / f"{self.first}.tokens", folder / f"{self.first}.activations")
         for file, column in zip(files, (csc.rows, values[csc.perm]), strict=True):
             file.write_bytes(column.numpy().data)
-        return Run(self.first, csc.colptr.numpy(), files)
+        return Sorted(self.first, csc.colptr.numpy(), files)
 
 
-def encode(
+def sorted_runs(
     sae: SparseAutoencoder, activations: Source, total: int | None, batch_size: int, progress: bool, folder: Path
-) -> tuple[list[Run], int]:
+) -> tuple[list[Sorted], int]:
     """(the sorted runs, the number of tokens)."""
     (folder / "runs").mkdir()
     runs, gathered = [], _Gathered()

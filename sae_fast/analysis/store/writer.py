@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae_fast.analysis._store_runs import Run, Source, count, encode
+from sae_fast.analysis.store._sorting import Sorted, Source, count, sorted_runs
 from sae_fast.data.activations import ActivationStore
 from sae_fast.extras import require
 from sae_fast.files import appear
@@ -87,7 +87,7 @@ def write_store(
     with appear(path.resolve(), replaces) as folder:
         if texts is not None and total is not None:
             _check_texts(texts, total)
-        runs, n_tokens = encode(sae, activations, total, batch_size, progress, folder)
+        runs, n_tokens = sorted_runs(sae, activations, total, batch_size, progress, folder)
         if n_tokens == 0:
             raise ValueError("activations: got none, want at least one token")
         if isinstance(activations, ActivationStore):
@@ -124,7 +124,7 @@ def _check_texts(texts: Sequence[str], n_tokens: int) -> None:
 # ---- Parquet --------------------------------------------------------------------------------------------------------
 
 
-def _merge(runs: list[Run], d_sae: int, n_tokens: int, folder: Path) -> None:
+def _merge(runs: list[Sorted], d_sae: int, n_tokens: int, folder: Path) -> None:
     """activations/*.parquet, each a range of features of about RUN entries, and features.parquet."""
     import pyarrow as pa
 

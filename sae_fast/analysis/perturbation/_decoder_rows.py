@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast.analysis._ascent import (
+from sae_fast.analysis.perturbation._ascent import (
     Change,
     Loss,
     Perturbed,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sae_fast import ops
-from sae_fast.analysis import _path
-from sae_fast.analysis._path import Downstream
+from sae_fast.analysis.attribution import _path
+from sae_fast.analysis.attribution._path import Downstream
 from sae_fast.analysis.splicing import check_features, check_sae, check_width
 from sae_fast.code import SparseCode
 from sae_fast.data import sites

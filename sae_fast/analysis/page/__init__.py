@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_fast.analysis import _page_data as data
 from sae_fast.analysis.attribution import Effects
+from sae_fast.analysis.page import _data as data
 from sae_fast.analysis.store import FeatureStore
 from sae_fast.files import write_text
 from sae_fast.nn import SparseAutoencoder
@@ -113,7 +113,7 @@ def check_replaceable(path: Path) -> None:
 
 def _html(title: str, about: Mapping[str, Any], chunks: Mapping[str, bytes]) -> str:
     """The page.  What comes from outside is escaped, or base64: nothing in it can end an element or begin one."""
-    web = resources.files("sae_fast.analysis") / "web"
+    web = resources.files(__package__) / "web"
     style = (web / "page.css").read_text(encoding="utf-8")
     parts = "\n".join((web / name).read_text(encoding="utf-8") for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{parts}}})();\n'

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast.analysis import _path
-from sae_fast.analysis._path import Downstream
-from sae_fast.analysis._walks import FeatureWalk, InputWalk, Walk
+from sae_fast.analysis.attribution import _path
+from sae_fast.analysis.attribution._path import Downstream
+from sae_fast.analysis.attribution._walks import FeatureWalk, InputWalk, Walk
 from sae_fast.analysis.splicing import check_sae, check_width
 from sae_fast.code import SparseCode
 from sae_fast.data import sites
