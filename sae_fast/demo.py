@@ -312,8 +312,8 @@ def write_report(result: Run, store: ActivationStore, out: Path, recipe: Recipe,
     files.write_json(out / METRICS, numbers)
     title = f"Gated SAE, {recipe.d_sae} features, on {about['hook_name']} of {about['model_name']}"
     plots.plot_training(result.history, result.held_out.density().cpu(), out / PLOT, held_out, title)
-    report = features.report(result.sae, store, features.chosen(result.tally), progress=progress)
-    files.write_text(out / FEATURES, features.markdown(report, title, store.n_tokens))
+    found = features.describe(result.sae, store, features.spread(result.tally), progress=progress)
+    files.write_text(out / FEATURES, features.markdown(found, title, store.n_tokens))
 
 
 def demo_model() -> Path:

@@ -51,7 +51,7 @@ def sae():
 
 
 def test_top_contexts_best_first_one_each(sae, store):
-    zero, one, two, three = features.report(sae, store, [0, 1, 2, 3], examples=3)
+    zero, one, two, three = features.describe(sae, store, [0, 1, 2, 3], examples=3)
     assert [e.token for e in zero.examples] == [49 * CONTEXT + 1, 48 * CONTEXT + 1, 47 * CONTEXT + 1]
     assert [e.activation for e in zero.examples] == pytest.approx([5.9, 5.8, 5.7])
     assert (zero.density, zero.maximum) == (2 * 50 / 400, pytest.approx(5.9))
@@ -63,36 +63,39 @@ def test_top_contexts_best_first_one_each(sae, store):
 
 
 def test_places_do_not_depend_on_the_size_of_a_chunk(sae, store, monkeypatch):
-    wanted = features.report(sae, store, [0, 2]), features.choose(sae, store, 2)
+    wanted = features.describe(sae, store, [0, 2])
     monkeypatch.setattr(features, "CHUNK", 7)
-    assert (features.report(sae, store, [0, 2]), features.choose(sae, store, 2)) == wanted
+    assert features.describe(sae, store, [0, 2]) == wanted
 
 
 def test_contexts_that_read_the_same_are_shown_once(sae, store):
     (store.folder / "text.txt").write_text(" ".join(["same"] * 1000))
     np.save(store.folder / "spans.npy", np.tile([[0, 4]], (400, 1)))
-    assert len(features.report(sae, store, [0])[0].examples) == 1
+    assert len(features.describe(sae, store, [0])[0].examples) == 1
 
 
 def test_choice_runs_from_rare_to_common_and_skips_the_dead(sae, store):
-    assert features.choose(sae, store, count=2) == [1, 0]  # 25 and 100 firings, and no other fires ten times
-    assert features.choose(sae, store, count=10) == [3, 2, 1, 0]
-    assert features.choose(sae, store, count=2, least=1) == [3, 1]  # of 3, 2 | 1, 0: the highest each
+    tally = features.Tally(sae.d_sae)
+    for x in store.chunks(7):
+        tally.update(sae.encode_sparse(x))
+    assert features.spread(tally, count=2) == [1, 0]  # 25 and 100 firings, and no other fires ten times
+    assert features.spread(tally, count=10) == [3, 2, 1, 0]
+    assert features.spread(tally, count=2, least=1) == [3, 1]  # of 3, 2 | 1, 0: the highest each
 
 
 def test_a_dead_feature_has_no_examples(sae, store):
-    (dead,) = features.report(sae, store, [6])
+    (dead,) = features.describe(sae, store, [6])
     assert (dead.density, dead.maximum, dead.examples) == (0.0, 0.0, [])
 
 
 @pytest.mark.parametrize("feature", [-1, D + 2])
 def test_a_feature_that_does_not_exist(sae, store, feature):
     with pytest.raises(ValueError, match=rf"features: got {feature}, want 0 to {D + 1}"):
-        features.report(sae, store, [feature])
+        features.describe(sae, store, [feature])
 
 
 def test_markdown_marks_the_token_and_escapes_the_text(sae, store):
-    page = features.markdown(features.report(sae, store, [0, 2], examples=1), "Title", store.n_tokens)
+    page = features.markdown(features.describe(sae, store, [0, 2], examples=1), "Title", store.n_tokens)
     assert f"all {store.n_tokens} tokens" in page
     assert page.index("Feature 2") < page.index("Feature 0")  # from rare to common
     assert page.startswith("# Title\n")

@@ -1,4 +1,4 @@
-"""The feature store, against the dense code and against what features._top shows."""
+"""The feature store, against the dense code and against what analysis.features shows."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_texts_of_ones_own(tmp_path):
 
 def test_top_contexts_are_those_of_the_feature_report(store, harvest):
     """analysis.features finds them by another way, from the activations."""
-    for report in features.report(gated(), harvest, range(F), examples=8):
+    for report in features.describe(gated(), harvest, range(F), examples=8):
         found = store.top(report.index, 8)
         assert [(c.token, c.activation) for c in found] == [(e.token, e.activation) for e in report.examples]
         assert [c.text for c in found] == [e.text for e in report.examples]

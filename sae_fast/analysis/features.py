@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_fast.analysis.store.contexts import Distinct, in_order
 from sae_fast.code import SparseCode
 from sae_fast.data.activations import ActivationStore
 
@@ -49,16 +50,7 @@ class Tally:
         self.maximum.scatter_reduce_(0, indices, values, "amax")
 
 
-def choose(sae: Any, store: ActivationStore, count: int = 10, least: int = 10) -> list[int]:
-    """What :func:`chosen` gives of an SAE's codes of a store."""
-    tally = Tally(sae.d_sae)
-    with torch.inference_mode():
-        for x in store.chunks(CHUNK):
-            tally.update(sae.encode_sparse(x.to(sae.W_enc.device)))
-    return chosen(tally, count, least)
-
-
-def chosen(tally: Tally, count: int = 10, least: int = 10) -> list[int]:
+def spread(tally: Tally, count: int = 10, least: int = 10) -> list[int]:
     """Up to `count` features that show the range of densities, from rare to common; none that is dead. Deterministic.
 
     Of the features that fire on at least `least` tokens (of all alive ones, if those are too few), ordered by
@@ -72,7 +64,7 @@ def chosen(tally: Tally, count: int = 10, least: int = 10) -> list[int]:
     return [int(group[tally.maximum[group].argmax()]) for group in groups]
 
 
-def report(
+def describe(
     sae: Any, store: ActivationStore, features: Sequence[int], examples: int = 6, progress: bool = False
 ) -> list[Feature]:
     """The `examples` top contexts of each of some features, over a whole store.
@@ -110,47 +102,27 @@ def markdown(features: Sequence[Feature], title: str, n_tokens: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _entries(sae: Any, store: ActivationStore, progress: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(token, feature, activation) of every non-zero activation, a chunk of tokens at a time, on the CPU."""
-    device = sae.W_enc.device
-    chunks = tqdm(store.chunks(CHUNK), "features", -(-store.n_tokens // CHUNK), disable=not progress)
-    begin = 0
-    with torch.inference_mode():
-        for x in chunks:
-            code = sae.encode_sparse(x.to(device))
-            rows = code.row_ids()
-            fires = code.magnitudes > 0
-            entries = rows[fires] + begin, code.indices[fires].long(), code.magnitudes[fires].float()
-            yield tuple(entry.cpu() for entry in entries)
-            begin += len(x)
-
-
 def _firings(sae: Any, store: ActivationStore, features: Sequence[int], progress: bool) -> list[tuple[Tensor, Tensor]]:
-    """For each feature, (tokens, activations) where it fires."""
+    """For each feature, (tokens, activations) where it fires, on the CPU."""
     place = torch.full((sae.d_sae,), -1)
     place[list(features)] = torch.arange(len(features))
-    found = []
-    for tokens, indices, values in _entries(sae, store, progress):
-        kept = place[indices] >= 0
-        found.append((tokens[kept], place[indices[kept]], values[kept]))
+    found, begin = [], 0
+    with torch.inference_mode():
+        for x in tqdm(store.chunks(CHUNK), "features", -(-store.n_tokens // CHUNK), disable=not progress):
+            code = sae.encode_sparse(x.to(sae.W_enc.device))
+            fires = code.magnitudes > 0
+            rows, indices = code.row_ids()[fires].cpu() + begin, code.indices[fires].long().cpu()
+            kept = place[indices] >= 0
+            found.append((rows[kept], place[indices[kept]], code.magnitudes[fires].float().cpu()[kept]))
+            begin += len(x)
     tokens, places, values = (torch.cat(parts) for parts in zip(*found, strict=True))
     return [(tokens[places == i], values[places == i]) for i in range(len(features))]
 
 
 def _top(store: ActivationStore, tokens: Tensor, activations: Tensor, count: int) -> list[Example]:
-    examples: list[Example] = []
-    seen: set[object] = set()
-    for i in activations.argsort(descending=True, stable=True).tolist():
-        token = int(tokens[i])
-        text = store.around(token)
-        context, reading = token // store.context_length, _plain("".join(text))
-        if context in seen or reading in seen:
-            continue
-        seen |= {context, reading}
-        examples.append(Example(token, float(activations[i]), text))
-        if len(examples) == count:
-            break
-    return examples
+    distinct = Distinct(tokens.numpy(), store.context_length, lambda token: "".join(store.around(token)))
+    taken = distinct.take(in_order(activations.argsort(descending=True, stable=True).numpy()), count)
+    return [Example(int(tokens[i]), float(activations[i]), store.around(int(tokens[i]))) for i in taken]
 
 
 def _marked(before: str, at: str, after: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sae_fast.analysis.store.contexts import Context, Contexts, choose, windows
+from sae_fast.analysis.store.contexts import Context, Contexts, shown, windows
 from sae_fast.analysis.store.writer import FORMAT, MANIFEST, VERSION, write_store
 from sae_fast.extras import require
 from sae_fast.files import lfs_pointer
@@ -183,7 +183,7 @@ class FeatureStore:
         for feature, tokens, values in tqdm(
             self._by_feature(np.unique(asked)), "contexts", len(np.unique(asked)), disable=not progress, dynamic_ncols=True
         ):
-            at, strata = choose(self, tokens, values, top, bins, per_bin, before, after)
+            at, strata = shown(self, tokens, values, top, bins, per_bin, before, after)
             first, length, around = windows(self, tokens, values, at, before, after)
             chosen[feature] = (np.full(len(at), feature, np.int32), strata, tokens[at], values[at], first, length, around)
         return Contexts(self, *map(np.concatenate, zip(*(chosen[feature] for feature in asked.tolist()), strict=True)))

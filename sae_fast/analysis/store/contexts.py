@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from sae_fast.analysis.store import FeatureStore
+
+class Tokens(Protocol):
+    """The tokens of a :class:`sae_fast.analysis.store.FeatureStore`: in contexts of one length, with their text or not."""
+
+    n_tokens: int
+    context_length: int | None
+    has_text: bool
+
+    def pieces_of(self, first: int, end: int) -> list[str]:
+        """The text of tokens first to end − 1."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Contexts(Sequence):
     with 0 beyond ``length[i]``.
     """
 
-    store: FeatureStore
+    store: Tokens
     feature: np.ndarray
     stratum: np.ndarray
     token: np.ndarray
@@ -76,50 +84,71 @@ class Contexts(Sequence):
         )
 
 
-def choose(
-    store: FeatureStore, tokens: np.ndarray, values: np.ndarray, top: int, bins: int, per_bin: int, before: int, after: int
+class Distinct:
+    """Takes of a feature's entries some of which no two are from one context or read the same.  tokens [n]: of the entries;
+    size: tokens per context; read: the text around a token, in which white space is not looked at, as no reader would."""
+
+    def __init__(self, tokens: np.ndarray, size: int, read: Callable[[int], str] | None):
+        self.tokens, self.size, self.read = tokens, size, read
+        self.seen: set[object] = set()
+
+    def take(self, candidates: Iterator[np.ndarray], count: int) -> list[int]:
+        """The first ``count`` entries, or as many as there are, of blocks of candidates; they differ from those taken
+        before, too."""
+        taken: list[int] = []
+        for block in candidates:
+            for i, token in zip(block.tolist(), self.tokens[block].tolist(), strict=True):
+                if len(taken) == count:
+                    return taken
+                context = token // self.size
+                if context in self.seen:
+                    continue
+                if self.read is not None:
+                    reading = " ".join(self.read(token).split())
+                    if reading in self.seen:
+                        continue
+                    self.seen.add(reading)
+                self.seen.add(context)
+                taken.append(i)
+        return taken
+
+
+def in_order(entries: np.ndarray) -> Iterator[np.ndarray]:
+    """All, in blocks that grow: few are needed, as a rule."""
+    begin, size = 0, 64
+    while begin < len(entries):
+        yield entries[begin : begin + size]
+        begin, size = begin + size, 2 * size
+
+
+def shown(
+    store: Tokens, tokens: np.ndarray, values: np.ndarray, top: int, bins: int, per_bin: int, before: int, after: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of a feature's tokens [n], ascending, and its activations [n] there: (which are shown [M] int64, of which stratum
     each is [M] int8).  Stratum 0 has up to ``top``, the highest first; 1 to ``bins`` are quantiles, up to ``per_bin`` of
     each.  No two are from one context or read the same."""
-    shown: list[int] = []
-    strata: list[int] = []
-    seen: set[object] = set()
     size = store.context_length or 1
 
-    def take(candidates: Iterator[np.ndarray], count: int, stratum: int) -> None:
-        wanted = len(shown) + count
-        for block in candidates:
-            for i, token in zip(block.tolist(), tokens[block].tolist(), strict=True):
-                if len(shown) == wanted:
-                    return
-                context = token // size
-                if context in seen:
-                    continue
-                if store.has_text:
-                    first, last = max(context * size, token - before), min((context + 1) * size, token + 1 + after)
-                    # As a reader sees it: white space is not looked at.
-                    reading = " ".join("".join(store.pieces_of(first, last)).split())
-                    if reading in seen:
-                        continue
-                    seen.add(reading)
-                seen.add(context)
-                shown.append(i)
-                strata.append(stratum)
+    def read(token: int) -> str:
+        begin = token // size * size
+        return "".join(store.pieces_of(max(begin, token - before), min(begin + size, token + 1 + after)))
 
+    distinct = Distinct(tokens, size, read if store.has_text else None)
+    taken: list[list[int]] = [[] for _ in range(bins + 1)]
     if top and len(tokens):
         best = _best_of_each_context(tokens // size, values)
-        take(_in_order(best[np.argsort(-values[best], kind="stable")]), top, 0)
+        taken[0] = distinct.take(in_order(best[np.argsort(-values[best], kind="stable")]), top)
     if bins and per_bin and len(tokens):
         ranked = np.argsort(-values, kind="stable")
         for i in range(bins):
             stratum = ranked[i * len(ranked) // bins : (i + 1) * len(ranked) // bins]
-            take(_scattered(stratum), per_bin, i + 1)
-    return np.array(shown, dtype=np.int64), np.array(strata, dtype=np.int8)
+            taken[i + 1] = distinct.take(_scattered(stratum), per_bin)
+    strata = [stratum for stratum, of in enumerate(taken) for _ in of]
+    return np.array([i for of in taken for i in of], dtype=np.int64), np.array(strata, dtype=np.int8)
 
 
 def windows(
-    store: FeatureStore, tokens: np.ndarray, values: np.ndarray, at: np.ndarray, before: int, after: int
+    store: Tokens, tokens: np.ndarray, values: np.ndarray, at: np.ndarray, before: int, after: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Around the chosen of a feature's tokens: (first [M] int64, length [M] int32, its activations [M, W] float32)."""
     first, length = _around(store, tokens[at], before, after)
@@ -132,7 +161,7 @@ def windows(
     return first, length, np.where(fires, values[found], np.float32(0))
 
 
-def _around(store: FeatureStore, tokens: np.ndarray, before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
+def _around(store: Tokens, tokens: np.ndarray, before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
     """(first [n] int64, length [n] int32) of the window around each token, within its context."""
     size = store.context_length or 1
     begin = tokens // size * size
@@ -152,14 +181,6 @@ def _best_of_each_context(contexts: np.ndarray, values: np.ndarray) -> np.ndarra
 def _starts(ascending: np.ndarray) -> np.ndarray:
     """Where each run of equal numbers begins; there is at least one number."""
     return np.concatenate(([0], np.flatnonzero(ascending[1:] != ascending[:-1]) + 1))
-
-
-def _in_order(entries: np.ndarray) -> Iterator[np.ndarray]:
-    """All, in blocks that grow: few are needed, as a rule."""
-    begin, size = 0, 64
-    while begin < len(entries):
-        yield entries[begin : begin + size]
-        begin, size = begin + size, 2 * size
 
 
 def _scattered(entries: np.ndarray) -> Iterator[np.ndarray]:
