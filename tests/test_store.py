@@ -641,12 +641,12 @@ def test_a_disk_that_fills_leaves_the_previous_store_whole(tmp_path, size):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("step", ["_merge", "_write_tokens", "_write", "fingerprint"])
+@pytest.mark.parametrize("step", ["writer._merge", "writer._write_tokens", "writer._write", "manifest.fingerprint"])
 def test_an_error_at_any_step_leaves_nothing(tmp_path, monkeypatch, step, error):
     def fail(*_, **__):
         raise error("stop")
 
-    monkeypatch.setattr(writer, step, fail)
+    monkeypatch.setattr(f"sae_fast.analysis.store.{step}", fail)
     with pytest.raises(error):
         write_store(tmp_path / "store", gated(), activations(40), texts=["a"] * 40)
     assert list(tmp_path.iterdir()) == []

@@ -119,10 +119,7 @@ def edges(
 
         last = segment.far_rows(1.0)
         codes = [sae_down.encode_sparse(rows) for rows in (b.rows, last)]
-        if features is None:
-            chosen = torch.unique(torch.cat([code.indices[code.magnitudes != 0] for code in codes])).long()
-        else:
-            chosen = torch.tensor(check_features(features, sae_down.d_sae), device=a.x.device)
+        chosen = _chosen(features, codes)
         weights = sae_down.W_dec.new_ones(len(b.rows), len(chosen))
         if metric is not None:
             weights = b.gradient(b.rows[None])[0].to(sae_down.W_dec.dtype) @ sae_down.W_dec[chosen].T
@@ -191,6 +188,13 @@ class _Segment:
         with sites.changed(self.near, lambda _: x):
             far = sites.run_until(self.model, self.far, self.inputs)
         return self.b.rows_of(far)
+
+
+def _chosen(features: Iterable[int] | None, codes: list[SparseCode]) -> Tensor:
+    """[K] int64: the features asked for, or all that fire in one of the codes."""
+    if features is None:
+        return torch.unique(torch.cat([code.indices[code.magnitudes != 0] for code in codes])).long()
+    return torch.tensor(check_features(features, codes[0].d_sae), device=codes[0].indices.device)
 
 
 def _columns(code: SparseCode, chosen: Tensor, values: Tensor | None = None) -> Tensor:

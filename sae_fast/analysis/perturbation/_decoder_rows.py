@@ -77,26 +77,13 @@ def rows(
             raise ValueError(f"sae: {got}, want {perturbed.shape[-1]}, those of the source")
         W_dec = sae.W_dec.detach().to(perturbed.like)
         units, norms = unit(W_dec), torch.linalg.vector_norm(W_dec, dim=1)
-        off = torch.zeros(sae.d_sae, dtype=torch.bool, device=W_dec.device)
+        off = torch.full((sae.d_sae,), features is not None, device=W_dec.device)
         if features is not None:
-            off[:] = True
             off[check_features(features, sae.d_sae)] = False
         off |= norms == 0
         if off.all():
             raise ValueError("features: got none whose decoder row is not 0, want at least one")
-
-        def threshold(a: Tensor) -> Tensor:
-            a = torch.where(off, 0, a).clamp(min=0)
-            if s < sae.d_sae:
-                largest = a.topk(s, dim=1)
-                a = torch.zeros_like(a).scatter(1, largest.indices, largest.values)
-            return a * (radius / torch.linalg.vector_norm(a @ units, dim=1, keepdim=True).clamp(min=1e-30))
-
-        def step(a: Tensor, slope: Tensor, rate: Tensor) -> Tensor:
-            slope = torch.where(off, 0, slope)
-            push = slope / slope.abs().amax(1, keepdim=True).clamp(min=1e-30)
-            moved = threshold(a + rate[:, None].to(a.dtype) * torch.linalg.vector_norm(a, dim=1, keepdim=True) * push)
-            return torch.where(moved.any(1, keepdim=True), moved, a)
+        few = _Few(units, off, s, radius)
 
         def evaluate(a: Tensor) -> tuple[Tensor, Tensor]:
             theta = a @ units
@@ -110,13 +97,38 @@ def rows(
                     begin = torch.rand(1, sae.d_sae, generator=random, dtype=torch.float64).to(W_dec)
                 else:
                     begin = _as_theta(like, W_dec) @ units.T
-                a = threshold(begin)
+                a = few.nearest(begin)
                 if not a.any():
                     raise ValueError("like: got a direction that no decoder row points along, want one that some do")
-                ends.append(climb(evaluate, step, a, steps, lr, bar))
+                ends.append(climb(evaluate, few.step, a, steps, lr, bar))
     a, values, history = highest(ends)
     chosen = a[0].argsort(descending=True, stable=True)[: int((a > 0).sum())]
     return OfRows((a @ units)[0], chosen, a[0, chosen] / norms[chosen], values[0], history[:, 0])
+
+
+@dataclass(frozen=True)
+class _Few:
+    """The weights a [m, F] ≥ 0 of unit rows of which at most ``s`` are not 0, none where ``off``, and ‖a units‖₂ = radius."""
+
+    units: Tensor
+    off: Tensor
+    s: int
+    radius: float
+
+    def nearest(self, a: Tensor) -> Tensor:
+        """T_s: the s largest entries that are positive, scaled."""
+        a = torch.where(self.off, 0, a).clamp(min=0)
+        if self.s < a.shape[1]:
+            largest = a.topk(self.s, dim=1)
+            a = torch.zeros_like(a).scatter(1, largest.indices, largest.values)
+        return a * (self.radius / torch.linalg.vector_norm(a @ self.units, dim=1, keepdim=True).clamp(min=1e-30))
+
+    def step(self, a: Tensor, slope: Tensor, rate: Tensor) -> Tensor:
+        """Along the gradient, the largest of which is scaled to ‖a‖; a itself where nothing would be left."""
+        slope = torch.where(self.off, 0, slope)
+        push = slope / slope.abs().amax(1, keepdim=True).clamp(min=1e-30)
+        moved = self.nearest(a + rate[:, None].to(a.dtype) * torch.linalg.vector_norm(a, dim=1, keepdim=True) * push)
+        return torch.where(moved.any(1, keepdim=True), moved, a)
 
 
 def nearest_rows(sae: SparseAutoencoder, theta: Tensor, k: int = 10) -> list[tuple[int, float]]:

@@ -10,7 +10,6 @@ files, column by column, and the SQL.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -22,13 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from sae_fast.analysis.store.contexts import Context, Contexts, shown, windows
-from sae_fast.analysis.store.writer import FORMAT, MANIFEST, VERSION, write_store
+from sae_fast.analysis.store.manifest import MANIFEST, check_free, read
+from sae_fast.analysis.store.writer import write_store
 from sae_fast.extras import require
-from sae_fast.files import lfs_pointer
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.nn.identity import fingerprint
 
-__all__ = ["Context", "Contexts", "FeatureStore", "write_store"]
+__all__ = ["Context", "Contexts", "FeatureStore", "check_free", "write_store"]
 
 ENTRIES = 1 << 22  # that a bulk question reads at a time
 SCALES = ("linear", "log")
@@ -64,7 +63,7 @@ class FeatureStore:
         """
         require("duckdb", extra="store")
         path = Path(path)
-        info = _read_manifest(path)
+        info = read(path)
         if sae is not None and (got := fingerprint(sae)) != info["sae"]:
             of = f"a {info.get('sae_class')} of {info['d_sae']} features with fingerprint {info['sae']}"
             raise ValueError(f"sae: {path} is the store of {of}, not of this {type(sae).__name__}, whose is {got}")
@@ -286,26 +285,3 @@ def _among(features: np.ndarray) -> str:
     return (
         whole if high - low + 1 == len(features) else f"{whole} AND feature IN ({', '.join(map(str, features.tolist()))})"
     )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    if not file.is_file():
-        raise FileNotFoundError(f"path: {path} holds no feature store: there is no {MANIFEST} in it")
-    try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
-        said = lfs_pointer(file) or f"damaged: not valid JSON: {error}; write the store again"
-        raise ValueError(f"{file}: {said}") from error
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise ValueError(f"{file}: got no format {FORMAT!r}: this is not a feature store")
-    if info.get("version") != VERSION:
-        newer = "; a newer sae_fast wrote it" if isinstance(info.get("version"), int) and info["version"] > VERSION else ""
-        raise ValueError(f"{file}: version: got {info.get('version')!r}, want {VERSION}{newer}")
-    kinds: dict[str, tuple[type, ...]] = dict(sae=(str,), files=(dict,), context_length=(int, type(None)))
-    least = dict(d_sae=1, n_tokens=1, n_activations=0, context_length=1)
-    for key, kind in (kinds | dict.fromkeys(("d_sae", "n_tokens", "n_activations"), (int,))).items():
-        value = info.get(key, ...)
-        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < least[key]):
-            raise ValueError(f"{file}: {key}: got {info.get(key)!r}; the file is damaged, write the store again")
-    return info

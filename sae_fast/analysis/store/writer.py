@@ -8,9 +8,7 @@ the number of tokens.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae_fast.analysis.store import manifest
 from sae_fast.analysis.store._sorting import Sorted, Source, count, sorted_runs
 from sae_fast.data.activations import ActivationStore
 from sae_fast.extras import require
 from sae_fast.files import appear
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.nn.identity import fingerprint
 
-FORMAT, VERSION, MANIFEST = "sae_fast.store", 1, "store.json"
-RESERVED = {"format", "version", "sae", "sae_class", "d_in", "d_sae"}
-RESERVED |= {"n_tokens", "context_length", "n_activations", "files"}  # entries of store.json that are not for ``about``
-OWN = re.compile(r"(features|tokens|activations/\d{8,})\.parquet")
 BATCH = 4096  # tokens encoded at a time
 FILE = 1 << 21  # entries in a file, about
 ROW_GROUP = 1 << 16  # entries that a query reads at least: smaller groups cost more to find than they save
@@ -66,10 +60,10 @@ def write_store(
     """
     require("pyarrow", extra="store")
     path = Path(path)
-    check_free(path, overwrite)
+    manifest.check_free(path, overwrite)
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, want at least 1 token")
-    if taken := sorted(RESERVED.intersection(about or {})):
+    if taken := sorted(manifest.RESERVED.intersection(about or {})):
         raise ValueError(f"about: got {taken[0]!r}, which store.json says of the store itself; want another name")
     if isinstance(activations, ActivationStore):
         if texts is not None or context_length is not None:
@@ -81,7 +75,7 @@ def write_store(
     total = count(activations)
 
     def replaces() -> bool:
-        check_free(path, overwrite)  # again: encoding takes its time
+        manifest.check_free(path, overwrite)  # again: encoding takes its time
         return overwrite
 
     with appear(path.resolve(), replaces) as folder:
@@ -97,23 +91,8 @@ def write_store(
             _write_tokens(folder, map(_split, texts), n_tokens, context_length)
         _merge(runs, sae.d_sae, n_tokens, folder)
         shutil.rmtree(folder / "runs")
-        info = {
-            "format": FORMAT,
-            "version": VERSION,
-            "sae": fingerprint(sae),
-            "sae_class": type(sae).__name__,
-            "d_in": sae.d_in,
-            "d_sae": sae.d_sae,
-            "n_tokens": n_tokens,
-            "context_length": context_length,
-            "n_activations": sum(run.nnz for run in runs),
-            **(about or {}),
-            "files": {
-                file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(folder.rglob("*.parquet"))
-            },
-        }
-        (folder / MANIFEST).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    return info
+        counts = dict(n_tokens=n_tokens, context_length=context_length, n_activations=sum(run.nnz for run in runs))
+        return manifest.write(folder, sae, counts, about or {})
 
 
 def _check_texts(texts: Sequence[str], n_tokens: int) -> None:
@@ -211,33 +190,3 @@ def _write(file: Path, table: Any, **encoding: Any) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(table, file, compression="zstd", row_group_size=ROW_GROUP, **encoding)
-
-
-# ---- The folder -----------------------------------------------------------------------------------------------------
-
-
-def check_free(path: Path, overwrite: bool) -> None:
-    """``FileExistsError`` unless the folder may be made, or replaced."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    info = _manifest(path)
-    if info is None:
-        raise FileExistsError(f"path: {path} is there and is not a feature store, want a folder of its own")
-    if not overwrite:
-        raise FileExistsError(f"path: {path} holds a feature store already; overwrite=True (--overwrite) replaces it")
-    files = info.get("files")
-    for name in sorted(file.relative_to(path).as_posix() for file in path.rglob("*")):
-        own = name in files if isinstance(files, dict) else OWN.fullmatch(name)
-        if not own and name not in (MANIFEST, "activations"):
-            raise FileExistsError(f"path: {path} holds {name}, which is no file of the store; move it, or write elsewhere")
-
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """What a store's store.json says, {} where it cannot be read, or None: there is none, or it is something else's."""
-    try:
-        info = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return info if isinstance(info, dict) and info.get("format") == FORMAT else None
