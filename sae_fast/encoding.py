@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_fast import interop
-from sae_fast.analysis.store import writer
+from sae_fast.analysis.store import check_free, writer
 from sae_fast.data.activations import ActivationStore
 from sae_fast.data.harvest import cache_folder, harvest, reopened
 from sae_fast.data.text import read_text_file, stdlib_documentation
@@ -62,7 +62,7 @@ def encode(
         raise ValueError(f"--activations: got {given[0]} too, want the activations or what to make them from")
     sae = interop.load(source)
     out = Path(out) if out is not None else default_store(source, sae)
-    writer.check_free(out, overwrite)
+    check_free(out, overwrite)
     data: ActivationStore | np.ndarray | Tensor
     if activations is not None:
         data = open_activations(activations)

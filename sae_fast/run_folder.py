@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sae_fast import files
 from sae_fast.analysis.page import check_replaceable
-from sae_fast.analysis.store import writer
+from sae_fast.analysis.store import check_free
 from sae_fast.interop.formats import native
 
 CHECKPOINT, METRICS, PLOT, FEATURES, STORE, PAGE = (
@@ -73,7 +73,7 @@ def _check(out: Path, overwrite: bool) -> None:
     for name in (METRICS, PLOT, FEATURES):
         if name in there and CHECKPOINT not in there and "a run's metrics" not in there:
             raise FileExistsError(f"out: {out / name} is there without a run; move it, or write elsewhere")
-    writer.check_free(out / STORE, overwrite=True)
+    check_free(out / STORE, overwrite=True)
     check_replaceable(out / PAGE)
 
 
@@ -81,5 +81,5 @@ def _clear(out: Path) -> None:
     for name in (METRICS, PLOT, FEATURES, PAGE):
         (out / name).unlink(missing_ok=True)
     if (out / STORE).exists():
-        writer.check_free(out / STORE, overwrite=True)
+        check_free(out / STORE, overwrite=True)
         shutil.rmtree(out / STORE)

@@ -40,8 +40,8 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import sae_fast as sf  # noqa: E402
-from sae_fast.ops import _dense  # noqa: E402
-from sae_fast.ops._dispatch import _C  # noqa: E402
+from sae_fast.ops import crossovers  # noqa: E402
+from sae_fast.ops.dispatch import _C  # noqa: E402
 
 FILE = HERE / "digests.json"
 PEERS = HERE.parent / ".venv-peers/bin/python"
@@ -98,8 +98,8 @@ def density(route: str) -> Iterator[None]:
     """Either side of every op's switch, as conftest's ``route``."""
     with pytest.MonkeyPatch.context() as patch:
         if route != "natural":
-            for op in _dense.CROSSOVER:
-                patch.setitem(_dense.CROSSOVER, op, {"sparse": float("inf"), "dense": -1.0}[route])
+            for op in crossovers.CROSSOVER:
+                patch.setitem(crossovers.CROSSOVER, op, {"sparse": float("inf"), "dense": -1.0}[route])
         yield
 
 
