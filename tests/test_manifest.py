@@ -17,6 +17,7 @@ PLANTED = """
 import sys
 import torch, triton, triton.language as tl
 from sae_fast.kernels import _launch, aot
+from sae_fast.kernels.aot_calls import launched_nowhere, meta
 
 @triton.jit
 def helper(x):
@@ -45,13 +46,13 @@ def forgotten(x_ptr):
     tl.store(x_ptr, 0.0)
 
 if __name__ == "__main__":
-    half = aot.meta(4096, 4096, dtype=torch.float16)
+    half = meta(4096, 4096, dtype=torch.float16)
     with _launch.recording() as launches:
-        _launch.launch(fine, (1,), aot.meta(64), 50, BLOCK=64, num_warps=1)
-        _launch.launch(spills, (1,), aot.meta(16384), BLOCK=16384, num_warps=1)
-        _launch.launch(greedy, (1,), half, half, aot.meta(128, 128), 4096, M=128, N=128, D=128, num_warps=8, num_stages=5)
+        _launch.launch(fine, (1,), meta(64), 50, BLOCK=64, num_warps=1)
+        _launch.launch(spills, (1,), meta(16384), BLOCK=16384, num_warps=1)
+        _launch.launch(greedy, (1,), half, half, meta(128, 128), 4096, M=128, N=128, D=128, num_warps=8, num_stages=5)
     kernels = {launch.kernel for launch in launches}
-    print(*aot.launched_nowhere([sys.modules["__main__"]], kernels), sep="\\n")
+    print(*launched_nowhere([sys.modules["__main__"]], kernels), sep="\\n")
     print(*aot.faults(aot.compile_all(aot.variants({80: launches, 90: launches}))), sep="\\n")
 """
 

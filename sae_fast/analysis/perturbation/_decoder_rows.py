@@ -108,7 +108,7 @@ def rows(
 
 @dataclass(frozen=True)
 class _Few:
-    """The weights a [m, F] ≥ 0 of unit rows of which at most ``s`` are not 0, none where ``off``, and ‖a units‖₂ = radius."""
+    """Weights a [m, F] ≥ 0 of unit rows: at most ``s`` that are not 0, none where ``off``, and ‖a units‖₂ = radius."""
 
     units: Tensor
     off: Tensor

@@ -1,0 +1,203 @@
+"""What the manifest is of: every launcher called on tensors without memory, at real sizes and for each storage dtype.
+
+To add an op: one function beside those in CALLS.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from sae_fast.kernels import _config, _launch
+
+
+@dataclass(frozen=True)
+class Size:
+    """B examples of width d, F features, entries (capacity) of a code; dtype: of x and of the weights' storage."""
+
+    B: int
+    d: int
+    F: int
+    entries: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"B={self.B} d={self.d} F={self.F} {self.dtype}"
+
+    def of(self, *shape: int) -> Tensor:
+        return meta(*shape, dtype=self.dtype)
+
+    def x(self) -> Tensor:
+        return self.of(self.B, self.d)
+
+    def W(self) -> Tensor:
+        return self.of(self.F, self.d)
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """begin, end, indices of a code."""
+        return integers(self.B), integers(self.B), integers(self.entries, dtype=torch.int32)
+
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """colptr, rows, perm of a transposed code."""
+        return integers(self.F + 1), integers(self.entries, dtype=torch.int32), integers(self.entries)
+
+
+SHAPES = ((4096, 768, 24576, 4096 * 64), (8192, 2304, 65536, 8192 * 128), (8192, 4096, 131072, 8192 * 128))
+SIZES = [Size(*shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return meta(*shape, dtype=dtype)
+
+
+# ---- The calls ------------------------------------------------------------------------------------------------------
+
+
+def encode(s: Size) -> None:
+    from sae_fast.kernels import compact, encode, screen
+    from sae_fast.kernels.round import compare_rows, rounded
+
+    x, W, of_feature = s.x(), s.W(), s.of(s.F)
+    shadow, flag = rounded(W), integers(dtype=torch.int32)
+    gated = encode.Layer(W, *shadow, of_feature, "gated", scale=of_feature, b_mag=of_feature)
+    relu = encode.Layer(W, *shadow, of_feature, "relu")
+    jumprelu = encode.Layer(W, *shadow, of_feature, "jumprelu", threshold=of_feature, cut=of_feature)
+    for flags in (flag, integers(s.F, dtype=torch.int32)):
+        compare_rows(W, *shadow, flags)
+    encode.candidates(x, gated, True, s.of(s.d), s.x(), flag)  # as a Trainer does
+    for layer, exact in ((gated, True), (gated, False), (relu, True), (jumprelu, True)):
+        encode.members(x, layer, encode.candidates(x, layer, exact), s.entries, flag, exact)
+    begin, end, indices = s.rows()
+    values = s.of(2, s.entries)
+    packed = integers(s.B + 1), indices, values[0], values, indices, values[0], values  # pack itself waits for their number
+    _launch.launch(compact._pack, (s.B,), begin, end, *packed, s.entries, s.entries - 16, V=2, BLOCK=128, num_warps=1)
+    mask, terms = integers(s.B, screen.words(s.F), dtype=torch.int32), (meta(3, s.B), meta(3, s.F))
+    screen.scan(meta(1024, s.F), 0, *terms, mask)
+    if _config.generation() >= 90:
+        screen.screen(meta(s.B, shadow[0].shape[1], dtype=torch.float16), shadow[0], *terms, mask, persistent=True)
+
+
+def decode(s: Size) -> None:
+    from sae_fast.kernels.decode import decode
+
+    for V in (1, 2):  # magnitudes; with gates
+        decode(*s.rows(), s.of(V, s.entries), s.W(), None, s.of(V, 1, s.B, s.d))
+    decode(*s.rows(), s.of(1, s.entries), s.W(), integers(5), s.of(1, 4, s.B, s.d))  # groups: Matryoshka prefixes
+
+
+def decode_loss(s: Size) -> None:
+    from sae_fast.kernels.decode_loss import StepOutputs, decode_loss, scratch
+
+    entries, weight = s.of(s.entries), s.of(s.F)
+    for V, scale in ((1, None), (2, weight)):
+        step = StepOutputs(entries, scale, entries, meta(s.entries, 4), entries)
+        for outputs in (None, step) if s.dtype == torch.float32 else (None,):  # a Trainer's weights are float32
+            decode_loss(
+                *s.rows(), s.of(V, s.entries), s.W(), s.of(s.d), s.x(), weight, float(s.B), s.of(V, s.B, s.d),
+                *scratch(V, s.B, s.d, s.entries, "meta"), meta(s.B, 3), s.of(V, s.entries), outputs,
+            )  # fmt: skip
+
+
+def sampled_dots(s: Size) -> None:
+    from sae_fast.kernels.sampled_dots import sampled_dots
+
+    sampled_dots(*s.rows(), s.x(), s.W(), s.of(s.entries))
+
+
+def transpose(s: Size) -> None:
+    from sae_fast.kernels.transpose import scratch, transpose
+
+    transpose(*s.rows(), s.F, *s.by_feature(), *scratch(s.B, s.F, "meta"))
+
+
+def outer(s: Size) -> None:
+    from sae_fast.kernels.outer import outer
+
+    value, A = s.of(s.entries), s.x()
+    for sources in (1, 2):
+        for accumulate in (False, True):
+            outer(*s.by_feature(), [value] * sources, [A] * sources, None, 0, s.W(), accumulate=accumulate)
+    outer(*s.by_feature(), [value], [A], integers(4096), 0, s.of(4096, s.d), accumulate=False)  # touched rows
+    if s.dtype == torch.float32:  # a Trainer's sums of entries
+        colptr, rows, perm = s.by_feature()
+        outer(colptr, rows, perm, [value], [meta(s.entries, 4)], None, 0, meta(s.F, 4), accumulate=False)
+
+
+def grad_sqnorm(s: Size) -> None:
+    from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
+
+    for projects, own in ((False, None), (True, None), (False, s.of(s.F))):
+        out = meta(s.F, slices(s.d, projects), dtype=torch.float64)
+        grad_sqnorm(*s.by_feature(), [s.of(s.entries)], [s.x()], own, 0, s.W(), projects, out)
+
+
+def weight_step(s: Size) -> None:
+    from sae_fast.kernels.round import rounded
+    from sae_fast.kernels.weight_step import new_adam, row_step, set_adam, weight_step
+
+    if s.dtype != torch.float32:
+        return
+    adam, W, last_step, skip = new_adam("meta"), s.W(), integers(s.F), integers(dtype=torch.int32)
+    set_adam(adam, 1000, 3e-4, 0.999, 1e-8)
+    state, value, vector = (W, s.W(), last_step), meta(s.entries), (meta(s.F, 1), meta(s.F, 1), last_step)
+    for unit_rows, shadow in ((True, None), (False, rounded(W)), (False, None)):
+        weight_step(*state, *s.by_feature(), [value], [s.x()], None, 0, adam, unit_rows, meta(), skip, shadow)
+        weight_step(*state, *s.by_feature(), [value], [s.x()], None, 0, adam, unit_rows, None, skip, shadow)
+        row_step(*state, s.W(), adam, unit_rows, None, skip, shadow)
+    own = meta(s.F)  # of the saelens dialect
+    weight_step(*state, *s.by_feature(), [value] * 2, [s.x()] * 2, own, 0, adam, False, None, skip)
+    row_step(*vector, meta(s.F, 1), adam, False, None, skip, colptr=s.by_feature()[0])
+
+
+CALLS: list[Callable[[Size], None]] = [
+    encode, decode, decode_loss, sampled_dots, transpose, outer, grad_sqnorm, weight_step,
+]  # fmt: skip
+
+
+def calls(target: int) -> Iterator[_launch.Launch]:
+    """What the launchers launch on a GPU of that generation, 80 or 90."""
+    outer, _config._target = _config._target, target
+    try:
+        for size in SIZES:
+            for call in CALLS:
+                with _launch.recording() as launches:
+                    call(size)
+                yield from launches
+    finally:
+        _config._target = outer
+
+
+def launched_nowhere(modules: list[ModuleType], launched: set[JITFunction]) -> list[str]:
+    """Kernels defined in these modules that are in no call, neither by themselves nor as a part of one that is."""
+    known, todo = set(), list(launched)
+    while todo:
+        fn = todo.pop()
+        if fn in known:
+            continue
+        known.add(fn)
+        names = {node.id for node in ast.walk(fn.parse()) if isinstance(node, ast.Name)}
+        todo += [value for name in names if isinstance(value := fn.__globals__.get(name), JITFunction)]
+    defined = [
+        fn for m in modules for fn in vars(m).values() if isinstance(fn, JITFunction) and fn.__module__ == m.__name__
+    ]
+    return sorted(f"{fn.__module__}.{fn.__name__}" for fn in defined if fn not in known)
+
+
+def all_modules() -> list[ModuleType]:
+    """Every module beside this one."""
+    names = sorted(
+        path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("__init__", "aot"))
+    )
+    return [importlib.import_module(f"{__package__}.{name}") for name in names]
