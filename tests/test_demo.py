@@ -10,11 +10,11 @@ from tiny_models import save_tiny_model
 from typer.testing import CliRunner
 
 import sae_fast as sf
-from sae_fast import demo
 from sae_fast.cli import app
 from sae_fast.data.activations import VERSION, ActivationStore
-from sae_fast.demo import Recipe
 from sae_fast.nn.scale import scale_
+from sae_fast.runs import measure, train
+from sae_fast.runs.train import Recipe
 
 TEXT = "The gate opens when its sum is above zero . A sum of the gate and zero . " * 40
 SMALL = Recipe(d_sae=32, batch_size=64, steps=200, lr=3e-3, l1=1.0, init_l0=4, device="cpu")
@@ -40,7 +40,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(store):
-    return demo.train(store, SMALL)
+    return train.train(store, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_training_learns_the_activations_as_they_are(store, result):
 
 
 def test_training_is_repeatable(store, result):
-    again = demo.train(store, SMALL)
+    again = train.train(store, SMALL)
     assert again.held_out.compute() == result.held_out.compute()
 
 
@@ -99,7 +99,7 @@ def test_scaling_an_sae_scales_its_reconstruction():
 def test_measuring_the_speed_changes_nothing(store, result):
     before = {name: value.clone() for name, value in result.sae.state_dict().items()}
     x = next(store.batches(64))
-    step = demo.measure_speedup(result.sae, x, lr=1e-3, l1=1.0, rounds=3)
+    step = measure.measure_speedup(result.sae, x, lr=1e-3, l1=1.0, rounds=3)
     assert step["times_faster"] == pytest.approx(step["dense_ms"] / step["engine_ms"])
     assert min(step.values()) > 0
     assert all(torch.equal(before[name], value) for name, value in result.sae.state_dict().items())
@@ -110,7 +110,7 @@ def test_activations_without_variance(tmp_path, store):
         (tmp_path / name).write_bytes((store.folder / name).read_bytes())
     np.save(tmp_path / "activations.npy", np.ones((4096, 12), dtype=np.float32))
     with pytest.raises(ValueError, match="all tokens have the same activation"):
-        demo.train(ActivationStore.open(tmp_path), SMALL)
+        train.train(ActivationStore.open(tmp_path), SMALL)
 
 
 def test_the_report_is_what_was_trained(sae_fast_train, tmp_path):
@@ -121,7 +121,7 @@ def test_the_report_is_what_was_trained(sae_fast_train, tmp_path):
     numbers = json.loads((out / "metrics.json").read_text())
     (stored,) = (tmp_path / "cache" / "activations").iterdir()
     _, held_part = ActivationStore.open(stored).split(0.1)
-    assert demo.evaluate(sf.load(out / "checkpoint"), held_part).compute() == numbers["held_out"]
+    assert measure.evaluate(sf.load(out / "checkpoint"), held_part).compute() == numbers["held_out"]
     assert numbers["recipe"]["steps"] == 20 and numbers["recipe"]["layer"] == 1
     assert numbers["history"][-1]["step"] == 19
     assert (out / "features.md").read_text().count("## Feature") == 10

@@ -15,12 +15,12 @@ from tiny_models import save_tiny_model
 from typer.testing import CliRunner
 
 import sae_fast as sf
-from sae_fast import demo, encoding
 from sae_fast.analysis import FeatureStore
 from sae_fast.cli import app
 from sae_fast.data.activations import ActivationStore
 from sae_fast.data.transformer import HiddenStates
-from sae_fast.demo import Recipe
+from sae_fast.runs import source, train
+from sae_fast.runs.train import Recipe
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")
@@ -40,7 +40,7 @@ def made(tmp_path_factory):
     recipe = Recipe(d_sae=F, batch_size=64, steps=20, init_l0=4, l1=0.5, lr=1e-3, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_FAST_CACHE", str(folder / "cache"))
-        demo.run(folder / "model", 1, TEXT, folder / "run", recipe, 16, text_from=folder / "text.txt")
+        train.run(folder / "model", 1, TEXT, folder / "run", recipe, 16, text_from=folder / "text.txt")
     return folder
 
 
@@ -268,17 +268,15 @@ def test_a_missing_package_is_named_before_any_work(here, monkeypatch):
 def test_the_demo_is_found_again_without_a_file(monkeypatch, tmp_path):
     """The demo's text is no file: it is read from this Python again."""
     sae = sf.ReluSAE(D, F)
-    sae.metadata["source"] = dict(
-        model="m", place={"layer": 2}, context_length=128, text=encoding.STDLIB, activations="key"
-    )
+    sae.metadata["source"] = dict(model="m", place={"layer": 2}, context_length=128, text=source.STDLIB, activations="key")
     monkeypatch.setenv("SAE_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(encoding, "stdlib_documentation", lambda: "the library's")
+    monkeypatch.setattr(source, "stdlib_documentation", lambda: "the library's")
     asked = []
 
     def harvest(model, text, layer, **options):
         asked.append((model, text, layer, options["context_length"], options["d"]))
         return ActivationStore(tmp_path, {"key": "key"}, range(0))
 
-    monkeypatch.setattr(encoding, "harvest", harvest)
-    encoding.activations_of(sae)
+    monkeypatch.setattr(source, "harvest", harvest)
+    source.activations_of(sae)
     assert asked == [("m", "the library's", 2, 128, D)]

@@ -28,10 +28,10 @@ from sae_fast import interop
 from sae_fast.cli import app
 from sae_fast.data.harvest import harvest
 from sae_fast.data.text import read_text_file
-from sae_fast.encoding import open_activations
 from sae_fast.interop import _norms
 from sae_fast.interop.formats import FORMATS
-from sae_fast.report import read_effects
+from sae_fast.runs.encode import open_activations
+from sae_fast.runs.report import read_effects
 
 D, F = 8, 32
 

@@ -257,7 +257,7 @@ def test_the_command_makes_the_store_that_a_run_lacks(tmp_path, monkeypatch):
     from tiny_models import WORDS, save_tiny_model
 
     from sae_fast.data.harvest import harvest
-    from sae_fast.encoding import source_of
+    from sae_fast.runs.source import source_of
 
     monkeypatch.setenv("SAE_FAST_CACHE", str(tmp_path / "cache"))
     model, text, run = save_tiny_model(transformers, "bert", tmp_path / "model"), tmp_path / "text.txt", tmp_path / "run"

@@ -15,12 +15,13 @@ from tiny_models import save_tiny_model
 from typer.testing import CliRunner
 
 import sae_fast as sf
-from sae_fast import demo, files
+from sae_fast import files
 from sae_fast.cli import app
 from sae_fast.data.activations import ActivationStore
 from sae_fast.data.transformer import HiddenStates
 from sae_fast.nn.scale import INPUT_SCALE, scale_
-from sae_fast.run_folder import claimed
+from sae_fast.runs import train as training
+from sae_fast.runs.folder import claimed
 
 TEXT = "The gate opens when its sum is above zero . A sum of the gate and zero . " * 40
 STEPS = 20
@@ -41,7 +42,9 @@ def made(tmp_path_factory):
 def here(made, tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_FAST_CACHE", str(made / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(demo.plots, "plot_training", lambda *arguments: arguments[2].write_text(""))  # it takes its time
+    monkeypatch.setattr(
+        training.plots, "plot_training", lambda *arguments: arguments[2].write_text("")
+    )  # it takes its time
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -162,7 +165,7 @@ def test_a_first_save_that_was_killed_is_no_run(train, here):
 
 @pytest.mark.parametrize("name, bad", dict(d_sae=0, lr="nan", l1=-1, init_l0=0, steps=0, seed=2**70).items())
 def test_settings_that_do_not_fit_are_found_before_the_harvest(train, here, monkeypatch, name, bad):
-    monkeypatch.setattr(demo, "harvest", lambda *_, **__: pytest.fail("harvested"))
+    monkeypatch.setattr(training, "harvest", lambda *_, **__: pytest.fail("harvested"))
     outcome = train(**{name: bad})
     assert outcome.exit_code == 1 and outcome.stderr.startswith(f"error: {name}") and not (here / "out").exists()
 
@@ -191,7 +194,7 @@ def test_the_comparison_is_on_request_and_kills_no_run(train, here, monkeypatch)
         assert sf.Trainer.load("out/checkpoint").step_count == STEPS, "the SAE is on the disk before"
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")
 
-    monkeypatch.setattr(demo, "measure_speedup", no_memory)
+    monkeypatch.setattr(training, "measure_speedup", no_memory)
     assert train("--compare", "--quiet").stderr == (
         "note: no comparison with dense PyTorch: DefaultCPUAllocator: can't allocate memory\n"
     )
@@ -332,7 +335,7 @@ def test_the_version_and_a_device_that_is_not_here(train, here):
         assert outcome.exit_code == 1
         assert outcome.stderr.startswith("error: --device: got 'cuda:77', want one that is here: cpu")
     with pytest.raises(ValueError, match="device: got 'gpu', want one that is here"):
-        demo.Recipe(device="gpu")
+        training.Recipe(device="gpu")
 
 
 def test_quiet_says_nothing(train, here):

@@ -1,6 +1,6 @@
 """What the SAEs of the sweep are trained on: real activations, and synthetic ones whose true features are known.
 
-Both are scaled to unit variance a dimension, as `demo.train` does, so that λ and learning rates mean the same on both.
+Both are scaled to unit variance a dimension, as `runs.train` does, so that λ and learning rates mean the same on both.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 import sae_fast as sf
 from benchmarks.data import Superposition
-from sae_fast import demo
 from sae_fast.data.harvest import harvest
 from sae_fast.data.text import stdlib_documentation
+from sae_fast.demo import demo_model
 
 WORLD = {"d": 64, "features": 256, "active": 5.0}  # of Superposition
 QUICK_CHARACTERS = 60_000  # of the text, for a quick run
@@ -43,9 +43,9 @@ def real(seed: int, batch_size: int, held_out: int, quick: bool) -> Task:
 @lru_cache(maxsize=1)
 def harvested(quick: bool, held_out: int) -> tuple[Any, Tensor, float, Tensor]:
     text = stdlib_documentation()
-    store = harvest(demo.demo_model(), text[:QUICK_CHARACTERS] if quick else text, 2, device="cpu")
+    store = harvest(demo_model(), text[:QUICK_CHARACTERS] if quick else text, 2, device="cpu")
     train_part, held_part = store.split()
-    mean, scale = demo._mean_and_scale(train_part)
+    mean, scale = train_part.mean_and_scale()
     rows = next(held_part.batches(min(held_out, held_part.n_tokens), seed=0))
     return train_part, (mean / scale).float(), scale, rows / scale
 
@@ -68,7 +68,7 @@ def synthetic(seed: int, batch_size: int, held_out: int) -> Task:
 
 
 def train(sae: sf.GatedSAE | sf.ReluSAE, task: Task, steps: int, **options: Any) -> None:
-    """As `demo.train`: b_dec at the mean, the learning rate falling over the last fifth; ``options`` are Trainer's."""
+    """As `runs.train`: b_dec at the mean, the learning rate falling over the last fifth; ``options`` are Trainer's."""
     with torch.no_grad():
         sae.b_dec.copy_(task.mean)
     trainer = sf.Trainer(sae, lr_decay_start=steps * 4 // 5, total_steps=steps, **options)

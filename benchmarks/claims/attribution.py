@@ -23,10 +23,10 @@ from torch.nn import functional as F
 import sae_fast as sf
 from benchmarks.claims import _tasks
 from benchmarks.claims._claim import CONDITION, CRITIQUE, FAILS, HOLDS, OURS, Interval, Row, interval
-from sae_fast import demo
 from sae_fast.analysis import attribution, edges, splice
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
 from sae_fast.data.transformer import quiet
+from sae_fast.demo import demo_model
 from sae_fast.extras import require
 from sae_fast.nn.scale import scale_
 
@@ -173,10 +173,10 @@ def in_the_transformer(kind: str, seed: int, quick: bool) -> dict[str, Any]:
     store, _, scale, _ = _tasks.harvested(quick, HELD_OUT)
     scale_(sae, scale)
     with quiet(transformers):
-        model = transformers.AutoModel.from_pretrained(demo.demo_model()).eval()
+        model = transformers.AutoModel.from_pretrained(demo_model()).eval()
     tokens, pairs = (QUICK_TOKENS, QUICK_PAIRS) if quick else (TOKENS, PAIRS)
     begins = np.random.default_rng(seed).integers(0, len(store.tokens) - tokens, 2 * pairs)
-    around = transformers.AutoTokenizer.from_pretrained(demo.demo_model())("")["input_ids"]  # [CLS] and [SEP]
+    around = transformers.AutoTokenizer.from_pretrained(demo_model())("")["input_ids"]  # [CLS] and [SEP]
     texts = [[around[0], *store.tokens[i : i + tokens].tolist(), around[1]] for i in begins]
     ids = torch.tensor(texts).unflatten(0, (2, pairs))
     where = torch.ones(tokens + 2, dtype=torch.bool)

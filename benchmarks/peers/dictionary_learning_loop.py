@@ -32,10 +32,11 @@ from benchmarks import machine
 from benchmarks.data import QUICK, Shape, Superposition
 from benchmarks.ending import close
 from benchmarks.registry import OURS
-from sae_fast import demo
 from sae_fast.data.harvest import harvest
 from sae_fast.data.text import stdlib_documentation
+from sae_fast.demo import demo_model
 from sae_fast.interop import dictionary_learning as ours
+from sae_fast.runs.train import Recipe
 
 THEIRS = "dictionary_learning"
 CLASSES = {
@@ -117,9 +118,9 @@ def race(task: Task, kind: str, calibrated: bool, every: int, progress: bool = T
 
 def demo_task(steps: int) -> Task:
     """The demo's activations: block 2 of MiniLM on the standard library's documentation, scaled."""
-    recipe = demo.Recipe(device="cpu")
-    train_part, _ = harvest(demo.demo_model(), stdlib_documentation(), 2, device="cpu").split(recipe.holdout)
-    _, scale = demo._mean_and_scale(train_part)
+    recipe = Recipe(device="cpu")
+    train_part, _ = harvest(demo_model(), stdlib_documentation(), 2, device="cpu").split(recipe.holdout)
+    _, scale = train_part.mean_and_scale()
 
     def batches() -> Iterator[Tensor]:
         return (x / scale for x in train_part.batches(recipe.batch_size, steps=steps, seed=0))

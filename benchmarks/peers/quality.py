@@ -36,10 +36,12 @@ import sae_fast as sf
 from benchmarks import jsonfile, machine
 from benchmarks.peers.dictionary_learning import trainer_of
 from benchmarks.registry import OURS
-from sae_fast import demo, reference
+from sae_fast import reference
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label, _plain_ticks, empty_figure
 from sae_fast.data.harvest import harvest
 from sae_fast.data.text import stdlib_documentation
+from sae_fast.demo import demo_model
+from sae_fast.runs.train import Recipe
 
 ROOT = Path(__file__).parents[2]
 THEIRS = "dictionary_learning"
@@ -121,7 +123,7 @@ def quality(sae: sf.GatedSAE, x: Tensor) -> tuple[float, float, float]:
     return error / variance, l0 / len(x), gates / (len(x) * sae.d_sae)
 
 
-def start_runs(mean: Tensor, first_batch: Tensor, recipe: demo.Recipe) -> list[Run]:
+def start_runs(mean: Tensor, first_batch: Tensor, recipe: Recipe) -> list[Run]:
     """Both trainers from both starts.  Weights are the demo's; of the peer's own start they have the distribution."""
     zero = sf.GatedSAE(mean.shape[0], recipe.d_sae, seed=recipe.seed)
     calibrated = copy.deepcopy(zero)
@@ -263,10 +265,10 @@ def main(
 ) -> None:
     """Trains the demo's SAE four times, in turns, and says how much sooner ours is as good."""
     out = out or ROOT / "benchmarks" / "results" / machine.slug()
-    recipe = demo.Recipe(steps=steps, seed=seed, device="cpu")
-    store = harvest(demo.demo_model(), stdlib_documentation(), 2, device="cpu")
+    recipe = Recipe(steps=steps, seed=seed, device="cpu")
+    store = harvest(demo_model(), stdlib_documentation(), 2, device="cpu")
     train_part, held_part = store.split(recipe.holdout)
-    mean, scale = demo._mean_and_scale(train_part)
+    mean, scale = train_part.mean_and_scale()
     held_out = next(held_part.batches(min(EVALUATION_ROWS, held_part.n_tokens), seed=seed)) / scale
     batches = (x / scale for x in train_part.batches(recipe.batch_size, steps=steps, seed=seed))
     first = next(batches)

@@ -36,10 +36,11 @@ from benchmarks import machine
 from benchmarks.data import DIRECTIONS, FULL, QUICK, Shape, Superposition
 from benchmarks.ending import close
 from benchmarks.registry import OURS
-from sae_fast import demo
 from sae_fast.data.harvest import harvest
 from sae_fast.data.text import stdlib_documentation
+from sae_fast.demo import demo_model
 from sae_fast.interop import saelens
+from sae_fast.runs.train import Recipe
 
 THEIRS = "sae_lens"
 CLASSES = {
@@ -87,9 +88,9 @@ class Result:
 
 def demo_task() -> Task:
     """The demo's activations: block 2 of MiniLM on the standard library's documentation, scaled."""
-    recipe = demo.Recipe(device="cpu")
-    train_part, _ = harvest(demo.demo_model(), stdlib_documentation(), 2, device="cpu").split(recipe.holdout)
-    _, scale = demo._mean_and_scale(train_part)
+    recipe = Recipe(device="cpu")
+    train_part, _ = harvest(demo_model(), stdlib_documentation(), 2, device="cpu").split(recipe.holdout)
+    _, scale = train_part.mean_and_scale()
     block, turns = 5, 8
     batches = [x / scale for x in train_part.batches(recipe.batch_size, steps=block * turns, seed=0)]
     shape = Shape(recipe.batch_size, train_part.d, recipe.d_sae, recipe.init_l0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import jsonfile, machine
 from benchmarks.tables._markdown import grid, of, source
 from benchmarks.tables._region import RESULTS, ROOT, table
-from sae_fast.demo import summary
+from sae_fast.runs.train import summary
 
 KEPT = ("held_out", "training", "step", "recipe")
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from sae_fast.signals import leaving
 
 if TYPE_CHECKING:
-    from sae_fast.demo import Run
+    from sae_fast.runs.train import Run
 
 Steps = Annotated[int, typer.Option(help="Training steps.")]
 Out = Annotated[Path, typer.Option(help="The folder for checkpoint, metrics, plot and features.")]
@@ -36,7 +36,7 @@ SaveEvery = Annotated[float, typer.Option(min=0, help="Minutes from checkpoint t
 
 def show(result: Run, out: Path) -> None:
     """Print the closing table."""
-    from sae_fast.demo import summary
+    from sae_fast.runs.train import summary
 
     held_out = result.held_out.compute()
     table = Table(title=f"on {held_out['tokens']:,} held-out tokens", title_justify="left", show_header=False)

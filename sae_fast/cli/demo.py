@@ -19,9 +19,10 @@ def demo(
     """Train a Gated SAE on what block 2 of MiniLM gives, over the documentation inside Python's standard library."""
     with one_line_errors(), notes():
         from sae_fast.data.text import stdlib_documentation
-        from sae_fast.demo import Recipe, demo_model, run
+        from sae_fast.demo import demo_model
         from sae_fast.devices import usable
-        from sae_fast.encoding import STDLIB
+        from sae_fast.runs.source import STDLIB
+        from sae_fast.runs.train import Recipe, run
 
         recipe = Recipe(steps=steps, seed=seed, device=str(usable(device, "--device")))
         result = run(

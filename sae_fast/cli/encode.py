@@ -40,7 +40,7 @@ def encode(
     """
     with one_line_errors(), notes():
         from sae_fast.devices import usable
-        from sae_fast.encoding import encode
+        from sae_fast.runs.encode import encode
 
         folder, info = encode(
             sae, out, model=model, layer=layer, hook=hook, text=text, context_length=context_length,

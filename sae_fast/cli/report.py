@@ -33,7 +33,7 @@ def report(
     """
     with one_line_errors(), notes():
         from sae_fast.devices import usable
-        from sae_fast.report import report as write
+        from sae_fast.runs.report import report as write
 
         page = write(
             run, out, store=store, effects=effects, top=top, bins=bins, per_bin=per_bin, before=before, after=after,

@@ -52,8 +52,8 @@ def train(
     """
     with one_line_errors(), notes():
         from sae_fast.data.text import read_text_file
-        from sae_fast.demo import Recipe, run
         from sae_fast.devices import usable
+        from sae_fast.runs.train import Recipe, run
 
         chosen = str(usable(device, "--device"))
         recipe = Recipe(d_sae, batch_size, steps, lr, l1, init_l0, seed=seed, device=chosen)

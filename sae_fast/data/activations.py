@@ -134,6 +134,17 @@ class ActivationStore:
         for begin in range(0, self.n_tokens, size):
             yield torch.from_numpy(np.array(self.activations[begin : begin + size]))
 
+    def mean_and_scale(self) -> tuple[Tensor, float]:
+        """(the mean activation [d], the root mean variance of a dimension)."""
+        total = torch.zeros(self.d, dtype=torch.float64)
+        for x in self.chunks():
+            total += x.double().sum(0)
+        mean = total / self.n_tokens
+        variance = sum(float((x - mean).square().sum()) for x in self.chunks()) / (self.n_tokens * self.d)
+        if variance == 0:
+            raise ValueError("activations: all tokens have the same activation; there is nothing to learn")
+        return mean, variance**0.5
+
     def around(self, token: int, before: int = 12, after: int = 8) -> tuple[str, str, str]:
         """The text (before, at, after) a token, as written: up to that many tokens either side, in its
         context.

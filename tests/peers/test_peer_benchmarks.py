@@ -27,7 +27,7 @@ from benchmarks.peers import PACKAGES, quality
 from benchmarks.peers.__main__ import PROVIDERS, jobs
 from benchmarks.peers.dictionary_learning import trainer_of
 from benchmarks.peers.handover import hand_over
-from sae_fast.demo import Recipe
+from sae_fast.runs.train import Recipe
 
 TINY = Shape(B=33, d=20, F=100, l0=6)
 SHAPES = (TINY, Shape(B=130, d=63, F=513, l0=16))

@@ -10,9 +10,9 @@ from sae_fast import files, interop
 from sae_fast.analysis.page import check_replaceable, write_page
 from sae_fast.analysis.store import FeatureStore
 from sae_fast.devices import usable
-from sae_fast.encoding import default_store, encode
 from sae_fast.nn import SparseAutoencoder
-from sae_fast.run_folder import METRICS, PAGE, run_of
+from sae_fast.runs.encode import default_store, encode
+from sae_fast.runs.folder import METRICS, PAGE, run_of
 
 
 def report(
