@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from sae_fast import files
 
 
 def write(path: Path, value: Any) -> None:
     """Writes ``value`` (dicts, lists, tuples, numbers, strings) to ``path``, replacing what was there only when done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_json(path, _finite(value), indent=1)
 
 
 def _finite(value: Any) -> Any:

@@ -1,17 +1,12 @@
-"""`sae-fast`: one file a command."""
+"""`sae-fast`: every module of this folder without an underscore is a command, the function of its name."""
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from typing import Annotated
 
 import typer
-
-from sae_fast.cli.cache import cache
-from sae_fast.cli.convert import convert
-from sae_fast.cli.demo import demo
-from sae_fast.cli.encode import encode
-from sae_fast.cli.report import report
-from sae_fast.cli.train import train
 
 app = typer.Typer(
     help="Train sparse autoencoders on what a transformer computes.",
@@ -19,8 +14,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, train, convert, encode, report, cache):
-    app.command()(command)
+_found = [import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__) if found.name[0] != "_"]
+for _module in sorted(_found, key=lambda module: module.ORDER):
+    app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 
 
 def _version(asked: bool) -> None:

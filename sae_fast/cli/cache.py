@@ -8,6 +8,8 @@ import typer
 
 from sae_fast.cli._common import one_line_errors
 
+ORDER = 5  # in the list of commands
+
 
 def cache(
     clear: Annotated[list[str] | None, typer.Option(help="Remove this key, of those that are listed, or all.")] = None,

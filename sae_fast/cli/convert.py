@@ -9,12 +9,15 @@ import typer
 from rich.console import Console
 
 from sae_fast.cli._common import Quiet, notes, one_line_errors
+from sae_fast.interop.formats import FORMATS, listed
+
+ORDER = 2  # in the list of commands
 
 
 def convert(
     src: Annotated[str, typer.Argument(help="A folder, a .pt file, or a place on the Hub: user/repo/folder@revision.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="sae_fast, dictionary_learning, saelens, sparsify or saebench.")],
+    to: Annotated[str, typer.Option(help=f"{listed(list(FORMATS))}.")],
     as_jumprelu: Annotated[bool, typer.Option("--as-jumprelu", help="Write a Gated SAE as a JumpReLU SAE.")] = False,
     fold_decoder_norm: Annotated[
         bool | None, typer.Option(help="Make decoder rows unit; by default as the format's own SAEs are.")

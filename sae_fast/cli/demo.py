@@ -6,6 +6,8 @@ from pathlib import Path
 
 from sae_fast.cli._common import Device, Out, Overwrite, Quiet, SaveEvery, Seed, Steps, bars, notes, one_line_errors, show
 
+ORDER = 0  # in the list of commands
+
 
 def demo(
     out: Out = Path("out/demo"),

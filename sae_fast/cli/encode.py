@@ -10,6 +10,8 @@ from rich.console import Console
 
 from sae_fast.cli._common import Device, Hook, Layer, Quiet, bars, notes, one_line_errors
 
+ORDER = 3  # in the list of commands
+
 
 def encode(
     sae: Annotated[str, typer.Argument(help="The folder of a demo or train run, or any SAE that `convert` reads.")],

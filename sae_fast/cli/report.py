@@ -10,6 +10,8 @@ from rich.console import Console
 
 from sae_fast.cli._common import Device, Quiet, bars, notes, one_line_errors
 
+ORDER = 4  # in the list of commands
+
 
 def report(
     run: Annotated[

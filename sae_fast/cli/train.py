@@ -23,6 +23,8 @@ from sae_fast.cli._common import (
     show,
 )
 
+ORDER = 1  # in the list of commands
+
 
 def train(
     model: Annotated[str, typer.Option(help="A Hugging Face model: its folder or hub id.")],

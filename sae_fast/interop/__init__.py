@@ -2,6 +2,6 @@
 their own that import the package: ``sae_fast.interop.dictionary_learning``, ``sae_fast.interop.saelens``."""
 
 from sae_fast.interop.checkpoints import convert, load, save
-from sae_fast.interop.hub import push_to_hub
+from sae_fast.interop.push import push_to_hub
 
 __all__ = ["convert", "load", "push_to_hub", "save"]

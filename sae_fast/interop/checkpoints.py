@@ -13,13 +13,10 @@ from typing import Any
 import torch
 
 from sae_fast.interop import _norms, hub
-from sae_fast.interop.formats import FORMATS, Loaded, config_of, find
+from sae_fast.interop.formats import FORMATS, Loaded, config_of, format_of
 from sae_fast.nn import GatedSAE, SparseAutoencoder, arguments
 from sae_fast.nn.scale import unscale_
 from sae_fast.train.checkpoint import CLASSES
-
-UNIT = ("dictionary_learning", "saebench")  # whose SAEs have unit decoder rows
-SHARED = {"saebench": {"dictionary_learning"}}  # the format in whose files another one is
 
 
 def load(
@@ -29,7 +26,7 @@ def load(
     activation_scale: float | None = None,
     fold_decoder_norm: bool = False,
 ) -> SparseAutoencoder:
-    """The SAE in a folder or file of sae_fast, dictionary_learning, SAELens or sparsify, found by its files' names; or in
+    """The SAE in a folder or file of a format (see ``sae_fast.interop.formats.FORMATS``), found by its files' names; or in
     the folder of a run of `sae-fast demo` or `train`.
 
     ``path`` that is not there is taken as a place on the Hugging Face Hub: "user/repo", "user/repo/folder",
@@ -56,8 +53,7 @@ def save(
     layer: int | None = None,
     hook_name: str | None = None,
 ) -> None:
-    """Writes ``sae`` into the folder ``path`` in a format: "sae_fast", "dictionary_learning", "saelens", "sparsify" or
-    "saebench".
+    """Writes ``sae`` into the folder ``path`` in a format, a name of ``sae_fast.interop.formats.FORMATS``.
 
     ``ValueError`` names the key or tensor that a format cannot hold; ``FileExistsError`` when the folder has such files
     already and ``overwrite`` is not given.  ``fold_decoder_norm``: whether decoder rows are made unit (see :func:`load`).
@@ -111,7 +107,7 @@ def _read(path: str | os.PathLike, scale: float | None, fold: bool, stacklevel: 
         place = hub.fetch(os.fspath(path))
     if FORMATS["sae_fast"].finds(place / "checkpoint") and not any(format.finds(place) for format in FORMATS.values()):
         place = place / "checkpoint"  # of a run
-    format = find(place)
+    format = format_of(place)
     loaded = format.read(place)
     loaded.sae.metadata["format"] = format.NAME
     if loaded.unfold is not None and _norms.digest(loaded.sae) != loaded.unfold.digest:
@@ -144,9 +140,9 @@ def _write(
 ) -> SparseAutoencoder:
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}, want one of {sorted(FORMATS)}")
-    if others := {name for name, f in FORMATS.items() if f.finds(Path(path))} - SHARED.get(format, {format}):
+    files = FORMATS[FORMATS[format].FILES_OF]
+    if others := {name for name, f in FORMATS.items() if f.finds(Path(path))} - {files.NAME}:
         raise FileExistsError(f"path: {path} holds an SAE of {', '.join(sorted(others))}; want a folder of its own")
-    files = FORMATS[next(iter(SHARED.get(format, {format})))]
     if overwrite and (Path(path) / files.CONFIG).exists() and not files.finds(Path(path)):
         raise FileExistsError(f"path: the {files.CONFIG} in {path} is not of such an SAE; want a folder of its own")
     if type(sae) not in CLASSES.values():  # a subclass may compute anything
@@ -159,7 +155,7 @@ def _write(
         sae.metadata["layer"] = arguments.whole("layer", about["layer"], 0, wanted="an int from 0")
     if fold is None:
         came_so = format == "dictionary_learning" and bool(config_of(sae, "dictionary_learning"))
-        fold = format in UNIT and not came_so and not _norms.is_unit(sae) and not _norms.chooses(sae)
+        fold = FORMATS[format].UNIT_ROWS and not came_so and not _norms.is_unit(sae) and not _norms.chooses(sae)
     FORMATS[format].write(sae, Path(path), overwrite, _norms.fold(sae) if fold else None)
     return sae
 

@@ -1,16 +1,14 @@
-"""The Hugging Face Hub, through huggingface_hub: fetch a folder, push one."""
+"""A folder from the Hugging Face Hub, through huggingface_hub."""
 
 from __future__ import annotations
 
 import glob
 import re
-import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sae_fast.extras import require
-from sae_fast.interop.formats import foreign
-from sae_fast.nn import SparseAutoencoder
+from sae_fast.interop import _foreign
 
 PLACE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<inside>[^@]+?))?/?(?:@(?P<revision>[^@]+))?")
 WEIGHTS = (".pt", ".safetensors")
@@ -37,8 +35,8 @@ def fetch(place: str) -> Path:
         return local
     files = _listed(hub, repo, revision)
     here = [str(PurePosixPath(f).relative_to(inside)) for f in files if PurePosixPath(f).is_relative_to(inside)]
-    if format := foreign.of_files([PurePosixPath(inside).name] if here == ["."] else here):
-        raise ValueError(f"path: {place}: {foreign.said(format)}")
+    if format := _foreign.of_files([PurePosixPath(inside).name] if here == ["."] else here):
+        raise ValueError(f"path: {place}: {_foreign.said(format)}")
     folders = sorted({str(PurePosixPath(f).parent) for f in files if f.endswith(WEIGHTS)} - {"."})
     some = ", ".join(folders[:5]) + (" …" if len(folders) > 5 else "")
     instead = f"; there are weights in {some}: name one of them" if folders else ""
@@ -55,7 +53,7 @@ def _patterns(inside: str) -> tuple[list[str], list[str]]:
         folders = [str(p) for p in list(PurePosixPath(here).parents)[:2]]
         wanted += [here, f"{here.removesuffix('.pt')}_cfg.json"]
         wanted += [f"{folder}/config.json".removeprefix("./") for folder in folders]
-    return wanted, [f"{below}*/*", *(f"{below}{name}" for name in foreign.LARGE)]
+    return wanted, [f"{below}*/*", *(f"{below}{name}" for name in _foreign.LARGE)]
 
 
 def _listed(hub: Any, repo: str, revision: str | None) -> list[str]:
@@ -63,30 +61,3 @@ def _listed(hub: Any, repo: str, revision: str | None) -> list[str]:
         return hub.HfApi().list_repo_files(repo, revision=revision)
     except (hub.errors.HfHubHTTPError, OSError):
         return []
-
-
-def push_to_hub(
-    sae: SparseAutoencoder,
-    repo_id: str,
-    format: str = "sae_fast",
-    *,
-    folder: str = "",
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-    **options: Any,
-) -> str:
-    """Writes ``sae`` in a format (see :func:`sae_fast.interop.save`, which takes ``options``) into a repository of the Hub,
-    made if it is not there, in one commit.  Returns the commit's address."""
-    from sae_fast.interop.checkpoints import save
-
-    hub = require("huggingface_hub", extra="hub")
-    with tempfile.TemporaryDirectory() as temporary:
-        save(sae, temporary, format, **options)
-        api = hub.HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        pushed = api.upload_folder(
-            repo_id=repo_id, folder_path=temporary, path_in_repo=folder or None,
-            commit_message=commit_message or f"{type(sae).__name__}, {sae.d_sae} features, as {format}",
-        )  # fmt: skip
-        return pushed.commit_url

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sae_fast.nn.scale import unscale_
 FORMAT, VERSION, MANIFEST = "sae_fast", 1, "config.json"
 OWN_NAME = re.compile(r"(weights|optimizer)-[0-9a-f]{8}\.safetensors")
 MARK = {"format": "pt", "program": FORMAT}  # in the header of each tensor file
+OTHERS: dict[str, Callable[[Path], bool]] = {}  # other packages' formats, by which their folders are known: interop's
 CLASSES = {cls.__name__: cls for cls in (nn.GatedSAE, nn.ReluSAE, nn.JumpReluSAE, nn.TopKSAE, nn.BatchTopKSAE)}
 
 
@@ -110,9 +112,7 @@ def write(path: str | os.PathLike, manifest: dict[str, Any], tensors: dict[str, 
 def replaceable(folder: Path) -> dict[str, Any]:
     """The manifest of the checkpoint in a folder, {} where there is none; ``FileExistsError`` for another program's files,
     and for a damaged manifest, which may be one."""
-    from sae_fast.interop.formats import FORMATS  # of which this one is one
-
-    if others := sorted(name for name, f in FORMATS.items() if name != FORMAT and f.finds(folder)):
+    if others := sorted(name for name, finds in OTHERS.items() if finds(folder)):
         raise FileExistsError(f"path: {folder} holds an SAE of {', '.join(others)}; want a folder of its own")
     if not os.path.lexists(folder / MANIFEST):
         return {}

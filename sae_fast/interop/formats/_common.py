@@ -35,6 +35,10 @@ class Format(Protocol):
     """A module of this package: one format."""
 
     NAME: str
+    ORDER: int  # where it stands in a list of all
+    UNIT_ROWS: bool  # its own SAEs have unit decoder rows
+    FILES_OF: str  # the format whose files it writes: its own name, or another's
+    SIGN: str  # the file by which a folder is found, as an error lists it; "" where it is FILES_OF's
     CONFIG: str  # the file that says what the others are
 
     def finds(self, path: Path) -> bool:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from sae_fast import nn
 from sae_fast.files import json_writer, key, read_json, safetensors_writer, write_files
-from sae_fast.interop import _norms
+from sae_fast.interop import _foreign, _norms
 from sae_fast.interop._files import Tensors, pt_writer, read_pt, read_safetensors
 from sae_fast.interop._norms import Unfold
-from sae_fast.interop.formats import foreign
 from sae_fast.interop.formats._common import (
     KEY,
     Loaded,
@@ -34,7 +33,8 @@ from sae_fast.interop.formats._common import (
 )
 from sae_fast.nn import SparseAutoencoder, arguments
 
-NAME = "dictionary_learning"
+NAME, ORDER, UNIT_ROWS = "dictionary_learning", 1, True
+FILES_OF, SIGN = NAME, "ae.pt (dictionary_learning)"
 WEIGHTS, CONFIG, UNFOLD = "ae.pt", "config.json", "sae_fast_unfold.safetensors"
 OLDEST = "active_features_encoder.weight"  # of the first Gated class, whose two encoders were not tied
 
@@ -48,7 +48,7 @@ def read(path: Path) -> Loaded:
     config, config_file = _config(file)
     trainer = key(config, config_file, dict, "trainer") if "trainer" in config else {}
     state, factor = _state(file)
-    foreign.refuse(file, state)
+    _foreign.refuse(file, state)
     tensors = Tensors(file, state)
     if OLDEST in tensors:
         raise ValueError(

@@ -10,7 +10,8 @@ from sae_fast.interop.formats._common import Loaded
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.train import checkpoint
 
-NAME, CONFIG = "sae_fast", checkpoint.MANIFEST
+NAME, ORDER, UNIT_ROWS = "sae_fast", 0, False
+FILES_OF, SIGN, CONFIG = NAME, "config.json of sae_fast", checkpoint.MANIFEST
 
 
 def finds(path: Path) -> bool:

@@ -11,7 +11,8 @@ from sae_fast.interop.formats import dictionary_learning
 from sae_fast.interop.formats._common import Loaded, layer_of, refuse
 from sae_fast.nn import ReluSAE, SparseAutoencoder
 
-NAME, CONFIG = "saebench", "config.json"
+NAME, ORDER, UNIT_ROWS = "saebench", 4, True
+FILES_OF, SIGN, CONFIG = dictionary_learning.NAME, "", dictionary_learning.CONFIG
 
 
 def finds(path: Path) -> bool:

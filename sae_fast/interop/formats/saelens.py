@@ -16,10 +16,9 @@ import torch
 
 from sae_fast import nn
 from sae_fast.files import json_writer, key, read_json, safetensors_writer, write_files
-from sae_fast.interop import _norms
+from sae_fast.interop import _foreign, _norms
 from sae_fast.interop._files import Tensors, read_safetensors
 from sae_fast.interop._norms import Unfold
-from sae_fast.interop.formats import foreign
 from sae_fast.interop.formats._common import (
     KEY,
     Loaded,
@@ -35,7 +34,8 @@ from sae_fast.interop.formats._common import (
 from sae_fast.nn import SparseAutoencoder, arguments
 from sae_fast.nn.grouped import GroupedSAE
 
-NAME = "saelens"
+NAME, ORDER, UNIT_ROWS = "saelens", 2, False
+FILES_OF, SIGN = NAME, "sae_weights.safetensors (SAELens)"
 WEIGHTS, CONFIG, VERSION = "sae_weights.safetensors", "cfg.json", "6.0.0"
 SCALER = "activation_scaler.json"  # of a training checkpoint
 ARCHITECTURES = {
@@ -57,7 +57,7 @@ def finds(path: Path) -> bool:
 
 def read(path: Path) -> Loaded:
     file, tensors = path / CONFIG, read_safetensors(path / WEIGHTS)
-    foreign.refuse(tensors.file, dict.fromkeys(tensors.names()))
+    _foreign.refuse(tensors.file, dict.fromkeys(tensors.names()))
     stored = read_json(file)
     config = _of_version_6(stored, file)
     said = key(config, file, str, "architecture") if "architecture" in config else "standard"

@@ -12,7 +12,8 @@ from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats._common import KEY, Loaded, build, config_of, layer_of, refuse, remember, to_keep
 from sae_fast.nn import SparseAutoencoder
 
-NAME = "sparsify"
+NAME, ORDER, UNIT_ROWS = "sparsify", 3, False
+FILES_OF, SIGN = NAME, "sae.safetensors (sparsify)"
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 
 
