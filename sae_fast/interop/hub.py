@@ -9,10 +9,10 @@ from typing import Any
 
 from sae_fast.extras import require
 from sae_fast.interop import _foreign
+from sae_fast.interop.formats import WEIGHTS
 
 PLACE = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<inside>[^@]+?))?/?(?:@(?P<revision>[^@]+))?")
-WEIGHTS = (".pt", ".safetensors")
-WANTED = ("*.pt", "*.safetensors", "*.json")
+WANTED = (*(f"*{suffix}" for suffix in WEIGHTS), "*.json")
 
 
 def fetch(place: str) -> Path:

@@ -15,6 +15,7 @@ from sae_fast.train import checkpoint
 _FOUND = [import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__) if found.name[0] != "_"]
 _ORDERED = sorted((cast(Format, module) for module in _FOUND), key=lambda format: format.ORDER)
 FORMATS: dict[str, Format] = {format.NAME: format for format in _ORDERED}
+WEIGHTS = tuple(sorted({Path(format.WEIGHTS).suffix for format in FORMATS.values()}))  # the suffixes of their weights
 # Whose folders no checkpoint is written into: training, a floor below, cannot ask.
 checkpoint.OTHERS.update((name, format.finds) for name, format in FORMATS.items() if name != checkpoint.FORMAT)
 
@@ -41,9 +42,7 @@ def format_of(path: Path) -> Format:
         raise ValueError(f"path: got the file {path}, want a folder, or a .pt file of dictionary_learning")
     if files := sorted(p.name for p in path.glob("*.pt")):
         raise FileNotFoundError(f"path: {path} holds {', '.join(files[:5])}: name one of these files")
-    inside = sorted(
-        {p.parent.relative_to(path) for n in ("*.pt", "*.safetensors") for p in path.glob(f"**/{n}")} - {Path(".")}
-    )
+    inside = sorted({p.parent.relative_to(path) for suffix in WEIGHTS for p in path.glob(f"**/*{suffix}")} - {Path(".")})
     if inside:
         some = ", ".join(str(p) for p in inside[:5]) + (" …" if len(inside) > 5 else "")
         raise FileNotFoundError(f"path: {path} holds no SAE itself; there are weights in {some}: name one of them")
@@ -52,4 +51,4 @@ def format_of(path: Path) -> Format:
     raise FileNotFoundError(f"path: {path} holds no config.json or other sign of an SAE, but {there}; want {wanted}")
 
 
-__all__ = ["FORMATS", "Format", "Loaded", "config_of", "format_of", "listed"]
+__all__ = ["FORMATS", "WEIGHTS", "Format", "Loaded", "config_of", "format_of", "listed"]

@@ -39,6 +39,7 @@ class Format(Protocol):
     UNIT_ROWS: bool  # its own SAEs have unit decoder rows
     FILES_OF: str  # the format whose files it writes: its own name, or another's
     SIGN: str  # the file by which a folder is found, as an error lists it; "" where it is FILES_OF's
+    WEIGHTS: str  # a pattern of the file of its weights
     CONFIG: str  # the file that says what the others are
 
     def finds(self, path: Path) -> bool:

@@ -11,7 +11,8 @@ from sae_fast.nn import SparseAutoencoder
 from sae_fast.train import checkpoint
 
 NAME, ORDER, UNIT_ROWS = "sae_fast", 0, False
-FILES_OF, SIGN, CONFIG = NAME, "config.json of sae_fast", checkpoint.MANIFEST
+FILES_OF, SIGN = NAME, "config.json of sae_fast"
+WEIGHTS, CONFIG = "*.safetensors", checkpoint.MANIFEST
 
 
 def finds(path: Path) -> bool:

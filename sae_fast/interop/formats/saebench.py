@@ -12,7 +12,8 @@ from sae_fast.interop.formats._common import Loaded, layer_of, refuse
 from sae_fast.nn import ReluSAE, SparseAutoencoder
 
 NAME, ORDER, UNIT_ROWS = "saebench", 4, True
-FILES_OF, SIGN, CONFIG = dictionary_learning.NAME, "", dictionary_learning.CONFIG
+FILES_OF, SIGN = dictionary_learning.NAME, ""
+WEIGHTS, CONFIG = dictionary_learning.WEIGHTS, dictionary_learning.CONFIG
 
 
 def finds(path: Path) -> bool:
