@@ -311,7 +311,7 @@ def test_whole_steps_of_the_trainer(dialect, cuda_calls):
         wanted = [twin.step(x.cpu()) for x in data]
     trainer = sf.Trainer(make(), **settings)
     logs = [trainer.step(x) for x in data]
-    assert trainer._runner is not None and {"outer", "weight_step"} <= set(cuda_calls)
+    assert trainer._device.graphs is not None and {"outer", "weight_step"} <= set(cuda_calls)
     for got, want in zip(fields(logs), fields(wanted), strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-7)
     assert max(assert_within_the_spread(trainer.sae, data, start, logs, **settings)) > 0.5
@@ -322,13 +322,13 @@ def test_a_trainer_follows_the_forced_backend(cuda_calls, monkeypatch):
     torch.set_num_threads(1)
     data, trainer = batches(3), sf.Trainer(make(), lr=3e-2, l1_coefficient=0.4)
     trainer.step(data[0])
-    first = trainer._runner._step
+    first = trainer._device.graphs.step
     assert cuda_calls
     cuda_calls.clear()
     with use_backend("triton"):
         trainer.step(data[1])
         trainer.wait()
-    assert trainer._runner._step is not first and not cuda_calls
+    assert trainer._device.graphs.step is not first and not cuda_calls
     trainer.step(data[2])
     trainer.wait()
     assert cuda_calls

@@ -29,8 +29,9 @@ pytest.importorskip("triton")
 
 from sae_fast.kernels import _config
 from sae_fast.kernels.compact import NOT_FINITE, OVERFLOW
-from sae_fast.train import device_runner
+from sae_fast.train import device_steps
 from sae_fast.train.device_step import NOT_FINITE_LOSS, STALE
+from sae_fast.train.state import Rates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, D, F, STEPS = 5, 6, 20, 6
@@ -109,34 +110,33 @@ def told(loud: tuple[int, ...] = ()) -> SimpleNamespace:
     for x in batches(loud=loud):
         logs.append(trainer.step(x))
         states.append(everything(trainer))
-    candidates = [int(log.result._step.report[4]) for log in logs]
+    candidates = [int(log.result.report.numbers[4]) for log in logs]
     return SimpleNamespace(states=states, state=states[-1], logs=fields(logs), candidates=candidates)
 
 
 @pytest.fixture
 def recoveries(monkeypatch):
     """(step, flag) of every step that had not happened when the host asked."""
-    seen, recover = [], device_runner.DeviceRunner._recover
+    seen, recover = [], device_steps.DeviceSteps._recover
 
     def spy(self, step, flag, candidates):
         seen.append((step.index, flag))
         return recover(self, step, flag, candidates)
 
-    monkeypatch.setattr(device_runner.DeviceRunner, "_recover", spy)
+    monkeypatch.setattr(device_steps.DeviceSteps, "_recover", spy)
     return seen
 
 
 def with_room_for(trainer: sf.Trainer, capacity: int) -> None:
     """The trainer's first buffers hold ``capacity`` candidates."""
-    runner = trainer._device_runner()
-    assert runner is not None
-    runner.capacity = capacity
+    assert trainer._device.refuses() is None
+    trainer._device.capacity = capacity
 
 
 def assert_shadow_is_fresh(trainer: sf.Trainer) -> None:
     trainer.wait()
     W = trainer.sae.W_enc
-    assert ops.stale_rows(W, trainer._kept.shadow, 0, W.shape[0]) == 0
+    assert ops.stale_rows(W, trainer.state.kept.shadow, 0, W.shape[0]) == 0
 
 
 # ---- The trajectory ---------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_steps_are_as_close_to_float64_as_torchs_own_and_logged_as_the_cpu_engin
         wanted = [twin.step(x.cpu()) for x in data]
     trainer = sf.Trainer(make(cls), grad_clip=clip, **SCHEDULES, **settings)
     logs = [trainer.step(x) for x in data]
-    assert trainer._runner is not None
+    assert trainer._device.graphs is not None
     for got, want in zip(fields(logs), fields(wanted), strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-7)
         assert got[4:] == want[4:], "L0, rates and the step to the last bit"
@@ -224,7 +224,7 @@ def test_the_trajectory_stays_within_the_spread_of_the_permuted_reference():
 def test_at_precision_bf16_the_product_decides_and_training_is_nearly_the_same():
     trainer = sf.Trainer(make(precision="bf16"), **SETTINGS)
     logs = [trainer.step(x) for x in batches()[:2]]
-    assert trainer._runner is not None
+    assert trainer._device.graphs is not None
     for got, want in zip(fields(logs), told().logs, strict=False):
         assert got[:4] == pytest.approx(want[:4], rel=5e-3) and abs(got[4] - want[4]) <= 0.5
 
@@ -237,13 +237,13 @@ def test_a_run_repeats_bit_for_bit_whatever_room_there_is(recoveries):
     with_room_for(trainer, capacity)
     logs = [trainer.step(x) for x in batches(loud=LOUD)]
     assert_same_bits(everything(trainer), told(LOUD).state)
-    assert fields(logs) == told(LOUD).logs and trainer._runner.capacity == capacity and not recoveries
+    assert fields(logs) == told(LOUD).logs and trainer._device.capacity == capacity and not recoveries
 
 
 @pytest.mark.slow(but=1)
 @pytest.mark.parametrize("case", ["last", "three", "every"])
 def test_a_step_that_found_too_little_room_is_repeated_with_more(case, recoveries, monkeypatch):
-    monkeypatch.setattr(device_runner, "GRAIN", 1)
+    monkeypatch.setattr(device_steps, "GRAIN", 1)
     c = told(LOUD).candidates
     quiet = max(c[0], c[1], c[3])
     assert quiet < c[2] and 1.25 * c[2] < c[4] and 1.25 * c[4] < c[5], f"more and more: {c}"
@@ -255,7 +255,7 @@ def test_a_step_that_found_too_little_room_is_repeated_with_more(case, recoverie
         for x in batches(loud=LOUD):
             if case == "every":
                 trainer.wait()
-                trainer._runner.capacity = 1
+                trainer._device.capacity = 1
             logs.append(trainer.step(x))
             x.fill_(float("nan"))  # what is repeated is not the caller's
         assert_same_bits(everything(trainer), told(LOUD).state)
@@ -274,8 +274,8 @@ def test_a_step_too_dense_for_gathering_is_taken_densely_and_the_rest_is_not(cls
     with_room_for(trainer, limit)
     logs = [trainer.step(x) for x in data]
     trainer.wait()
-    assert recoveries == [(2, OVERFLOW)] and trainer._runner.capacity == limit, "no larger buffer for it"
-    assert [log.result._step.by_ops is not None for log in logs] == [False, False, True, False, False]
+    assert recoveries == [(2, OVERFLOW)] and trainer._device.capacity == limit, "no larger buffer for it"
+    assert [log.result.report.by_ops for log in logs] == [False, False, True, False, False]
     assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {5}
     assert_within_the_spread(trainer.sae, data, make(cls, device="cpu"), logs, **settings)
     assert logs[2].l0 > logs[1].l0 and logs[2].losses.dtype == torch.float32
@@ -291,12 +291,12 @@ def test_which_way_a_batch_takes_does_not_hang_on_those_before_it(monkeypatch):
     data = batches(2, loud=(0, 5))
     for first in (data[0], data[0].repeat(20, 1)):
         trainer = trainer_of()
-        trainer._device_runner()._ready(first)
+        trainer._device._ready(first)
         trainer.step_count = 1
         for state in trainer.optimizer.state.values():
             state["step"] = 1
         log = trainer.step(data[1])
-        assert log.l0 > 0 and log.result._step.by_ops is not None
+        assert log.l0 > 0 and log.result.report.by_ops
 
 
 def test_after_a_dense_step_the_host_waits_for_each_until_one_is_sparse(monkeypatch):
@@ -304,19 +304,19 @@ def test_after_a_dense_step_the_host_waits_for_each_until_one_is_sparse(monkeypa
     data = batches(4)
     trainer.step(data[0])
     monkeypatch.setattr(crossovers, "gpu_rejects", lambda *_: "it is dense")
-    trainer._runner.capacity = 1
+    trainer._device.capacity = 1
     trainer.step(data[1])
-    assert not trainer._runner.dense and len(trainer._runner.under_way) == 1
+    assert not trainer._device.dense and len(trainer._device.under_way) == 1
     trainer.wait()
-    assert trainer._runner.dense and not trainer._runner.under_way
+    assert trainer._device.dense and not trainer._device.under_way
     trainer.step(data[2])
-    assert not trainer._runner.under_way, "waited for"
+    assert not trainer._device.under_way, "waited for"
     monkeypatch.undo()
-    trainer._runner.capacity = 100
+    trainer._device.capacity = 100
     trainer.step(data[2])
-    assert not trainer._runner.dense
+    assert not trainer._device.dense
     trainer.step(data[3])
-    assert len(trainer._runner.under_way) == 1
+    assert len(trainer._device.under_way) == 1
 
 
 # ---- What must not happen ---------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_a_bad_batch_stops_the_run_where_it_was(case, recoveries):
     with pytest.raises(error, match=message):
         trainer.wait()
     assert [(i, bool(flag & NOT_FINITE)) for i, flag in recoveries] == [(2, case == "nan")]
-    assert trainer.step_count == 2 and not trainer._runner.under_way
+    assert trainer.step_count == 2 and not trainer._device.under_way
     assert_same_bits(everything(trainer), told().states[2])
     assert_shadow_is_fresh(trainer)
     assert fields(logs[:1]) == told().logs[1:2], "what had happened can be read"
@@ -361,7 +361,7 @@ def test_a_bad_batch_is_found_by_the_step_that_needs_its_place():
     with pytest.raises(ValueError, match=r"^step 1: x: got nan"):
         for taken, x in enumerate(data):  # noqa: B007
             trainer.step(x)
-    assert taken == 1 + device_runner.AHEAD and trainer.step_count == 1
+    assert taken == 1 + device_steps.AHEAD and trainer.step_count == 1
     assert_same_bits(everything(trainer), told().states[1])
 
 
@@ -454,18 +454,17 @@ def test_batches_of_any_shape_and_dtype_train_like_their_rows():
 
 def test_every_row_is_compared_within_16_steps(monkeypatch):
     seen: list[tuple[int, int]] = []
-    from sae_fast.kernels import round as kernels
+    from sae_fast.train import device_graphs
 
-    monkeypatch.setattr(kernels, "compare_rows", lambda A, *_: seen.append((A.storage_offset() // D, A.shape[0])))
+    monkeypatch.setattr(device_graphs, "compare_rows", lambda A, *_: seen.append((A.storage_offset() // D, A.shape[0])))
     trainer = trainer_of()
     trainer.step(batches()[0])
-    runner = trainer._runner
-    monkeypatch.setattr(runner._step, "run", lambda x: None)
-    runner._warm, seen[:] = False, []
+    graphs = trainer._device.graphs
+    monkeypatch.setattr(graphs.step, "run", lambda x: None)
+    graphs.warm, seen[:] = False, []
     for i in range(16):
-        slot, host = runner._slots[0], torch.empty(6, dtype=torch.float64)
-        step = device_runner.Step(i, 0.0, 0.0, slot, slot.shape, host, None)
-        runner._enqueue(step)
+        graphs.enqueue(i, Rates(0.0, 0.0))
+        graphs.warm = False
     assert [row for first, n in seen for row in range(first, first + n)] == list(range(F))
 
 
@@ -485,7 +484,7 @@ def test_a_change_behind_torchs_back_is_found_and_said_and_what_followed_is_repe
     trainer.sae.W_enc.data[row] *= 1.5
     with torch.no_grad():
         twin.sae.W_enc[row] *= 1.5
-    assert ops.stale_rows(trainer.sae.W_enc, trainer._kept.shadow, row, row + 1) == 1
+    assert ops.stale_rows(trainer.sae.W_enc, trainer.state.kept.shadow, row, row + 1) == 1
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*W_enc has been changed")
         for x in data[1:5]:
@@ -514,7 +513,7 @@ def told_of_a_change() -> tuple[Tensor, list[Tensor]]:
     W = trainer.sae.W_enc.detach().flip(0).clone()
     with torch.no_grad():
         trainer.sae.W_enc.copy_(W)
-    trainer._kept, trainer._runner = ops.KeptShadow(), None
+    trainer.state.kept, trainer._device.graphs = ops.KeptShadow(), None
     trainer.step(data[1])
     return W, everything(trainer)
 
@@ -559,11 +558,11 @@ def test_at_most_so_many_steps_are_under_way_and_wait_ends_them():
     trainer, ahead = trainer_of(), []
     for x in batches():
         trainer.step(x)
-        ahead.append(len(trainer._runner.under_way))
-    assert ahead == [0, 1, 2, 3, 4, 4] and device_runner.AHEAD == 4
+        ahead.append(len(trainer._device.under_way))
+    assert ahead == [0, 1, 2, 3, 4, 4] and device_steps.AHEAD == 4
     assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {2}, "as far as the host knows"
     trainer.wait()
-    assert not trainer._runner.under_way
+    assert not trainer._device.under_way
     assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {STEPS} and trainer.step_count == STEPS
     trainer.wait()
 
@@ -571,8 +570,8 @@ def test_at_most_so_many_steps_are_under_way_and_wait_ends_them():
 def test_reading_a_log_waits_for_its_step_only():
     trainer = trainer_of()
     logs = [trainer.step(x) for x in batches()[:4]]
-    assert logs[1].loss == told().logs[1][0] and len(trainer._runner.under_way) == 2
-    assert fields(logs) == told().logs[:4] and not trainer._runner.under_way
+    assert logs[1].loss == told().logs[1][0] and len(trainer._device.under_way) == 2
+    assert fields(logs) == told().logs[:4] and not trainer._device.under_way
     assert fields(logs) == told().logs[:4], "as often as one likes"
 
 
@@ -583,10 +582,10 @@ READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "non
 def test_the_host_reads_nothing_from_the_device_in_a_steady_state_step(monkeypatch):
     data, reads = batches(12), []
     trainer = trainer_of()
-    for x in data[: 1 + device_runner.AHEAD]:
+    for x in data[: 1 + device_steps.AHEAD]:
         trainer.step(x)  # compiles, captures
     trainer.wait()
-    enqueue = data[1 + device_runner.AHEAD : 1 + 2 * device_runner.AHEAD]
+    enqueue = data[1 + device_steps.AHEAD : 1 + 2 * device_steps.AHEAD]
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -618,7 +617,7 @@ def test_the_host_reads_nothing_from_the_device_in_a_steady_state_step(monkeypat
         trainer.step(enqueue[0])
         monkeypatch.undo()
         assert reads == []
-    assert len(trainer._runner.under_way) == (1 if DEVICE == "cpu" else device_runner.AHEAD)
+    assert len(trainer._device.under_way) == (1 if DEVICE == "cpu" else device_steps.AHEAD)
     trainer.wait()
 
 
@@ -627,7 +626,7 @@ def test_copies_and_checkpoints_amid_steps_go_on_bit_for_bit(tmp_path):
     trainer, data = trainer_of(), batches()
     for x in data[:4]:
         trainer.step(x)
-    assert trainer._runner.under_way
+    assert trainer._device.under_way
     trainer.save(tmp_path / "saved")
     resumed, other = sf.Trainer.load(tmp_path / "saved", DEVICE), copy.deepcopy(trainer)
     for t in (resumed, other):
@@ -635,7 +634,7 @@ def test_copies_and_checkpoints_amid_steps_go_on_bit_for_bit(tmp_path):
     for t in (trainer, resumed, other):
         for x in data[4:]:
             t.step(x)
-    assert len({t._runner for t in (trainer, resumed, other)} - {None}) == 3
+    assert len({t._device.graphs for t in (trainer, resumed, other)} - {None}) == 3
     for t in (trainer, resumed, other):
         assert_same_bits(everything(t), told().state)
 
@@ -644,7 +643,7 @@ def test_a_copy_waits_for_the_steps_under_way():
     trainer = trainer_of()
     for x in batches()[:2]:
         trainer.step(x)
-    assert trainer._runner.under_way
+    assert trainer._device.under_way
     assert_same_bits(everything(copy.deepcopy(trainer)), told().states[2])
 
 
@@ -652,9 +651,9 @@ def test_the_layer_waits_for_its_trainer():
     trainer, data = trainer_of(), batches()
     for x in data[:3]:
         trainer.step(x)
-    assert trainer._runner.under_way
+    assert trainer._device.under_way
     weights = trainer.sae.state_dict()
-    assert not trainer._runner.under_way
+    assert not trainer._device.under_way
     wanted = dict(zip(dict(trainer.sae.named_parameters()), told().states[3][1::5], strict=True))
     for name, w in weights.items():
         assert_same_bits(w.cpu(), wanted[name])
@@ -664,7 +663,7 @@ def test_the_layer_waits_for_its_trainer():
 def test_fit_is_the_steps_one_by_one():
     trainer = trainer_of()
     history = trainer.fit(batches(), log_every=4, progress=False)
-    assert [r["step"] for r in history] == [0, 4, 5] and not trainer._runner.under_way
+    assert [r["step"] for r in history] == [0, 4, 5] and not trainer._device.under_way
     assert_same_bits(everything(trainer), told().state)
     for record in history:
         assert set(record) == RECORD
@@ -705,7 +704,7 @@ def test_what_the_device_path_does_not_take_is_logged_with_the_reason(case, capl
     monkeypatch.setattr(dispatch, "_logged", set())
     trainer = build()
     with caplog.at_level(logging.DEBUG, logger="sae_fast"):
-        assert trainer._device_runner() is None
+        assert trainer._steps() is trainer._host
     (message,) = (r.getMessage() for r in caplog.records)
     assert message.startswith("Trainer: not the GPU's own step: ")
     assert re.search(reason, message)
@@ -715,15 +714,15 @@ def test_another_forced_backend_takes_the_host_path():
     trainer = trainer_of()
     with use_backend("reference"):
         trainer.step(batches()[0])
-        assert trainer._runner is None
+        assert trainer._device.graphs is None
     trainer.step(batches()[0])
-    assert trainer._runner is not None and trainer.step_count == 2
+    assert trainer._device.graphs is not None and trainer.step_count == 2
 
 
 def test_with_momentum_the_host_takes_the_steps():
     trainer = trainer_of(betas=(0.9, 0.999))
     log = trainer.step(batches()[0])
-    assert trainer._runner is None and log.loss == pytest.approx(told().logs[0][0], rel=1e-6)
+    assert trainer._device.graphs is None and log.loss == pytest.approx(told().logs[0][0], rel=1e-6)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU, whose kernels take no tensor on the CPU")

@@ -43,7 +43,7 @@ from sae_fast.ops.encode import shadow as shadowing
 pytest.importorskip("triton")
 
 from sae_fast.kernels import _config
-from sae_fast.train import device_runner
+from sae_fast.train import device_steps
 from sae_fast.train.eager import EagerTrainer
 
 pytestmark = pytest.mark.gpu
@@ -440,9 +440,8 @@ def everything(trainer: sf.Trainer) -> list[Tensor]:
 def run(data: list[Tensor], capacity: int | None = None, **settings) -> tuple[sf.Trainer, list[Tensor], list[Tensor]]:
     """(trainer, its state after ``data``, the losses of each step)."""
     trainer = trainer_of(**settings)
-    runner = trainer._device_runner()
-    assert runner is not None, "the device path"
-    runner.capacity = capacity or runner.capacity
+    assert trainer._device.refuses() is None, "the device path"
+    trainer._device.capacity = capacity or trainer._device.capacity
     logs = [trainer.step(x) for x in data]
     return trainer, everything(trainer), [log.losses for log in logs]
 
@@ -463,7 +462,7 @@ def test_twenty_steps_repeat_bit_for_bit_and_begin_as_the_cpu_engines(cls, diale
         losses = [twin.step(x.cpu()).losses for x in data[:2]]
     torch.testing.assert_close(torch.stack(first[1][:2]), torch.stack(losses), rtol=1e-5, atol=1e-6)
     if GPU:
-        assert len(trainer._runner._graphs) == device_runner.AHEAD, "the steps are replays of captured graphs"
+        assert len(trainer._device.graphs.captured) == device_steps.AHEAD, "the steps are replays of captured graphs"
 
 
 def test_a_few_steps_are_as_close_to_float64_as_the_cpu_engines():
@@ -525,7 +524,7 @@ def test_a_step_that_found_too_little_room_is_repeated_with_more():
     _, *wanted = run(data)
     for capacity in (1, B * L0):
         trainer, *found = run(data, capacity)
-        assert trainer._runner.capacity > capacity
+        assert trainer._device.capacity > capacity
         assert_same_bits(found, wanted)
 
 
@@ -558,7 +557,7 @@ def test_no_step_of_the_steady_state_waits():
         logs = [trainer.step(x) for x in data[8:]]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(trainer._runner.under_way) == device_runner.AHEAD
+    assert len(trainer._device.under_way) == device_steps.AHEAD
     assert all(log.loss > 0 for log in logs)
 
 
@@ -616,7 +615,7 @@ def test_a_step_takes_an_eighth_of_the_dense_ones_memory_at_most():
     sparse = sf.Trainer(layer(features=features), **SETTINGS)
     ours = peak(sparse, 2 * parameters)  # v; β1 = 0 has no m
     sparse.wait()
-    assert sparse._runner is not None and not sparse._runner.dense
+    assert sparse._device.graphs is not None and not sparse._device.dense
     del sparse
     gc.collect()
     before = torch.cuda.memory_allocated()
@@ -632,8 +631,8 @@ def test_a_dense_batch_is_taken_densely_and_the_next_is_not():
     trainer = trainer_of()
     logs = [trainer.step(x) for x in data]
     taken = [log.l0 for log in logs]
-    assert logs[2].result._step.by_ops is not None and taken[2] > 0.1 * F
-    assert all(logs[i].result._step.by_ops is None for i in (0, 1))
+    assert logs[2].result.report.by_ops and taken[2] > 0.1 * F
+    assert all(not logs[i].result.report.by_ops for i in (0, 1))
     assert_same_bits(everything(trainer), run(data)[1])
 
 

@@ -467,7 +467,7 @@ def test_training_by_a_kept_shadow_has_the_bits_of_the_dots(layer, betas, dialec
         with forced("dots"):
             other = dotting.step(batch(i))
         assert_same_bits([log.losses, log.result.code], [other.losses, other.result.code])
-        assert_up_to_date(screening._kept.shadow, screening.sae.W_enc)
+        assert_up_to_date(screening.state.kept.shadow, screening.sae.W_enc)
     assert_same_bits(everything(screening), everything(dotting))
 
 
@@ -480,7 +480,7 @@ def test_the_shadow_is_made_once_and_none_for_fp32(made, recwarn):
     fp32.sae.precision = "fp32"
     fp32.step(batch(0))
     fp32.sae.double()
-    assert fp32._shadow() is None and len(made) == 1
+    assert fp32._host._shadow() is None and len(made) == 1
     assert not recwarn.list
 
 
@@ -492,7 +492,7 @@ def test_steps_without_a_shadow_leave_none_behind(recwarn):
             trainer.sae.precision = precision
             trainer.step(batch(i))
             if precision != "fp32":
-                assert_up_to_date(trainer._kept.shadow, trainer.sae.W_enc)
+                assert_up_to_date(trainer.state.kept.shadow, trainer.sae.W_enc)
     assert not recwarn.list, "nothing was changed behind its back"
 
 
@@ -527,7 +527,7 @@ def test_a_change_of_all_rows_behind_the_trainers_back_is_noticed(change, steps)
             if i in (steps, steps + 7):
                 for t in (trainer, told):
                     change(t.sae, randn(300, 24, seed=i))
-                told._kept = ops.KeptShadow()
+                told.state.kept = ops.KeptShadow()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "step .*: W_enc has been changed")
                 trainer.step(batch(i))
@@ -564,11 +564,11 @@ def test_a_change_of_one_row_is_noticed_within_16_steps(F, size, monkeypatch):
             for i in range(3):
                 trainer.step(batch(i))
             trainer.sae.W_enc.data[row] *= size
-            assert ops.stale_rows(trainer.sae.W_enc, trainer._kept.shadow, row, row + 1) == 1
+            assert ops.stale_rows(trainer.sae.W_enc, trainer.state.kept.shadow, row, row + 1) == 1
             with pytest.warns(UserWarning, match="W_enc has been changed"):
                 for i in range(16):
                     trainer.step(batch(i))
-        assert_up_to_date(trainer._kept.shadow, trainer.sae.W_enc)
+        assert_up_to_date(trainer.state.kept.shadow, trainer.sae.W_enc)
 
 
 @pytest.mark.parametrize("what", ["trainer", "sae"])
@@ -590,11 +590,11 @@ def test_copies_go_their_own_way(what):
             told.step(batch(i))
             if what == "trainer":
                 other.step(batch(i))
-                assert_up_to_date(other._kept.shadow, other.sae.W_enc)
+                assert_up_to_date(other.state.kept.shadow, other.sae.W_enc)
         assert_same_bits(everything(trainer), everything(told))
         if what == "trainer":
             assert_same_bits(everything(other), everything(told))
-            assert other._kept.shadow is not trainer._kept.shadow
+            assert other.state.kept.shadow is not trainer.state.kept.shadow
 
 
 def test_a_resumed_trainer_makes_its_own(tmp_path):
@@ -618,9 +618,9 @@ def test_a_step_that_fails_leaves_the_shadow_sound():
                 trainer.step(bad)
         for i in range(4):
             trainer.step(batch(i))
-            assert_up_to_date(trainer._kept.shadow, trainer.sae.W_enc)
+            assert_up_to_date(trainer.state.kept.shadow, trainer.sae.W_enc)
         with pytest.raises(FloatingPointError):
             trainer.step(torch.full((90, 24), 1e30))
-        assert_up_to_date(trainer._kept.shadow, trainer.sae.W_enc)
+        assert_up_to_date(trainer.state.kept.shadow, trainer.sae.W_enc)
         trainer.step(batch(5))
-    assert_up_to_date(trainer._kept.shadow, trainer.sae.W_enc)
+    assert_up_to_date(trainer.state.kept.shadow, trainer.sae.W_enc)

@@ -132,22 +132,22 @@ def test_a_frozen_parameter_takes_the_steps_from_the_device_and_they_go_back():
         trainer = sf.Trainer(sf.GatedSAE(6, 20, seed=0), **SETTINGS, init_l0=3)
         x = 0.8 * randn(5, 6, seed=7)
         trainer.step(x)
-        assert trainer._runner is not None and trainer._device_runner() is not None
+        assert trainer._device.graphs is not None and trainer._device.refuses() is None
         for change, back in (
             (lambda: trainer.sae.b_dec.requires_grad_(False), lambda: trainer.sae.b_dec.requires_grad_(True)),
             (lambda: trainer.optimizer.param_groups[1].update(betas=(0.0, 0.9)), None),
         ):
             change()
             before = trainer.sae.b_dec.detach().clone()
-            assert trainer._device_runner() is None
+            assert trainer._device.refuses() is not None
             with use_backend("cpu" if torch.tensor(0).device.type == "cpu" else "reference"):
                 trainer.step(x)
             if back is not None:
                 assert torch.equal(before, trainer.sae.b_dec)
                 back()
-                assert trainer._device_runner() is None, "b_dec has missed a step"
+                assert trainer._device.refuses() is not None, "b_dec has missed a step"
                 trainer.optimizer.state[trainer.sae.b_dec]["step"] = 2
-                assert trainer._device_runner() is not None
+                assert trainer._device.refuses() is None
 
 
 # ---- Replaced -------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_rows_that_are_changed_by_data_are_screened_anew_from_the_next_step_on(c
         if i in (1, 5, 22):
             for t in (trainer, told):
                 change(t.sae.W_enc, [i, 100 + i, 250 + i], randn(3, d, seed=1000 + i))
-            told._kept = ops.KeptShadow()
+            told.state.kept = ops.KeptShadow()
             with pytest.warns(UserWarning, match=f"^step {i}: W_enc has been changed"):
                 log = trainer.step(x)
             assert log.l0 == told.step(x).l0

@@ -56,7 +56,7 @@ class SparseAutoencoder(nn.Module):
         self.apply_b_dec_to_input = arguments.flag("apply_b_dec_to_input", apply_b_dec_to_input)
         self.metadata = {}
         self._frozen: ops.KeptShadow | None = None
-        self._settle: Callable[[], None] | None = None  # a Trainer's, whose steps on a GPU may still be under way
+        self._settle: Callable[[], None] | None = None  # of settle_by()
         self.register_state_dict_pre_hook(_settle_first)
         shape = self.d_sae, self.d_in
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -136,6 +136,10 @@ class SparseAutoencoder(nn.Module):
         """Waits for a Trainer's steps under way on a GPU.  Called by whatever computes with the layer or copies it."""
         if self._settle is not None:
             self._settle()
+
+    def settle_by(self, wait: Callable[[], None]) -> None:
+        """Has ``wait`` called by :meth:`settle`: a Trainer's, whose steps on a GPU may still be under way."""
+        self._settle = wait
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()

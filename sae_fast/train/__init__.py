@@ -1,4 +1,4 @@
-"""Training: Trainer, schedules, activation sources, checkpoints."""
+"""Training: Trainer, Steps, schedules, checkpoints."""
 
 from sae_fast.train.checkpoint import load, save
 from sae_fast.train.trainer import StepLog, Trainer

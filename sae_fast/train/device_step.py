@@ -1,7 +1,7 @@
 """A training step for the GPU in which the host waits for nothing: the kernels in order, in buffers of a fixed capacity.
 
 What would need a decision by the host sets a bit of one flag on the device instead, and while the flag is set no weight
-changes.  device_runner.py reads it later, and repeats what did not happen.
+changes.  device_steps.py reads it later, and repeats what did not happen.
 """
 
 from __future__ import annotations

@@ -1,0 +1,81 @@
+"""The kernels' step on batches of one kind, in slots that the host fills ahead, captured in a CUDA graph for each slot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_fast import ops
+from sae_fast.code import Shadow
+from sae_fast.kernels.round import compare_rows
+from sae_fast.train.device_step import REPORT, STALE, DeviceStep
+from sae_fast.train.state import Rates, TrainState
+from sae_fast.train.steps import sixteenth
+
+RENEW = 1024  # steps after which rows of the shadow get new scales: a row far from its own has too many candidates
+
+
+class DeviceGraphs:
+    """Enqueues steps on batches like x [B, d], up to ``ahead`` at a time.  ``key``: what they were made for; ``before``:
+    whose slots they take over, with the batches in them, where those are of this kind."""
+
+    def __init__(
+        self, state: TrainState, shadow: Shadow, x: Tensor, capacity: int, ahead: int, key: tuple,
+        before: DeviceGraphs | None,
+    ):  # fmt: skip
+        settings, self.state, self.key = state.settings, state, key
+        self.step = DeviceStep(
+            state.sae, state.optimizer, shadow, settings.dialect, settings.betas[1], settings.eps, settings.grad_clip,
+            capacity,
+        )  # fmt: skip
+        self._slots: list[Tensor]
+        self._reports: list[Tensor]
+        if before is not None and (before._slots[0].shape, before._slots[0].dtype) == (x.shape, x.dtype):
+            self._slots, self._reports = before._slots, before._reports
+        else:
+            self._slots = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ahead)]
+            # Pinned once: whoever keeps the logs would have the driver pin more in each step.
+            self._reports = [torch.empty(len(REPORT), dtype=torch.float64, pin_memory=x.is_cuda) for _ in range(ahead)]
+        self.warm = False  # compiling and loading kernels cannot be captured
+        self.captured: dict[int, torch.cuda.CUDAGraph] = {}
+        # One, as memory is shared within a stream only; torch's own for captures is of the device that captured first.
+        self.stream = torch.cuda.Stream() if x.is_cuda else None
+
+    def slot(self, index: int) -> Tensor:
+        """Where the batch of step ``index`` is, until the step that needs its place."""
+        return self._slots[index % len(self._slots)]
+
+    def report(self, index: int) -> Tensor:
+        """Where step ``index`` reports, once its event has happened."""
+        return self._reports[index % len(self._reports)]
+
+    def enqueue(self, index: int, rates: Rates) -> torch.cuda.Event | None:
+        """Enqueues step ``index`` on the batch in its slot; the event happens when its report is there."""
+        step, W, x = self.step, self.state.sae.W_enc, self.slot(index)
+        first, last = sixteenth(W, index)
+        compare_rows(W.detach()[first:last], *(t[first:last] for t in step.shadow), step.flag)
+        replaced = ops.stale_columns(W, step.shadow, index)
+        step.flag.bitwise_or_(torch.where(replaced, STALE, 0).to(torch.int32))
+        if index % RENEW == 0:
+            ops.refresh_shadow(W, step.shadow)
+        step.set(index + 1, rates.lr, rates.l1_coefficient)
+        if self.warm and x.is_cuda:
+            self._graph(index % len(self._slots)).replay()
+        else:
+            step.run(x)
+            self.warm = True
+        torch.autograd.graph.increment_version(list(self.state.sae.parameters()))
+        self.state.kept.follows(W)
+        self.report(index).copy_(step.report, non_blocking=True)
+        return torch.cuda.current_stream().record_event() if x.is_cuda else None
+
+    def _graph(self, at: int) -> torch.cuda.CUDAGraph:
+        if at not in self.captured:
+            graph = torch.cuda.CUDAGraph()
+            # They never run at the same time, so they share memory.
+            pool = next(iter(self.captured.values())).pool() if self.captured else None
+            # A loader may pin memory meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                self.step.run(self._slots[at])
+            self.captured[at] = graph
+        return self.captured[at]

@@ -1,0 +1,143 @@
+"""The state of a training between two steps, its settings, and what a step gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sae_fast import nn, ops
+from sae_fast.optim import RowAdam
+from sae_fast.reference import DIALECTS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A Trainer's arguments, as its checkpoint keeps them."""
+
+    lr: float
+    l1_coefficient: float
+    betas: tuple[float, float]
+    eps: float
+    dialect: str
+    lr_warmup_steps: int
+    lr_decay_start: int | None
+    total_steps: int | None
+    l1_warmup_steps: int
+    init_l0: float | None
+    grad_clip: float | None
+    unit_start: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.dialect not in DIALECTS:
+            raise ValueError(f"dialect: got {self.dialect!r}, want one of {DIALECTS}")
+        for name in ("lr_warmup_steps", "l1_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want ≥ 0")
+        if not self.l1_coefficient >= 0:
+            raise ValueError(f"l1_coefficient: got {self.l1_coefficient}, want ≥ 0")
+        if (self.lr_decay_start is None) != (self.total_steps is None):
+            raise ValueError("lr_decay_start, total_steps: got one without the other, want both or neither")
+        if self.lr_decay_start is not None and self.total_steps is not None and self.lr_decay_start > self.total_steps:
+            raise ValueError(f"lr_decay_start: got {self.lr_decay_start}, want ≤ total_steps = {self.total_steps}")
+        if self.init_l0 is not None and not self.init_l0 > 0:
+            raise ValueError(f"init_l0: got {self.init_l0}, want > 0 or None")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"grad_clip: got {self.grad_clip}, want > 0 or None")
+
+
+class TrainState:
+    """All that a step reads and writes.  ``kept`` is W_enc's Shadow; ``step_count`` counts the steps that were taken, those
+    under way on a GPU among them."""
+
+    def __init__(self, sae: nn.SparseAutoencoder, settings: Settings):
+        self.sae, self.settings = sae, settings
+        rest = [p for name, p in sae.named_parameters() if name != "W_dec"]
+        groups = [{"params": [sae.W_dec], "unit_rows": settings.dialect == "paper"}, {"params": rest}]
+        self.optimizer = RowAdam(groups, settings.lr, settings.betas, settings.eps, unit_start=settings.unit_start)
+        self.kept = ops.KeptShadow()
+        self.step_count = 0
+
+    def check_parameters(self, where: str = "") -> None:
+        """``ValueError`` that names a parameter of the SAE which is not the optimizer's, or not as its state is."""
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        for name, p in self.sae.named_parameters():
+            if p not in held:
+                raise ValueError(
+                    f"{where}{name}: got a Parameter that the optimizer does not hold (load_state_dict(assign=True), a new "
+                    "one); want its values copied into the one that was there, or a new Trainer"
+                )
+            held.remove(p)
+            state = self.optimizer.state.get(p, {}).get("exp_avg_sq", p)
+            if p.dtype not in (torch.float32, torch.float64) or not p.is_contiguous():
+                raise ValueError(f"{where}{name}: got {p.dtype}, strides {p.stride()}, want contiguous float32 masters")
+            if (p.dtype, p.device, p.shape) != (state.dtype, state.device, state.shape):
+                raise ValueError(
+                    f"{where}{name}: got {p.dtype} {tuple(p.shape)} on {p.device}, but the optimizer's state is "
+                    f"{state.dtype} {tuple(state.shape)} on {state.device}; want both alike (save, and load where it goes)"
+                )
+        if held:
+            raise ValueError(f"{where}optimizer: got {len(held)} parameters that are not the SAE's, want its own only")
+
+
+class Rates(NamedTuple):
+    """The schedules' values in one step."""
+
+    lr: float
+    l1_coefficient: float
+
+
+class Result(Protocol):
+    """What came of a step; to read it may be to wait for it."""
+
+    @property
+    def losses(self) -> Tensor:
+        """[3]: reconstruction, sparsity, auxiliary."""
+
+    @property
+    def l0(self) -> float:
+        """Mean number of non-zero features an example."""
+
+
+@dataclass(frozen=True, repr=False)
+class StepLog:
+    """What one step saw, before its update.  Losses are means over the batch; reading a field may synchronise."""
+
+    step: int
+    lr: float
+    l1_coefficient: float
+    result: Result
+
+    def __repr__(self) -> str:
+        terms = ", ".join(f"{n}={getattr(self, n):.6g}" for n in ("loss", "reconstruction", "sparsity", "auxiliary", "l0"))
+        return f"StepLog(step={self.step}, {terms})"
+
+    @property
+    def losses(self) -> Tensor:
+        """[3]: reconstruction, sparsity, auxiliary."""
+        return self.result.losses
+
+    @property
+    def reconstruction(self) -> float:
+        return float(self.losses[0])
+
+    @property
+    def sparsity(self) -> float:
+        """λ included."""
+        return float(self.losses[1])
+
+    @property
+    def auxiliary(self) -> float:
+        return float(self.losses[2])
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.sum())
+
+    @property
+    def l0(self) -> float:
+        """Mean number of non-zero features an example."""
+        return self.result.l0
