@@ -514,7 +514,7 @@ def formats():
 @group
 def analysis():
     """Attribution, edges, splicing, fidelity, perturbation, SHIFT on small models."""
-    from analysis_models import KINDS, Chain, identity, random_ends, random_sae
+    from problems.analysis_models import KINDS, Chain, identity, random_ends, random_sae
 
     from sae_fast.analysis import ablate, attribution, edges, perturbation, shift, splice
 
@@ -554,7 +554,7 @@ def models():
     """A harvest, a feature store, fidelity and the commands, on a tiny transformer."""
     import numpy as np
     import transformers
-    from tiny_models import save_tiny_model
+    from problems.tiny_models import save_tiny_model
     from typer.testing import CliRunner
 
     from sae_fast.analysis import FeatureStore, fidelity, write_store

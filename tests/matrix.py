@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 HOME = ROOT / ".venv-matrix"
 # By name: torch, which brings the Triton that it asks for, and what replaces that.
 ENVIRONMENTS = {
@@ -70,7 +71,13 @@ def test(python: Path) -> tuple[bool, str]:
     start = time.monotonic()
     options = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal", "-m", "not slow", "-p", "no:cacheprovider")
     command = (python.parent / "pytest", "-o", "addopts=-q --strict-markers", *options)  # -m pytest would see the checkout
-    tests = run(*command, *(f"tests/test_{name}.py" for name in CORE), env=environment, stdout=subprocess.PIPE, text=True)
+    tests = run(
+        *command,
+        *(next(HERE.glob(f"*/test_{name}.py")) for name in CORE),
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     print(tests.stdout, flush=True)
     counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)\b", tests.stdout)
     kernels = run(python, "-m", "sae_fast.kernels.aot", "--check", env=environment, at=HOME)

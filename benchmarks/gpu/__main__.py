@@ -92,7 +92,7 @@ def command(part: str, out: Path, seconds: float) -> list[str]:
         return [sys.executable, "-m", f"benchmarks.gpu.{part}", "--out", str(out), "--seconds", f"{seconds - GRACE:.0f}"]
     files = [
         str(path.relative_to(environment.ROOT))
-        for path in sorted((environment.ROOT / "tests").glob("test_*.py"))
+        for path in sorted((environment.ROOT / "tests").rglob("test_*.py"))
         if is_of_kernels(path.name) or "mark.gpu" in path.read_text(encoding="utf-8")
     ]
     if importlib.util.find_spec("xdist"):  # most of a first run is compilation, on one core a process

@@ -27,7 +27,7 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def decode_loss(rows: int = 5, V: int = 2):
-    from test_cuda_decode_loss import problem, run
+    from problems.cuda_decode_loss import problem, run
 
     code, arguments = problem(V, shape=(rows, 132, 200))
     return run(code, arguments, u=code.u, scale=arguments[3] if V == 2 else None, step=True)
@@ -39,13 +39,13 @@ def one_row():
 
 
 def verify():
-    from test_cuda_verify_transpose import problem, rows_like, verified
+    from problems.cuda_verify import problem, rows_like, verified
 
     return [verified(problem(d, "gated", torch.float32), rows_like(5, 150)) for d in (63, 256)]
 
 
 def code_by_feature():
-    from test_cuda_decode_loss import problem
+    from problems.cuda_decode_loss import problem
 
     from sae_fast import ops
 
@@ -54,7 +54,7 @@ def code_by_feature():
 
 def gradients():
     """outer and weight_step, with features of several runs of five entries."""
-    from test_cuda_features import a_step, arguments, stepped
+    from problems.triton_features import a_step, arguments, stepped
 
     from sae_fast import ops
     from sae_fast.kernels import _config

@@ -1,4 +1,4 @@
-// Tiny kernels, right and wrong, for tests/test_cuda_shim.py: what the shim has to see.
+// Tiny kernels, right and wrong, for tests/native/test_cuda_shim.py: what the shim has to see.
 #include "sae_fast/cuda/launch.cuh"
 
 namespace sae_fast {

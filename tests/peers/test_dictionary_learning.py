@@ -14,7 +14,7 @@ import warnings
 import pytest
 import torch
 from helpers import Judge, assert_same_bits
-from test_trajectory import BATCH, D_IN, D_SAE, ROUNDING, superposition
+from problems.trajectory import BATCH, D_IN, D_SAE, ROUNDING, superposition
 from torch import Tensor
 
 pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make test-peers builds it")

@@ -1,0 +1,228 @@
+"""ops.decode_loss: the losses of equation (8) on a code, the residuals, and the gradients of the code's values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from helpers import (
+    FEW_SHAPES,
+    SHAPES,
+    Judge,
+    assert_repeats,
+    assert_same_bits,
+    both,
+    corrupt_codes,
+    grid,
+    make_inputs,
+    opcheck,
+    raises_and_changes_nothing,
+    random_code,
+    rows_of,
+    strided,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from problems.decode_loss import inputs, judge_one, plain
+
+from sae_fast import ops, use_backend
+from sae_fast.ops import crossovers
+
+
+@cache
+def trials_of(B: int, d: int, F: int, V: int, normaliser: float) -> list:
+    """(code, arguments, torch's results, float64's).  A trial gives three losses only, so there are several: by seed, or
+    by blocks of rows of a large batch."""
+    trials = []
+    for seed in range(64 if B * d * F < 10_000 else 12) if B <= 3 else [0]:
+        code, W_dec, b_dec, target, weight = inputs(B, d, F, V, seed)
+        for first, last in [(0, B)] + ([] if B <= 3 else [(k, k + 32) for k in range(0, 256, 32)]):
+            block, scale = rows_of(code, first, last), normaliser * (last - first) / B
+            arguments = (W_dec, b_dec, target[first:last], weight)
+            trials.append((block, (*arguments, scale), *both(plain(block, scale), block.values, *arguments)))
+    return trials
+
+
+def judge_shape(B: int, d: int, F: int, V: int, normaliser: float) -> None:
+    judge = Judge()
+    for code, arguments, torchs, exact in trials_of(B, d, F, V, normaliser):
+        judge_one(judge, ops.decode_loss(code, *arguments), torchs, exact)
+    judge.verdict()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_near_to_float64_as_torchs(shape, route, monkeypatch):
+    B, _, F = shape
+    monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))
+    judge_shape(*shape, V=2, normaliser=B)
+
+
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+def test_one_value_set_pays_its_own_sparsity_and_has_no_auxiliary_loss(shape, route):
+    judge_shape(*shape, V=1, normaliser=shape[0])
+
+
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+def test_on_every_instruction_set(shape, isa):
+    """The normaliser is any positive number: the loss of a micro-batch is divided by the whole batch's size."""
+    judge_shape(*shape, V=2, normaliser=1.7)
+
+
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+def test_reference_body_meets_the_same_contract(shape):
+    with use_backend("reference"):
+        judge_shape(*shape, V=2, normaliser=1.7)
+
+
+def test_an_entry_with_an_open_gate_and_magnitude_zero_carries_the_gate_gradient_only(route):
+    """S \\ S′ of MATH.md §2."""
+    p = make_inputs(257, 63, 100)
+    code = ops.encode(p.x_c, p.W_enc, p.b_gate, activation="gated", r_mag=p.r_mag, b_mag=p.b_mag)
+    outside = code.magnitudes == 0
+    assert outside.sum() > 100
+    grads = ops.decode_loss(code, p.W_dec, p.b_dec, p.x, torch.ones(100), 257).grads
+    assert not grads[0, outside].any() and bool((grads[1, outside] != 0).all())
+    assert bool((grads[0, ~outside] != 0).all())
+
+
+def test_entries_in_a_slack_window_cost_nothing(route):
+    """With the gates at 0 neither loss nor gradient: the window is for estimators that are built outside."""
+    p = make_inputs(57, 63, 33)
+    kwargs = dict(activation="gated", r_mag=p.r_mag, b_mag=p.b_mag)
+    tight = ops.encode(p.x_c, p.W_enc, p.b_gate, **kwargs)
+    loose = ops.encode(p.x_c, p.W_enc, p.b_gate, **kwargs, slack=0.5)
+    window = loose.gates == 0
+    assert window.any()
+    arguments = (p.W_dec, p.b_dec, p.x, torch.ones(33), 57)
+    a, b = ops.decode_loss(tight, *arguments), ops.decode_loss(loose, *arguments)
+    assert not b.grads[:, window].any()
+    judge = Judge()
+    judge_one(judge, a, *both(plain(tight, 57), tight.values, *arguments[:4]))
+    judge_one(judge, b, *both(plain(loose, 57), loose.values, *arguments[:4]))
+    judge.verdict()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("V", [1, 2])
+def test_no_rows_cost_nothing(V, backend):
+    code, *arguments = inputs(0, 5, 33, V)
+    with use_backend(backend):
+        out = ops.decode_loss(code, *arguments, 1)
+    assert_same_bits(out.losses, torch.zeros(3))
+    assert out.residual.shape == (0, 5) and out.grads.shape == (V, 0)
+
+
+def test_an_empty_code_leaves_b_dec_minus_the_target(route):
+    code, W, b_dec, target, weight = inputs(9, 63, 33, 2)
+    empty = replace(code, indptr=code.indptr * 0, indices=code.indices[:0], values=code.values[:, :0])
+    out = ops.decode_loss(empty, W, b_dec, target, weight, 9)
+    assert_same_bits([out.residual, out.residual_aux], [b_dec - target, b_dec - target])
+    assert out.losses[1] == 0 and out.losses[0] == out.losses[2] > 0
+
+
+def test_a_nan_reaches_the_losses(route):
+    code, W, b_dec, target, weight = inputs(9, 63, 33, 2)
+    target[4, 3] = float("nan")
+    out = ops.decode_loss(code, W, b_dec, target, weight, 9)
+    assert out.losses.isnan().tolist() == [True, False, True]
+    assert int(out.residual.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("V", [1, 2])
+def test_strides_do_not_matter(V, route):
+    code, *arguments = inputs(57, 63, 100, V)
+    apart = replace(code, indptr=strided(code.indptr), indices=strided(code.indices), values=strided(code.values))
+    expected = ops.decode_loss(code, *arguments, 57)
+    assert_same_bits(expected, ops.decode_loss(apart, *map(strided, arguments), 57))
+    code_of_columns = replace(code, values=code.values.T.contiguous().T)
+    assert_same_bits(expected, ops.decode_loss(code_of_columns, *arguments, 57))
+
+
+def test_repeats_bit_for_bit_at_every_thread_count(isa):
+    code, *arguments = inputs(257, 100, 1000, 2)
+    assert_repeats(lambda: ops.decode_loss(code, *arguments, 257))
+
+
+def test_dense_route_repeats_bit_for_bit(monkeypatch):
+    monkeypatch.setitem(crossovers.CROSSOVER, "decode_loss", -1.0)
+    code, *arguments = inputs(257, 100, 1000, 2)
+    assert_repeats(lambda: ops.decode_loss(code, *arguments, 257), threads=())
+
+
+@given(
+    B=st.integers(0, 20), d=st.integers(1, 40), F=st.integers(1, 70), V=st.integers(1, 2), seed=st.integers(0, 1000),
+    apart=st.booleans(), crossover=st.sampled_from([-1.0, 2.0]), normaliser=st.sampled_from([0.25, 1.0, 4096.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_any_shape_stride_and_dtype_on_a_grid_is_exact(B, d, F, V, seed, apart, crossover, normaliser, dtype):
+    code = random_code(B, F, V, seed=seed)
+    code = replace(code, values=(code.values > 0.5).to(dtype))
+    sizes = {"W_dec": (F, d), "b_dec": (d,), "target": (B, d), "weight": (F,)}
+    arguments = [grid(*size, step=1, reach=1, seed=seed + k).to(dtype) for k, size in enumerate(sizes.values())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(crossovers.CROSSOVER, "decode_loss", crossover)
+        given_ = [strided(t) if apart else t for t in arguments]
+        out = ops.decode_loss(replace(code, values=strided(code.values)), *given_, normaliser)
+    exact = plain(code, normaliser)(code.values.double(), *(t.double() for t in arguments))
+    for result, ref64 in zip(out, exact, strict=True):
+        assert result.dtype == dtype and torch.equal(result.double(), ref64)
+
+
+CODE, *ARGUMENTS = inputs(9, 5, 33, 2)
+SOUND = dict(zip(("W_dec", "b_dec", "target", "sparsity_weight"), ARGUMENTS, strict=True)) | dict(normaliser=9.0)
+BAD = {
+    "weights of one dimension": (dict(W_dec=torch.zeros(33)), "W_dec: got shape"),
+    "weights with fewer features": (
+        dict(W_dec=torch.zeros(99, 5)[:32], sparsity_weight=torch.zeros(32)), "W_dec: got shape"),
+    "integer weights": (dict(W_dec=torch.zeros(33, 5, dtype=torch.int64)), "got torch"),
+    "b_dec too long": (dict(b_dec=torch.zeros(6)), r"b_dec: got shape \(6,\), want \[5\]"),
+    "b_dec of another dtype": (dict(b_dec=torch.zeros(5, dtype=torch.float64)), "b_dec: got torch.float64"),
+    "too few targets": (dict(target=torch.zeros(8, 5)), "target: got shape"),
+    "target of another width": (dict(target=torch.zeros(9, 4)), "target: got shape"),
+    "integer target": (dict(target=torch.zeros(9, 5, dtype=torch.int32)), "target: got torch.int32"),
+    "a scalar sparsity weight": (dict(sparsity_weight=torch.tensor(1.0)), "sparsity_weight: got shape"),
+    "sparsity weight too short": (dict(sparsity_weight=torch.zeros(32)), "sparsity_weight: got shape"),
+    "normaliser 0": (dict(normaliser=0.0), "normaliser: got 0"),
+    "negative normaliser": (dict(normaliser=-1.0), "normaliser: got -1"),
+    "normaliser that is not a number": (dict(normaliser=float("nan")), "normaliser: got nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_value_error_that_names_it(case):
+    change, message = BAD[case]
+    kwargs = SOUND | change
+    with use_backend("reference"), raises_and_changes_nothing(message, CODE, list(kwargs.values())):
+        ops.decode_loss(CODE, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (torch.zeros(3, CODE.nnz), "values: got 3 value sets"),
+        (torch.zeros(0, CODE.nnz), "values: got 0 value sets"),
+        (torch.zeros(2, CODE.nnz - 1), "values: got shape"),
+        (torch.zeros(CODE.nnz), "values: got shape"),
+        (torch.zeros(2, CODE.nnz, dtype=torch.float64), "values: got torch.float64"),
+    ],
+)
+def test_bad_values_are_a_value_error(values, message):
+    code = replace(CODE, values=values)
+    with raises_and_changes_nothing(message, code, list(SOUND.values())):
+        ops.decode_loss(code, **SOUND)
+
+
+@pytest.mark.parametrize("name, code", corrupt_codes(9, 33))
+def test_a_corrupt_code_is_a_value_error(name, code):
+    with use_backend("reference"), raises_and_changes_nothing("indptr|indices", code, list(SOUND.values())):
+        ops.decode_loss(code, **SOUND)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("V, stop_auxiliary", [(1, True), (2, True), (2, False)])
+def test_opcheck(V, stop_auxiliary, gradients):
+    code, *arguments = inputs(9, 5, 33, V)
+    leaves = [t.clone().requires_grad_(gradients) for t in (code.values, *arguments)]
+    opcheck(torch.ops.sae_fast.decode_loss.default, (code.indptr, code.indices, *leaves, 9.0, stop_auxiliary))

@@ -1,0 +1,419 @@
+"""ops.weight_step and ops.row_step: exact lazy Adam on the touched rows of a weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    FEW_SHAPES,
+    SHAPES,
+    Judge,
+    assert_repeats,
+    assert_same_bits,
+    corrupt_transposed,
+    dense,
+    grid,
+    opcheck,
+    raises_and_changes_nothing,
+    randn,
+    random_code,
+    same_bits,
+    seeds,
+    strided,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from problems.weight_step import ADAM, STEP, State, Step, make_step, plain
+
+from sae_fast import ops, use_backend
+from sae_fast.code import RowGradient
+from sae_fast.ops import crossovers
+
+
+def judge_steps(steps: list[Step], unit_rows: bool, scale: float | None = None, adam: dict = ADAM) -> list[State]:
+    """Runs weight_step on each and judges W and v together; returns the states after."""
+    judge, after = Judge(), []
+    for step in steps:
+        state = step.state.clone()
+        grad_scale = None if scale is None else torch.tensor(scale)
+        ops.weight_step(*state.tensors(), step.gradient(), unit_rows=unit_rows, grad_scale=grad_scale, **adam)
+        W32, v32 = plain(step, torch.float32, unit_rows, scale or 1.0, adam)
+        W64, v64 = plain(step, torch.float64, unit_rows, scale or 1.0, adam)
+        judge.add("W", state.W, W32, W64)
+        judge.add("v", state.v_now(adam["beta2"], adam["step"]), v32, v64)
+        assert bool((state.last_step[step.touched()] == adam["step"]).all())
+        after.append(state)
+    judge.verdict()
+    return after
+
+
+# ---- The step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_near_to_float64_as_torchs(shape, unit_rows, route, monkeypatch):
+    B, d, F = shape
+    monkeypatch.setattr(crossovers, "CHUNK", (B + d) * max(3, F // 4))  # F = 4099: blocks of 1024 and a last one of 3
+    judge_steps([make_step(*shape, unit=unit_rows, seed=seed) for seed in seeds(F * d)], unit_rows)
+
+
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+def test_several_sources_and_a_self_coefficient_on_every_instruction_set(shape, route, isa):
+    _, d, F = shape
+    judge_steps([make_step(*shape, S=2, own=True, seed=seed) for seed in seeds(F * d)], unit_rows=False)
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+def test_reference_body_meets_the_same_contract(shape, unit_rows):
+    _, d, F = shape
+    with use_backend("reference"):
+        judge_steps([make_step(*shape, S=2, unit=unit_rows, own=True, seed=s) for s in seeds(F * d)], unit_rows)
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.5, 0.9999])
+@pytest.mark.parametrize("scale", [None, 1e-3, 30.0])
+def test_beta2_and_the_gradient_scale(scale, beta2, route, isa):
+    adam = ADAM | dict(beta2=beta2, eps=1.0)  # at β2 = 0 the step is g / (|g| + eps): a small eps would blow up rounding
+    judge_steps([make_step(57, 63, 100, seed=seed) for seed in range(3)], False, scale, adam)
+
+
+def test_a_row_without_entries_is_left_alone(isa, monkeypatch):
+    """Bit for bit: its step is zero, and the decay of its v is made up for at its next visit."""
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", 2.0)
+    step = make_step(3, 63, 4099, unit=True, own=True)
+    (after,) = judge_steps([replace(step, self_coefficient=None)], unit_rows=True)
+    idle = ~step.touched()
+    assert idle.sum() > 1000
+    assert_same_bits([t[idle] for t in after.tensors()], [t[idle] for t in step.state.tensors()])
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_a_touched_row_with_zero_gradient_still_decays(unit_rows, route, isa):
+    """As the decoder rows of S \\ S′: no step, v decays, last_step advances, the row is renormalised."""
+    step = make_step(57, 63, 100, unit=unit_rows)
+    nothing = replace(step, values=step.values * 0)
+    (after,) = judge_steps([nothing], unit_rows)
+    if not unit_rows:
+        assert_same_bits(after.W, step.state.W)
+    assert bool((after.v[step.touched()] < step.state.v[step.touched()]).all())
+
+
+def test_a_zero_row_with_unit_rows_stays_finite(route, isa):
+    step = make_step(57, 63, 100, unit=True).state.clone()
+    step.W[3] = 0
+    for gradient in (make_step(57, 63, 100).gradient(), replace(make_step(57, 63, 100).gradient(), values=[
+            make_step(57, 63, 100).values[0] * 0])):  # fmt: skip
+        state = step.clone()
+        ops.weight_step(*state.tensors(), gradient, unit_rows=True, **ADAM)
+        assert bool(state.W.isfinite().all() and state.v.isfinite().all())
+
+
+def test_unit_rows_take_out_a_gradient_along_the_row(route):
+    """A self-coefficient alone is all along the row: nothing of it is left."""
+    step = make_step(57, 63, 100, unit=True, own=True)
+    own = replace(step, values=step.values * 0)
+    state = own.state.clone()
+    ops.weight_step(*state.tensors(), own.gradient(), unit_rows=True, **ADAM)
+    judge = Judge()
+    judge.add("W", state.W, *(plain(own, dtype, True)[0] for dtype in (torch.float32, torch.float64)))
+    judge.verdict()
+
+
+@pytest.mark.parametrize("first", [0, 1, 50, 97, 100])
+def test_ranges_of_features_step_as_the_whole(first, isa, monkeypatch):
+    """A weight split at any feature, as on two ranks, has the same bits."""
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", 2.0)
+    step = make_step(57, 63, 100, S=2, unit=True, own=True)
+    gradient, whole, parts = step.gradient(), step.state.clone(), step.state.clone()
+    ops.weight_step(*whole.tensors(), gradient, unit_rows=True, **ADAM)
+    for a, b in ((0, first), (first, 100)):
+        own = replace(gradient, self_coefficient=step.self_coefficient[a:b])
+        views = [t[a:b] for t in parts.tensors()]
+        ops.weight_step(*views, own, first_feature=a, unit_rows=True, **ADAM)
+    assert_same_bits(whole, parts)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_range_of_features_in_the_dense_route(backend, monkeypatch):
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "outer", -1.0)
+    step = make_step(57, 63, 100, own=True)
+    state, judge = step.state.clone(), Judge()
+    own = replace(step.gradient(), self_coefficient=step.self_coefficient[30:70])
+    with use_backend(backend):
+        ops.weight_step(*(t[30:70] for t in state.tensors()), own, first_feature=30, **ADAM)
+    (W32, v32), (W64, v64) = (plain(step, dtype, False) for dtype in (torch.float32, torch.float64))
+    judge.add("W", state.W[30:70], W32[30:70], W64[30:70])
+    judge.add("v", state.v_now(ADAM["beta2"])[30:70], v32[30:70], v64[30:70])
+    judge.verdict()
+    outside = [*range(30), *range(70, 100)]
+    assert_same_bits([t[outside] for t in state.tensors()], [t[outside] for t in step.state.tensors()])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_skip_makes_the_call_a_no_op(backend):
+    step = make_step(57, 63, 100)
+    state, taken, plain_ = step.state.clone(), step.state.clone(), step.state.clone()
+    with use_backend(backend):
+        ops.weight_step(*state.tensors(), step.gradient(), skip=torch.tensor(True), **ADAM)
+        ops.weight_step(*taken.tensors(), step.gradient(), skip=torch.tensor(False), **ADAM)
+        ops.weight_step(*plain_.tensors(), step.gradient(), **ADAM)
+    assert_same_bits(state, step.state)
+    assert_same_bits(taken, plain_)
+    assert not same_bits(taken.W, step.state.W)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_entries_change_nothing(backend):
+    step = make_step(9, 63, 33)
+    empty = replace(step.code, indptr=step.code.indptr * 0, indices=step.code.indices[:0])
+    for code, A in ((empty, step.A), (random_code(0, 33), torch.zeros(1, 0, 63))):
+        state = step.state.clone()
+        gradient = RowGradient(ops.transpose(code), [torch.zeros(0)], list(A))
+        with use_backend(backend):
+            ops.weight_step(*state.tensors(), gradient, unit_rows=True, **ADAM)
+        assert_same_bits(state, step.state)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_a_trajectory_with_idle_rows_is_torch_optim_adams(unit_rows, backend, isa):
+    """From v = 0 over 15 steps, on gradients that are exact in float32, so that no rounding becomes a full step."""
+    start = torch.nn.functional.normalize(randn(40, 6), dim=1)
+    state = State(start.clone(), torch.zeros(40, 6), torch.zeros(40, dtype=torch.int64))
+    dense_W = {dtype: start.to(dtype, copy=True) for dtype in (torch.float32, torch.float64)}
+    adams = {dtype: torch.optim.Adam([W], lr=0.05, betas=(0.0, 0.99), eps=1e-4) for dtype, W in dense_W.items()}
+    for k in range(1, 16):
+        code = random_code(2, 40, 1, density=0.15, seed=k)
+        values, A = (code.values > 0.5).float(), grid(1, 2, 6, step=0.5, reach=3, seed=k)
+        with use_backend(backend):
+            gradient = RowGradient(ops.transpose(code), list(values), list(A))
+            ops.weight_step(*state.tensors(), gradient, step=k, lr=0.05, beta2=0.99, eps=1e-4, unit_rows=unit_rows)
+        for dtype, W in dense_W.items():
+            W.grad = (dense(code, values.to(dtype))[0].T @ A[0].to(dtype)).clone()
+            if unit_rows:
+                W.grad -= (W.grad * W).sum(1, keepdim=True) * W
+            adams[dtype].step()
+            if unit_rows:
+                W /= W.norm(dim=1, keepdim=True)
+    assert bool((state.last_step < 15).any())
+    judge = Judge()
+    judge.add("W", state.W, dense_W[torch.float32], dense_W[torch.float64])
+    v = {dtype: adams[dtype].state[W]["exp_avg_sq"] for dtype, W in dense_W.items()}
+    judge.add("v", state.v_now(0.99, 15), v[torch.float32], v[torch.float64])
+    judge.verdict()
+
+
+def test_a_nan_in_a_gradient_reaches_its_row_only(route, isa):
+    step = make_step(57, 63, 100)
+    values = step.values.clone()
+    values[0, 5] = float("nan")
+    state = step.state.clone()
+    ops.weight_step(*state.tensors(), replace(step, values=values).gradient(), **ADAM)
+    assert state.W.isnan().any(1).nonzero()[:, 0].tolist() == [int(step.code.indices[5])]
+
+
+def test_a_parameter_in_grad_mode_is_updated_and_its_version_counted():
+    step = make_step(9, 63, 33)
+    W = torch.nn.Parameter(step.state.W.clone())
+    version = W._version
+    ops.weight_step(W, step.state.v.clone(), step.state.last_step.clone(), step.gradient(), **ADAM)
+    assert W._version > version and W.is_leaf and not same_bits(W, step.state.W)
+    version = W._version
+    ops.row_step(W, step.state.v.clone(), step.state.last_step.clone(), randn(33, 63), **ADAM)
+    assert W._version > version
+
+
+def test_strides_of_the_gradient_do_not_matter(route):
+    step = make_step(57, 63, 100, S=2, own=True)
+    gradient = step.gradient()
+    csc = replace(gradient.csc, **{n: strided(getattr(gradient.csc, n)) for n in ("colptr", "rows", "perm")})
+    apart = RowGradient(csc, list(strided(step.values)), list(strided(step.A)), strided(step.self_coefficient))
+    a, b = step.state.clone(), step.state.clone()
+    ops.weight_step(*a.tensors(), gradient, **ADAM)
+    ops.weight_step(*b.tensors(), apart, **ADAM)
+    assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_repeats_bit_for_bit_at_every_thread_count(unit_rows, isa, monkeypatch):
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", 2.0)
+    step = make_step(257, 100, 1000, S=2, unit=True, own=True)
+    gradient = step.gradient()
+
+    def run():
+        state = step.state.clone()
+        ops.weight_step(*state.tensors(), gradient, unit_rows=unit_rows, **ADAM)
+        return state
+
+    assert_repeats(run)
+
+
+def test_dense_route_repeats_bit_for_bit(monkeypatch):
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", -1.0)
+    monkeypatch.setitem(crossovers.CROSSOVER, "outer", -1.0)
+    step = make_step(257, 100, 1000, S=2)
+
+    def run():
+        state = step.state.clone()
+        ops.weight_step(*state.tensors(), step.gradient(), unit_rows=True, **ADAM)
+        return state
+
+    assert_repeats(run, threads=())
+
+
+@given(
+    B=st.integers(1, 20), d=st.integers(1, 40), F=st.integers(1, 70), seed=st.integers(0, 1000),
+    crossover=st.sampled_from([-1.0, 2.0]), first=st.integers(0, 70), dtype=st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_any_range_of_any_size_accumulates_an_exact_second_moment(B, d, F, seed, crossover, first, dtype):
+    """On a grid, with β2 = ½ and v = 0, v is g²/2 exactly; outside the range nothing moves."""
+    code, first = random_code(B, F, 1, seed=seed), min(first, F)
+    values, A = (code.values > 0.5).to(dtype), grid(1, B, d, step=1, reach=2, seed=seed).to(dtype)
+    W, v, last_step = randn(F, d, seed=seed, dtype=dtype), torch.zeros(F, d, dtype=dtype), torch.zeros(F, dtype=torch.int64)
+    before = W.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        for op in ("weight_step", "outer"):
+            patch.setitem(crossovers.CROSSOVER, op, crossover)
+        gradient = RowGradient(ops.transpose(code), list(values), list(A))
+        ops.weight_step(W[first:], v[first:], last_step[first:], gradient, first_feature=first, step=3, lr=0.5,
+                        beta2=0.5, eps=1e-3)  # fmt: skip
+    grad = dense(code, values.double())[0].T @ A[0].double()
+    grad[:first] = 0
+    assert torch.equal(v.double(), grad.square() / 2)
+    assert torch.equal(before == W, grad == 0)
+
+
+# ---- row_step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("unit_rows", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.01])
+@pytest.mark.parametrize("d, F", [(1, 100), (63, 33), (769, 31), (100, 1), (63, 4099)])
+def test_row_step_takes_the_step_of_a_dense_gradient(d, F, scale, unit_rows, backend, isa):
+    judge = Judge()
+    for seed in seeds(F * d):
+        step = make_step(1, d, F, unit=unit_rows, seed=seed, density=1.0)  # one row: its gradient is exact
+        step = replace(step, values=torch.ones_like(step.values))
+        state = step.state.clone()
+        grad = step.dense_gradient(torch.float32)
+        with use_backend(backend):
+            scale_ = None if scale is None else torch.tensor(scale)
+            ops.row_step(*state.tensors(), strided(grad), unit_rows=unit_rows, grad_scale=scale_, **ADAM)
+        results = [plain(step, dtype, unit_rows, scale or 1.0) for dtype in (torch.float32, torch.float64)]
+        judge.add("W", state.W, *(W for W, _ in results))
+        judge.add("v", state.v, *(v for _, v in results))
+        assert bool((state.last_step == STEP).all())
+    judge.verdict()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_row_step_skips_on_demand(backend):
+    state, grad = make_step(9, 63, 33).state.clone(), randn(33, 63)
+    with use_backend(backend):
+        ops.row_step(*state.tensors(), grad, skip=torch.tensor(True), **ADAM)
+    assert_same_bits(state, make_step(9, 63, 33).state)
+
+
+def test_row_step_repeats_bit_for_bit_at_every_thread_count(isa):
+    step = make_step(9, 100, 1000).state
+
+    def run():
+        state = step.clone()
+        ops.row_step(*state.tensors(), randn(1000, 100), unit_rows=True, **ADAM)
+        return state
+
+    assert_repeats(run)
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+SOUND = make_step(9, 5, 33)
+STATE_KINDS = {
+    "W of one dimension": (dict(W=torch.zeros(33)), "W: got shape"),
+    "integer W": (dict(W=torch.zeros(33, 5, dtype=torch.int64)), "W: got torch.int64|got torch"),
+    "v of another shape": (dict(v=torch.zeros(33, 4)), "v: got shape"),
+    "v of another dtype": (dict(v=torch.zeros(33, 5, dtype=torch.float64)), "v: got torch.float64"),
+    "last_step too short": (dict(last_step=torch.zeros(32, dtype=torch.int64)), "last_step: got shape"),
+    "int32 last_step": (dict(last_step=torch.zeros(33, dtype=torch.int32)), "last_step: got torch.int32"),
+    "W apart": (dict(W=strided(SOUND.state.W)), "W: got strides"),
+    "v apart": (dict(v=strided(SOUND.state.v)), "v: got strides"),
+    "last_step apart": (dict(last_step=strided(SOUND.state.last_step)), "last_step: got strides"),
+    "step 0": (dict(step=0), "step: got 0"),
+    "negative lr": (dict(lr=-1.0), "lr, beta2, eps: got -1"),
+    "lr that is not a number": (dict(lr=float("nan")), "lr, beta2, eps: got nan"),
+    "beta2 of 1": (dict(beta2=1.0), "lr, beta2, eps"),
+    "negative beta2": (dict(beta2=-0.1), "lr, beta2, eps"),
+    "eps of 0": (dict(eps=0.0), "lr, beta2, eps"),
+    "a step before the last one": (dict(step=3), "step: got 3"),
+    "grad_scale of two elements": (dict(grad_scale=torch.ones(2)), "grad_scale: got shape"),
+    "skip of two elements": (dict(skip=torch.zeros(2, dtype=torch.bool)), "skip: got shape"),
+}
+
+
+def kwargs_of(change: dict) -> dict:
+    W, v, last_step = SOUND.state.clone().tensors()
+    return dict(W=W, v=v, last_step=last_step) | ADAM | change
+
+
+@pytest.mark.parametrize("case", STATE_KINDS)
+@pytest.mark.parametrize("op", ["weight_step", "row_step"])
+def test_bad_state_is_a_value_error_that_names_it(op, case):
+    change, message = STATE_KINDS[case]
+    kwargs = kwargs_of(change)
+    gradient = SOUND.gradient() if op == "weight_step" else randn(33, 5)
+    with use_backend("reference"), raises_and_changes_nothing(message, list(kwargs.values()), gradient):
+        getattr(ops, op)(kwargs.pop("W"), kwargs.pop("v"), kwargs.pop("last_step"), gradient, **kwargs)
+
+
+GRADIENT = SOUND.gradient()
+BAD_GRADIENTS = {
+    "no source": (replace(GRADIENT, values=[], A=[]), {}, "values, A: got 0 and 0"),
+    "values too short": (replace(GRADIENT, values=[GRADIENT.values[0][:-1]]), {}, r"values\[0\]: got shape"),
+    "A of another width": (replace(GRADIENT, A=[GRADIENT.A[0][:, :4]]), {}, r"A\[0\]: got shape"),
+    "A of one dimension": (replace(GRADIENT, A=[torch.zeros(9)]), {}, r"A\[0\]: got shape"),
+    "A and values of another dtype": (
+        replace(GRADIENT, values=[GRADIENT.values[0].double()], A=[GRADIENT.A[0].double()]), {}, r"got torch.float64"),
+    "self-coefficient too short": (replace(GRADIENT, self_coefficient=torch.zeros(32)), {}, "self_coefficient: got shape"),
+    "integer self-coefficient": (
+        replace(GRADIENT, self_coefficient=torch.zeros(33, dtype=torch.int64)), {}, "self_coefficient: got torch.int64"),
+    "negative first feature": (GRADIENT, dict(first_feature=-1), "first_feature: got -1"),
+    "a range past F": (GRADIENT, dict(first_feature=1), "first_feature: got 1 with 33 rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_GRADIENTS)
+def test_bad_gradient_is_a_value_error_that_names_it(case):
+    gradient, change, message = BAD_GRADIENTS[case]
+    state = SOUND.state.clone()
+    with use_backend("reference"), raises_and_changes_nothing(message, state, gradient):
+        ops.weight_step(*state.tensors(), gradient, **ADAM, **change)
+
+
+@pytest.mark.parametrize("name, csc", corrupt_transposed(GRADIENT.csc))
+def test_corrupt_entries_are_a_value_error(name, csc):
+    state = SOUND.state.clone()
+    with use_backend("reference"), raises_and_changes_nothing("colptr|rows|perm", state, csc):
+        ops.weight_step(*state.tensors(), replace(GRADIENT, csc=csc), **ADAM)
+
+
+@pytest.mark.parametrize("grad", [torch.zeros(33, 4), torch.zeros(32, 5), torch.zeros(33, 5, dtype=torch.float64)])
+def test_bad_dense_gradient_is_a_value_error(grad):
+    state = SOUND.state.clone()
+    with raises_and_changes_nothing("grad: got", state, grad):
+        ops.row_step(*state.tensors(), grad, **ADAM)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_opcheck(backend):
+    csc = GRADIENT.csc
+    scalars = (STEP, 0.1, 0.99, 1e-8, True, torch.tensor(0.5), torch.tensor(False), None, None)
+    entries = (csc.colptr, csc.rows, csc.perm, GRADIENT.values, GRADIENT.A, randn(33), 0)
+    with use_backend(backend):
+        opcheck(torch.ops.sae_fast.weight_step.default, (*SOUND.state.clone().tensors(), *entries, *scalars))
+        opcheck(torch.ops.sae_fast.row_step.default, (*SOUND.state.clone().tensors(), randn(33, 5), *scalars))
