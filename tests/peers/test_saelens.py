@@ -377,7 +377,7 @@ def test_forward_is_saelens_forward(kind):
 # ---- Whole runs -----------------------------------------------------------------------------------------------------
 
 D_IN, D_SAE, BATCH, STEPS, RUNS = 24, 160, 96, 200, 8
-ROUNDING = {"parameters": 2.0**-24, "loss": 4 * 2.0**-24}  # as tests/test_trajectory.py
+ROUNDING = {"parameters": 2.0**-24, "loss": 4 * 2.0**-24}  # as tests/problems/trajectory.py
 
 
 @pytest.fixture(scope="module")
