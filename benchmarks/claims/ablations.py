@@ -19,7 +19,7 @@ from benchmarks.claims._claim import CONDITION, FAILS, HOLDS, PAPER, Row, interv
 from benchmarks.claims._fronts import DATA, GRID, Cost, Models, front, fvu_range, times
 from benchmarks.claims._variants import BASELINE, GATED, NO_AUXILIARY, NO_R_MAG, RESCALE_AND_SHIFT, UNFROZEN_DECODER, UNTIED
 from benchmarks.data import Superposition
-from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label, _plain_ticks
+from sae_fast.analysis.plots import ACCENT, INK, TERMS, label_axes, plain_ticks
 
 TITLE = "The paper's ablations of the Gated SAE"
 SETTING = (
@@ -189,15 +189,15 @@ def draw(results: list[Result], figure: Any) -> None:
             fronts.plot(np.exp(front(models, fvu)), np.exp(fvu), alpha=0.6, linewidth=wide, **style)
             if variant in (GATED, BASELINE, RESCALE_AND_SHIFT):
                 shrinkage.plot(models["test l0"], models["test bias"], ".", alpha=0.6, **style)
-    _label(fronts, f"Fronts of {len(results)} seeds", "L0 on test data", "fraction of variance unexplained")
+    label_axes(fronts, f"Fronts of {len(results)} seeds", "L0 on test data", "fraction of variance unexplained")
     fronts.set(xscale="log", yscale="log", xlim=(0.3, None))
-    _plain_ticks(fronts.xaxis)
-    _plain_ticks(fronts.yaxis)
+    plain_ticks(fronts.xaxis)
+    plain_ticks(fronts.yaxis)
     fronts.legend(frameon=False, fontsize="small")
     shrinkage.axhline(1, color=INK, linestyle=":", linewidth=1)
     shrinkage.set_xscale("log")
-    _plain_ticks(shrinkage.xaxis)
-    _label(shrinkage, "Shrinkage", "L0 on test data", "relative reconstruction bias γ")
+    plain_ticks(shrinkage.xaxis)
+    label_axes(shrinkage, "Shrinkage", "L0 on test data", "relative reconstruction bias γ")
     shrinkage.legend(frameon=False, fontsize="small")
     rows = [
         (variant, found)
@@ -215,8 +215,8 @@ def draw(results: list[Result], figure: Any) -> None:
             costs.errorbar(mean, y + shift, xerr=[[mean - low], [high - mean]], fmt=marker, capsize=2, **style)
     costs.axvline(1, color=INK, linestyle=":", linewidth=1)
     costs.set(xscale="log", yticks=range(len(rows)), yticklabels=[_short(variant.name) for variant, _ in rows])
-    _label(costs, "L0 at the same FVU", "ratio to Gated (◂ sparse, ▸ dense)", "")
-    _plain_ticks(costs.xaxis)
+    label_axes(costs, "L0 at the same FVU", "ratio to Gated (◂ sparse, ▸ dense)", "")
+    plain_ticks(costs.xaxis)
 
 
 def _short(name: str) -> str:

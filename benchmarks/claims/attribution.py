@@ -24,7 +24,7 @@ import sae_fast as sf
 from benchmarks.claims import _tasks
 from benchmarks.claims._claim import CONDITION, CRITIQUE, FAILS, HOLDS, OURS, Interval, Row, interval
 from sae_fast.analysis import attribution, edges, splice
-from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
+from sae_fast.analysis.plots import ACCENT, INK, TERMS, label_axes
 from sae_fast.data.transformer import quiet
 from sae_fast.demo import demo_model
 from sae_fast.extras import require
@@ -361,5 +361,5 @@ def draw(results: list[dict[str, Any]], figure: Any) -> None:
             axes.axhline(np.mean(values), color=color, linestyle=style, linewidth=1, label=label)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        _label(axes, title, "N, points on the path", "rms error ÷ rms effect")
+        label_axes(axes, title, "N, points on the path", "rms error ÷ rms effect")
     figure.axes[0].legend(frameon=False, fontsize="small")

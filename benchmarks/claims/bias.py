@@ -19,7 +19,7 @@ import torch
 from benchmarks.claims import _claim, _sweep
 from benchmarks.claims._sweep import COLLAPSED, GATED, REAL, RELU, SYNTHETIC, curve, of
 from sae_fast import metrics
-from sae_fast.analysis.plots import INK, _label, _plain_ticks
+from sae_fast.analysis.plots import INK, label_axes, plain_ticks
 
 TITLE = "Shrinkage of Gated SAEs and of a baseline, by the paper's measure and by the corrected one"
 SETTING = (
@@ -222,13 +222,13 @@ def draw(results: list[dict[str, Any]], figure: Any) -> None:
     collapsed, fvu = _gamma(results, SYNTHETIC, COLLAPSED, "raw"), _over_seeds(results, SYNTHETIC, COLLAPSED, "fvu")
     label = f"x̂ = mean, x not centred\n(L0 0, FVU {fvu.mean():.2f})"
     centring.axhline(collapsed.mean(), color=INK, linewidth=0.8, linestyle=":", label=label)
-    _label(gamma, "γ (real, mean-centred)", "λ", "relative reconstruction bias γ")
-    _label(projection, "Projection bias (mean-centred)", "FVU (held out)", "projection bias c₁")
-    _label(centring, "γ with and without the mean", "λ (synthetic activations)", "relative reconstruction bias γ")
+    label_axes(gamma, "γ (real, mean-centred)", "λ", "relative reconstruction bias γ")
+    label_axes(projection, "Projection bias (mean-centred)", "FVU (held out)", "projection bias c₁")
+    label_axes(centring, "γ with and without the mean", "λ (synthetic activations)", "relative reconstruction bias γ")
     gamma.margins(x=0.12, y=0.12)
     for axes in (gamma, centring):
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
     for axes in (gamma, projection, centring):
         axes.legend(frameon=False, fontsize="small", loc="lower left")
 

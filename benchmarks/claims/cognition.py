@@ -23,7 +23,7 @@ from benchmarks.claims import _blind_rule, _tasks
 from benchmarks.claims._biographies import Biographies, Texts, Transformer, train_model
 from benchmarks.claims._claim import CONDITION, CRITIQUE, FAILS, HOLDS, OURS, Interval, Row, interval
 from sae_fast.analysis import attribution
-from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
+from sae_fast.analysis.plots import ACCENT, INK, TERMS, label_axes
 from sae_fast.analysis.shift import Probe, fit_head
 from sae_fast.data import sites
 from sae_fast.nn import SparseAutoencoder
@@ -310,7 +310,7 @@ def draw(results: list[dict[str, Any]], figure: Any) -> None:
     for seed in range(1, len(results)):
         scores.axvline(sum(len(r["pairs"]) for r in results[:seed]) - 0.5, color=INK, linewidth=0.5, alpha=0.3)
     scores.set_ylim(-0.05, 1.05)
-    _label(scores, "Share of effects on features about gender", "pair (a line between seeds)", "score")
+    label_axes(scores, "Share of effects on features about gender", "pair (a line between seeds)", "score")
     scores.legend(frameon=False, fontsize="small")
 
     for y, name in enumerate(METHODS):
@@ -321,4 +321,4 @@ def draw(results: list[dict[str, Any]], figure: Any) -> None:
     rates.set_yticks(range(len(METHODS)), list(METHODS.values()), fontsize="small")
     rates.set_xlim(-0.05, 1.05)
     rates.invert_yaxis()
-    _label(rates, "Pairs told apart, by seed", "fraction right", "")
+    label_axes(rates, "Pairs told apart, by seed", "fraction right", "")

@@ -19,7 +19,7 @@ from benchmarks.claims._claim import CONDITION, CRITIQUE, FAILS, HOLDS, OURS, PA
 from benchmarks.claims._fronts import times
 from benchmarks.claims._variants import GATED, NO_AUXILIARY, NO_AUXILIARY_UNTIED, Variant
 from benchmarks.data import Superposition
-from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
+from sae_fast.analysis.plots import ACCENT, INK, TERMS, label_axes
 
 TITLE = "What the terms of the Gated SAE's loss do"
 SETTING = (
@@ -247,7 +247,7 @@ def draw(results: list[Result], figure: Any) -> None:
             curves = [result["training"][variant.name][i]["l0"] for result in results]
             _band(l0, steps, curves, label=None if i else label, color=color, linestyle=style)
     which = f"step (solid: λ = {L1S[0]:g}, dashed: {L1S[1]:g})"
-    _label(l0, "L0 in training", which, "L0 on held-out data")
+    label_axes(l0, "L0 in training", which, "L0 on held-out data")
     i = len(L1S) - 1
     parts = (
         ("open", "open gates", ACCENT), ("pi", "mean open π_gate", TERMS["reconstruction"]),
@@ -257,7 +257,7 @@ def draw(results: list[Result], figure: Any) -> None:
         curves = [result["training"][NO_AUXILIARY.name][i] for result in results]
         _band(routes, steps, [[y / curve[key][0] for y in curve[key]] for curve in curves], label=what, color=color)
     _band(routes, steps, [np.exp(-np.array(curve["r_mag"])) for curve in curves], label="exp(−mean r_mag)", color=INK)
-    _label(routes, "Gates and encoders", f"step, no auxiliary term, λ = {L1S[i]:g}", "relative to the start")
+    label_axes(routes, "Gates and encoders", f"step, no auxiliary term, λ = {L1S[i]:g}", "relative to the start")
     for axes in (l0, routes):
         axes.set(xscale="log", yscale="log")
         axes.legend(frameon=False, fontsize="small")
@@ -277,7 +277,7 @@ def _draw_identities(axes: Any, results: list[Result]) -> None:
     axes.axvline(EXACT, color=INK, linestyle="--", label=f"exact: below {EXACT:g}")
     axes.set(xscale="log", yticks=range(len(rows)), yticklabels=[name for name, *_ in rows])
     axes.invert_yaxis()
-    _label(axes, "Identities", "largest relative deviation (one dot a seed)", "")
+    label_axes(axes, "Identities", "largest relative deviation (one dot a seed)", "")
     axes.legend(frameon=False, fontsize="small")
 
 

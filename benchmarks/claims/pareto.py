@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.claims import _claim, _sweep
 from benchmarks.claims._sweep import GATED, REAL, RELU, SYNTHETIC, Value, curve, of
-from sae_fast.analysis.plots import _label, _plain_ticks
+from sae_fast.analysis.plots import label_axes, plain_ticks
 
 TITLE = "Firing features that a Gated SAE and a baseline of the same compute need"
 SETTING = (
@@ -195,13 +195,13 @@ def draw(results: list[dict[str, Any]], figure: Any) -> None:
         rescaled = {"linestyle": ":", "markersize": 2.5, "label": "baseline, x̂ rescaled"}
         curve(axes, results, data, RELU, l0, rescaled_fvu, **rescaled)
         ratio = _ratio(l0_gaps(results, data))
-        _label(axes, f"{ratio.mean:.2f} × the L0 at equal FVU", f"L0 ({data} activations)", "FVU (held out)")
+        label_axes(axes, f"{ratio.mean:.2f} × the L0 at equal FVU", f"L0 ({data} activations)", "FVU (held out)")
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
     for kind, name in ((GATED, "Gated"), (RELU, "baseline")):
         curve(found, results, SYNTHETIC, kind, l0, lambda r: r["cosine"], label=name)
-    _label(found, "True features recovered", "L0 (synthetic activations)", "mean of the largest cosine")
+    label_axes(found, "True features recovered", "L0 (synthetic activations)", "mean of the largest cosine")
     for axes in (real, synthetic, found):
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
         axes.legend(frameon=False, fontsize="small")

@@ -16,7 +16,7 @@ from benchmarks.claims._auroc import bootstrapped, mean_interval, middle, redraw
 from benchmarks.claims._backdoors import KINDS
 from benchmarks.claims._claim import CONDITION, FAILS, HOLDS, OURS, Interval, Row
 from benchmarks.claims._eliciting import FEATURES, RADII, ROWS, attacked
-from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
+from sae_fast.analysis.plots import ACCENT, INK, TERMS, label_axes
 
 TITLE = "Latent perturbations that nothing is trained on: backdoors found, triggers seen (synthetic analogue)"
 SETTING = (
@@ -298,6 +298,6 @@ def draw(results: list[dict[str, Any]], figure: Any) -> None:
             seeing.scatter(values, np.full(len(values), -y + up), s=12, marker=looks[kind][0], color=color, alpha=0.7)
     seeing.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
     seeing.set_yticks([-y for y in range(len(bars))], list(bars), fontsize="small")
-    _label(models, "Scores of models, target unknown", "", "margin of a dormant class")
-    _label(sweep, "Backdoored or not, by norm", "R ÷ mean norm of h", "AUROC over models")
-    _label(seeing, "Held-out triggers", "AUROC, triggered or clean", "")
+    label_axes(models, "Scores of models, target unknown", "", "margin of a dormant class")
+    label_axes(sweep, "Backdoored or not, by norm", "R ÷ mean norm of h", "AUROC over models")
+    label_axes(seeing, "Held-out triggers", "AUROC, triggered or clean", "")

@@ -15,7 +15,7 @@ from benchmarks.claims._claim import CONDITION, CRITIQUE, FAILS, HOLDS, OURS, In
 from benchmarks.claims._sealed import Method, Sealed
 from benchmarks.claims._shift_methods import KINDS, Lab
 from benchmarks.claims._shift_worlds import PLANTED, SITES, TOKENLESS, WORDS, World, worlds
-from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label
+from sae_fast.analysis.plots import ACCENT, INK, TERMS, label_axes
 from sae_fast.analysis.shift import Candidate
 from sae_fast.nn import SparseAutoencoder
 
@@ -305,4 +305,4 @@ def draw(results: list[dict[str, Any]], figure: Any) -> None:
             axes.plot([max(of.low, 0), min(of.high, 1)], [at, at], color="black", linewidth=1)
         axes.set_yticks(range(len(methods)), list(reversed(methods)), fontsize=6)
         axes.set_xlim(0, 1)
-        _label(axes, f"{titles[world]} (analogue)", "worst-group accuracy", "")
+        label_axes(axes, f"{titles[world]} (analogue)", "worst-group accuracy", "")

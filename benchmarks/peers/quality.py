@@ -37,7 +37,7 @@ from benchmarks import jsonfile, machine
 from benchmarks.peers.dictionary_learning import trainer_of
 from benchmarks.registry import OURS
 from sae_fast import reference
-from sae_fast.analysis.plots import ACCENT, INK, TERMS, _label, _plain_ticks, empty_figure
+from sae_fast.analysis.plots import ACCENT, INK, TERMS, empty_figure, label_axes, plain_ticks
 from sae_fast.data.harvest import harvest
 from sae_fast.data.text import stdlib_documentation
 from sae_fast.demo import demo_model
@@ -243,12 +243,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                 linewidth=1.5 if run.provider == OURS else 3.5, alpha=1 if run.provider == OURS else 0.45,
                 linestyle="--" if run.start == ZERO else "-", zorder=2 if run.provider == OURS else 1,
             )  # fmt: skip
-        _label(axes, title, x_label, y_label)
+        label_axes(axes, title, x_label, y_label)
         axes.set_xscale("log")
         axes.set_yscale("log")
         if y != "density":
-            _plain_ticks(axes.yaxis)
-        _plain_ticks(axes.xaxis)
+            plain_ticks(axes.yaxis)
+        plain_ticks(axes.xaxis)
     figure.axes[0].legend(frameon=False)
     figure.suptitle("The same Gated SAE, batches, λ and schedule; held-out tokens", color=INK)
     figure.savefig(path, dpi=130)

@@ -51,18 +51,18 @@ def plot_training(
     curve(loss, "loss", INK, label="total", linewidth=2)
     for term, color in TERMS.items():
         curve(loss, term, color, label=term)
-    _label(loss, "Loss", "step", "mean over tokens (squared norm of x)")
+    label_axes(loss, "Loss", "step", "mean over tokens (squared norm of x)")
     loss.set_yscale("log")
     loss.legend(frameon=False, ncols=2)
     for axes, name, what in ((l0, "l0", "features firing per token"), (fvu, "fvu", "fraction of variance unexplained")):
         curve(axes, name, TERMS["reconstruction"], label="training batch")
         if held_out:
             axes.axhline(held_out[name], color=ACCENT, linestyle="--", label=f"held out: {held_out[name]:.3g}")
-        _label(axes, name.upper(), "step", what)
+        label_axes(axes, name.upper(), "step", what)
         axes.set_yscale("log")
         axes.legend(frameon=False)
     for axes in (loss, l0, fvu):
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
     _density_histogram(densities, density, "held-out tokens" if held_out else "tokens")
     if title:
         figure.suptitle(title)
@@ -77,11 +77,11 @@ def _density_histogram(axes: Any, density: Tensor, of: str) -> None:
         median = float(alive.median())
         axes.axvline(median, color=ACCENT, linestyle="--", label=f"median {10**median:.2g}")
         axes.legend(frameon=False)
-    _label(axes, "Feature density", f"log₁₀ of the fraction of {of} a feature fires on", "features")
+    label_axes(axes, "Feature density", f"log₁₀ of the fraction of {of} a feature fires on", "features")
     axes.set_title(f"{len(alive)} alive, {dead} dead", loc="right", fontsize="medium", color=INK)
 
 
-def _label(axes: Any, title: str, x: str, y: str) -> None:
+def label_axes(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -89,7 +89,7 @@ def _label(axes: Any, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Any) -> None:
     """Numbers instead of powers of ten, and a few of them whatever the range."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 

@@ -15,7 +15,7 @@ import torch
 from sae_fast.interop import _norms, hub
 from sae_fast.interop.formats import FORMATS, Loaded, config_of, format_of
 from sae_fast.nn import GatedSAE, SparseAutoencoder, arguments
-from sae_fast.nn.scale import unscale_
+from sae_fast.nn.scale import scale_input_, unscale_
 from sae_fast.train.checkpoint import CLASSES
 
 
@@ -120,7 +120,7 @@ def _read(path: str | os.PathLike, scale: float | None, fold: bool, stacklevel: 
     if scale is not None:
         if loaded.scale is not None and not math.isclose(_checked(scale), loaded.scale, rel_tol=1e-3):
             raise ValueError(f"activation_scale: got {scale}, but the files say {loaded.scale}")
-        _scale(loaded.sae, scale)
+        scale_input_(loaded.sae, _checked(scale))
         loaded.unfold = None
     if fold:
         _norms.fold(loaded.sae)
@@ -158,15 +158,6 @@ def _write(
         fold = FORMATS[format].UNIT_ROWS and not came_so and not _norms.is_unit(sae) and not _norms.chooses(sae)
     FORMATS[format].write(sae, Path(path), overwrite, _norms.fold(sae) if fold else None)
     return sae
-
-
-@torch.no_grad()
-def _scale(sae: SparseAutoencoder, scale: float) -> None:
-    """From an SAE of scale · x to one of x."""
-    scale = _checked(scale)
-    sae.W_enc.mul_(scale)
-    sae.W_dec.div_(scale)
-    sae.b_dec.div_(scale)
 
 
 def _checked(scale: Any) -> float:

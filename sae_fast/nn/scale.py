@@ -21,6 +21,14 @@ def scale_(sae: SparseAutoencoder, scale: float) -> None:
             value.mul_(scale)
 
 
+@torch.no_grad()
+def scale_input_(sae: SparseAutoencoder, scale: float) -> None:
+    """Turns an SAE of scale · x into one of x whose features are the same."""
+    sae.W_enc.mul_(scale)
+    sae.W_dec.div_(scale)
+    sae.b_dec.div_(scale)
+
+
 def unscale_(sae: SparseAutoencoder) -> None:
     """Turns an SAE whose metadata has an INPUT_SCALE into one of activations as they are; another stays."""
     if (scale := sae.metadata.pop(INPUT_SCALE, None)) is not None:

@@ -32,6 +32,7 @@ from sae_fast.interop.formats._common import (
     to_keep,
 )
 from sae_fast.nn import SparseAutoencoder, arguments
+from sae_fast.nn.scale import scale_
 
 NAME, ORDER, UNIT_ROWS = "dictionary_learning", 1, True
 FILES_OF, SIGN = NAME, "ae.pt (dictionary_learning)"
@@ -63,7 +64,9 @@ def read(path: Path) -> Loaded:
         if trainer.get(theirs) not in (None, ""):
             sae.metadata[ours] = trainer[theirs]
     if factor is not None:  # a backup of a run on normalised activations: as its trainer scales at the end
-        _scale_biases(sae, factor)
+        scale_(sae, factor)
+        if isinstance(sae, nn.TopKSAE) and sae.metadata["threshold"] >= 0:
+            sae.metadata["threshold"] *= factor
         sae.metadata["norm_factor"] = factor
     return Loaded(sae, _unfold(file.parent, sae, config), notes=_notes(sae, name))
 
@@ -212,15 +215,6 @@ def _k(tensors: Tensors, config: dict, file: Path) -> int | float:
     if said is not None and said != k:
         raise ValueError(f"{file}: trainer.k: got {said!r}, but {tensors.file} holds k = {k}")
     return k
-
-
-@torch.no_grad()
-def _scale_biases(sae: SparseAutoencoder, factor: float) -> None:
-    for name, tensor in sae.state_dict().items():
-        if name not in ("W_enc", "W_dec", "r_mag") and not (name == "threshold" and tensor.dim() == 0 and tensor < 0):
-            tensor.mul_(factor)
-    if isinstance(sae, nn.TopKSAE) and sae.metadata["threshold"] >= 0:
-        sae.metadata["threshold"] *= factor
 
 
 def _notes(sae: SparseAutoencoder, name: str) -> list[str]:
