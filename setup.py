@@ -104,7 +104,7 @@ class Build(build_ext):
                 macros=[("SAE_FAST_ISA", isa), (f"SAE_FAST_ISA_{isa.upper()}", "1")],
                 include_dirs=ext.include_dirs,
                 extra_postargs=[*FLAGS, *openmp, *ISAS[isa], "-fvisibility=hidden"],
-                depends=[str(p) for p in (CSRC / "include" / "sae_fast").glob("*.hpp")],
+                depends=[str(p) for p in (CSRC / "include" / "sae_fast").glob("*.[hd]*")],
             )
         super().build_extension(ext)
 
@@ -169,7 +169,7 @@ if __name__ == "__main__":
                 "sae_fast._C",
                 [str(CSRC / "bindings.cpp")],
                 include_dirs=[str(CSRC / "include")],
-                depends=[str(p) for p in CSRC.rglob("*.[ch]pp")],
+                depends=[str(p) for p in CSRC.rglob("*.*")],
             ),
             *cuda_extensions(),
         ],

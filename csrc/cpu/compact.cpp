@@ -1,5 +1,4 @@
 // Screening of a tile row: which pre-activations pass their threshold.
-#include "sae_fast/cpu.hpp"
 #include "sae_fast/kernel_table.hpp"
 
 #if defined(SAE_FAST_ISA_AVX512) || defined(SAE_FAST_ISA_AVX2)
@@ -9,11 +8,15 @@
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
-int64_t compact(const float* pre, const float* bias, const float* cut, int64_t n, int32_t first, int32_t* indices,
-                float* u) {
+int64_t compact(const args::compact& a) {
+  const float *pre = a.pre, *bias = a.bias, *cut = a.cut;
+  const int64_t n = a.n;
+  const int32_t first = a.first;
+  int32_t* indices = a.indices;
+  float* u = a.u;
   int64_t k = 0, count = 0;
 #if defined(SAE_FAST_ISA_AVX512)
-  // Compress in a register and store whole vectors (hence the slack of 16): a compressing store to memory is 12-34
+  // Compress in a register and store whole vectors (hence kSlack): a compressing store to memory is 12-34
   // times slower on Zen 4.  Most vectors hold no entry at all.
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (; k < n; k += 16) {

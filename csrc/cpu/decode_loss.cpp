@@ -13,14 +13,15 @@ static inline void subtract_from(float* __restrict a, const float* __restrict b_
   for (int64_t k = 0; k < d; ++k) a[k] += b_dec[k] - target[k];
 }
 
-void decode_loss(Csr code, int64_t nnz, const float* magnitudes, const float* gates, const float* W,
-                 const float* b_dec, const float* target, const float* sparsity_weight, double normaliser, int64_t d,
-                 float* residual, float* residual_aux, float* losses, float* grads, int threads) {
-  const float two = static_cast<float>(2.0 / normaliser), one = static_cast<float>(1.0 / normaliser);
-  parallel_for(code.rows, 8, threads, [&](int64_t b, int) {
+void decode_loss(const args::decode_loss& a) {
+  const float two = static_cast<float>(2.0 / a.normaliser), one = static_cast<float>(1.0 / a.normaliser);
+  const Csr code = a.code;
+  const float *magnitudes = a.magnitudes, *gates = a.gates, *W = a.W;
+  const int64_t d = a.d;
+  parallel_for(code.rows, 8, a.threads, [&](int64_t b, int) {
     const int64_t begin = code.indptr[b], end = code.indptr[b + 1];
-    float* r = residual + b * d;
-    float* ra = gates ? residual_aux + b * d : nullptr;
+    float* r = a.residual + b * d;
+    float* ra = gates ? a.residual_aux + b * d : nullptr;
     zero(r, d);
     if (gates) zero(ra, d);
     int64_t j = begin;
@@ -34,15 +35,15 @@ void decode_loss(Csr code, int64_t nnz, const float* magnitudes, const float* ga
       axpy(r, W + code.indices[j] * d, magnitudes[j], d);
       if (gates) axpy(ra, W + code.indices[j] * d, gates[j], d);
     }
-    subtract_from(r, b_dec, target + b * d, d);
-    if (gates) subtract_from(ra, b_dec, target + b * d, d);
+    subtract_from(r, a.b_dec, a.target + b * d, d);
+    if (gates) subtract_from(ra, a.b_dec, a.target + b * d, d);
 
     const float* sparse = gates ? gates : magnitudes;
-    float* g_mag = grads;
-    float* g_gate = gates ? grads + nnz : grads;
+    float* g_mag = a.grads;
+    float* g_gate = gates ? a.grads + a.nnz : a.grads;
     double sparsity = 0;
     const auto finish = [&](int64_t at, float dot_mag, float dot_aux) {
-      const float weight = sparsity_weight[code.indices[at]];
+      const float weight = a.sparsity_weight[code.indices[at]];
       const float g = magnitudes[at] == 0.0f ? 0.0f : two * dot_mag;
       if (gates) {
         g_mag[at] = g;
@@ -64,9 +65,9 @@ void decode_loss(Csr code, int64_t nnz, const float* magnitudes, const float* ga
       const float* row = W + code.indices[j] * d;
       finish(j, dot(r, row, d), gates ? dot(ra, row, d) : 0.0f);
     }
-    losses[b * 3 + 0] = dot(r, r, d);
-    losses[b * 3 + 1] = static_cast<float>(sparsity);
-    losses[b * 3 + 2] = gates ? dot(ra, ra, d) : 0.0f;
+    a.losses[b * 3 + 0] = dot(r, r, d);
+    a.losses[b * 3 + 1] = static_cast<float>(sparsity);
+    a.losses[b * 3 + 2] = gates ? dot(ra, ra, d) : 0.0f;
   });
 }
 

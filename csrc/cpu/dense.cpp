@@ -7,19 +7,19 @@
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
-void scatter(const int64_t* indptr, const int32_t* indices, const int64_t* perm, int64_t first, int64_t n,
-             int64_t width, const float* values, float* out, int threads) {
-  parallel_for(n, 16, threads, [&](int64_t b, int) {
-    float* row = out + b * width;
-    zero(row, width);
-    for (int64_t j = indptr[first + b]; j < indptr[first + b + 1]; ++j) row[indices[j]] = values[perm ? perm[j] : j];
+void scatter(const args::scatter& a) {
+  parallel_for(a.n, 16, a.threads, [&](int64_t b, int) {
+    float* row = a.out + b * a.width;
+    zero(row, a.width);
+    const int64_t end = a.indptr[a.first + b + 1];
+    for (int64_t j = a.indptr[a.first + b]; j < end; ++j) row[a.indices[j]] = a.values[a.perm ? a.perm[j] : j];
   });
 }
 
-void gather(const int64_t* indptr, const int32_t* indices, int64_t first, int64_t n, int64_t width, const float* dense,
-            float* out, int threads) {
-  parallel_for(n, 16, threads, [&](int64_t b, int) {
-    for (int64_t j = indptr[first + b]; j < indptr[first + b + 1]; ++j) out[j] = dense[b * width + indices[j]];
+void gather(const args::gather& a) {
+  parallel_for(a.n, 16, a.threads, [&](int64_t b, int) {
+    const int64_t end = a.indptr[a.first + b + 1];
+    for (int64_t j = a.indptr[a.first + b]; j < end; ++j) a.out[j] = a.dense[b * a.width + a.indices[j]];
   });
 }
 

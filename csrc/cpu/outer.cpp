@@ -5,21 +5,19 @@
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
-void outer(Csc code, const Source* sources, int n_sources, int64_t d, const int64_t* list, int64_t first, int64_t n,
-           float* out, float* scratch, int threads) {
-  for_gradient_rows({code, sources, n_sources, d}, list, first, n, scratch, threads, false,
-                    [&](int64_t i, const float* g) { axpy(out + i * d, g, 1.0f, d); });
+void outer(const args::outer& a) {
+  for_gradient_rows(a, a.list, false, [&](int64_t i, const float* g) { axpy(a.out + i * a.d, g, 1.0f, a.d); });
 }
 
-void grad_sqnorm(Csc code, const Source* sources, int n_sources, int64_t d, int64_t first, int64_t n, const float* W,
-                 const float* self_coefficient, bool project, double* out, float* scratch, int threads) {
-  for_gradient_rows({code, sources, n_sources, d}, nullptr, first, n, scratch, threads, true, [&](int64_t i, float* g) {
-    if (self_coefficient) axpy(g, W + i * d, self_coefficient[i], d);
-    if (project) project_row(g, W + i * d, d);
+void grad_sqnorm(const args::grad_sqnorm& a) {
+  for_gradient_rows(a, nullptr, true, [&](int64_t i, float* g) {
+    const int64_t d = a.d;
+    if (a.self_coefficient) axpy(g, a.W + i * d, a.self_coefficient[i], d);
+    if (a.project) project_row(g, a.W + i * d, d);
     double sum = 0;  // squares of floats overflow and underflow
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(g[k]) * g[k];
-    out[i] = sum;
+    a.out[i] = sum;
   });
 }
 

@@ -6,17 +6,19 @@
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
-void sampled_dots(Csr code, const float* A, const float* W, int64_t d, float* out, int threads) {
-  parallel_for(code.rows, 8, threads, [&](int64_t b, int) {
-    const float* a = A + b * d;
+void sampled_dots(const args::sampled_dots& a) {
+  const Csr code = a.code;
+  const int64_t d = a.d;
+  parallel_for(code.rows, 8, a.threads, [&](int64_t b, int) {
+    const float* row = a.A + b * d;
     int64_t j = code.indptr[b];
     const int64_t end = code.indptr[b + 1];
     for (; j + 4 <= end; j += 4) {
       const float* rows[4];
-      for (int q = 0; q < 4; ++q) rows[q] = W + code.indices[j + q] * d;
-      dot4(a, rows, out + j, d);
+      for (int q = 0; q < 4; ++q) rows[q] = a.W + code.indices[j + q] * d;
+      dot4(row, rows, a.out + j, d);
     }
-    for (; j < end; ++j) out[j] = dot(a, W + code.indices[j] * d, d);
+    for (; j < end; ++j) a.out[j] = dot(row, a.W + code.indices[j] * d, d);
   });
 }
 

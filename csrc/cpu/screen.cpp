@@ -22,40 +22,44 @@ namespace SAE_FAST_ISA {
 static constexpr uint16_t kOne = 0x3f80, kNaN = 0x7fc0;
 enum Column { bias_pieces = 0, by_w_norm = 3, by_w_residual = 4, by_w_outliers = 5, constant = 6 };
 
-void round_rows(const float* A, int64_t n, int64_t d, int64_t K, uint16_t* out, double* norms, int threads) {
-  parallel_for(n, 16, threads, [&](int64_t i, int) {
-    round_row(A + i * d, d, out + i * K, norms + 2 * i);
-    for (int64_t k = d; k < K; ++k) out[i * K + k] = 0;
+void round_rows(const args::round_rows& a) {
+  parallel_for(a.n, 16, a.threads, [&](int64_t i, int) {
+    round_row(a.A + i * a.d, a.d, a.out + i * a.K, a.norms + 2 * i);
+    for (int64_t k = a.d; k < a.K; ++k) a.out[i * a.K + k] = 0;
   });
 }
 
-int64_t stale_rows(const float* A, int64_t n, int64_t d, const uint16_t* rounded, const double* norms, int threads) {
+int64_t stale_rows(const args::stale_rows& given) {
   int64_t stale = 0;
-  parallel_for(n, 16, threads, [&](int64_t i, int) {
+  parallel_for(given.n, 16, given.threads, [&](int64_t i, int) {
+    const int64_t d = given.d;
+    const float* row = given.A + i * d;
+    const uint16_t* rounded = given.rounded + i * d;
+    const double* norms = given.norms + 2 * i;
     int differs = 0;
     double norm2 = 0, residual2 = 0;  // a change within the rounding shows in these alone
 #pragma omp simd reduction(| : differs) reduction(+ : norm2, residual2)
     for (int64_t k = 0; k < d; ++k) {
-      const float a = A[i * d + k], residual = a - widen(rounded[i * d + k]);
-      differs |= nearest(a) != rounded[i * d + k];
+      const float a = row[k], residual = a - widen(rounded[k]);
+      differs |= nearest(a) != rounded[k];
       norm2 += static_cast<double>(a) * a;
       residual2 += static_cast<double>(residual) * residual;
     }
     const double slack = 1.0 + 0x1p-40;  // of sums in another order
-    differs |= ::sqrt(norm2) > norms[2 * i] * slack || ::sqrt(residual2) > norms[2 * i + 1] * slack;
+    differs |= ::sqrt(norm2) > norms[0] * slack || ::sqrt(residual2) > norms[1] * slack;
     if (differs) __atomic_fetch_add(&stale, 1, __ATOMIC_RELAXED);
   });
   return stale;
 }
 
-void column_residuals(const float* A, const uint16_t* rounded, int64_t n, int64_t d, int64_t K, int parts, float* out,
-                      int threads) {
-  parallel_for(parts, 1, threads, [&](int64_t p, int) {
-    float* sums = out + p * d;
+void column_residuals(const args::column_residuals& given) {
+  const int64_t n = given.n, d = given.d, parts = given.parts;
+  parallel_for(parts, 1, given.threads, [&](int64_t p, int) {
+    float* sums = given.out + p * d;
     for (int64_t k = 0; k < d; ++k) sums[k] = 0;
     for (int64_t i = n * p / parts; i < n * (p + 1) / parts; ++i) {
-      const float* a = A + i * d;
-      const uint16_t* r = rounded + i * K;
+      const float* a = given.A + i * d;
+      const uint16_t* r = given.rounded + i * given.K;
 #pragma omp simd
       for (int64_t k = 0; k < d; ++k) {
         const float residual = a[k] - widen(r[k]);
@@ -75,10 +79,12 @@ static inline void always_candidate(Screen s, uint16_t* row, uint16_t* tail) {
   tail[constant] = s.open;
 }
 
-void screen_x(Screen s, const float* x, int64_t n, const double* norms, uint16_t* rows, int threads) {
+void screen_x(const args::screen_x& a) {
+  const Screen s = a.screen;
+  const double* norms = a.norms;
   const double inflate = 1.0 + 2.0 * s.gamma;  // the margins are summed by the product too
-  parallel_for(n, 16, threads, [&](int64_t b, int) {
-    uint16_t* row = rows + b * s.K;
+  parallel_for(a.n, 16, a.threads, [&](int64_t b, int) {
+    uint16_t* row = a.rows + b * s.K;
     uint16_t* low_parts = row + s.d;
     uint16_t* tail = low_parts + s.m;
     if (s.terms == nullptr) {
@@ -93,7 +99,7 @@ void screen_x(Screen s, const float* x, int64_t n, const double* norms, uint16_t
     double kept2 = 0, missed2 = 0, residual2 = 0, rounded2 = 0, all_rounded2 = 0;
     for (int64_t o = 0; o < s.m; ++o) {
       const int64_t k = s.outliers[o];
-      const double high = widen(row[k]), residual = x[b * s.d + k] - high;
+      const double high = widen(row[k]), residual = a.x[b * s.d + k] - high;
       low_parts[o] = nearest(static_cast<float>(residual));
       const double low = widen(low_parts[o]);
       kept2 += (high + low) * (high + low);
@@ -120,25 +126,26 @@ void screen_x(Screen s, const float* x, int64_t n, const double* norms, uint16_t
   });
 }
 
-void screen_w(Screen s, const uint16_t* rounded, const float* W, int64_t n, const double* norms, const float* bias,
-              const float* cut, uint16_t* rows, int threads) {
-  parallel_for(n, 16, threads, [&](int64_t i, int) {
-    uint16_t* row = rows + i * s.K;
+void screen_w(const args::screen_w& a) {
+  const Screen s = a.screen;
+  const double* norms = a.norms;
+  parallel_for(a.n, 16, a.threads, [&](int64_t i, int) {
+    uint16_t* row = a.rows + i * s.K;
     uint16_t* tail = row + s.d + s.m;
-    const double level = cut ? cut[i] : 0.0, size = ::fabs(bias[i]) + ::fabs(level);
+    const double level = a.cut ? a.cut[i] : 0.0, size = ::fabs(a.bias[i]) + ::fabs(level);
     for (int64_t k = s.d + s.m; k < s.K; ++k) row[k] = 0;
     if (s.terms != nullptr && !(in_range(norms[2 * i]) && size <= 0x1p100)) {
       always_candidate(s, row, tail);
       return;
     }
-    ::memcpy(row, rounded + i * s.d, s.d * sizeof(uint16_t));
+    ::memcpy(row, a.rounded + i * s.d, s.d * sizeof(uint16_t));
     double outlier2 = 0;
     for (int64_t o = 0; o < s.m; ++o) {
       row[s.d + o] = row[s.outliers[o]];
-      const double residual = W[i * s.d + s.outliers[o]] - widen(row[s.d + o]);
+      const double residual = a.W[i * s.d + s.outliers[o]] - widen(row[s.d + o]);
       outlier2 += residual * residual;
     }
-    double rest = bias[i] - level;
+    double rest = a.bias[i] - level;
     for (int piece = 0; piece < 3; ++piece) {
       tail[piece] = nearest(static_cast<float>(rest));
       rest -= widen(tail[piece]);
@@ -152,11 +159,17 @@ void screen_w(Screen s, const uint16_t* rounded, const float* W, int64_t n, cons
     tail[by_w_residual] = upward(s.terms[Screen::w_residual] * norms[2 * i + 1]);
     tail[by_w_outliers] = upward(s.terms[Screen::w_outliers] * ::sqrt(outlier2));
     const double bias_error = ::fabs(rest) + (1.1 * s.gamma + 0x1p-22) * size;
-    tail[constant] = upward((s.terms[Screen::bias] * bias_error + s.terms[Screen::least] * kSmallestMargin) * (1.0 + 2.0 * s.gamma));
+    tail[constant] = upward((s.terms[Screen::bias] * bias_error + s.terms[Screen::least] * kSmallestMargin) *
+                            (1.0 + 2.0 * s.gamma));
   });
 }
 
-int64_t screen(const uint16_t* ub, int64_t n, int16_t above, int32_t first, int32_t* indices) {
+int64_t screen(const args::screen& a) {
+  const uint16_t* ub = a.ub;
+  const int64_t n = a.n;
+  const int16_t above = a.above;
+  const int32_t first = a.first;
+  int32_t* indices = a.indices;
   int64_t count = 0, k = 0;
   constexpr int16_t kMinusInfinity = static_cast<int16_t>(0xff80);
 #if defined(SAE_FAST_ISA_AVX512)

@@ -5,20 +5,19 @@
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
-int64_t verify(const float* x, const float* W, int64_t d, const float* bias, const float* cut,
-               const int32_t* candidates, int64_t n, int32_t* indices, float* u) {
+int64_t verify(const args::verify& a) {
   int64_t members = 0;
-  for (int64_t j = 0; j < n; j += 4) {
-    const int64_t here = n - j < 4 ? n - j : 4;
+  for (int64_t j = 0; j < a.n; j += 4) {
+    const int64_t here = a.n - j < 4 ? a.n - j : 4;
     const float* rows[4];
     float dots[4], *out[1] = {dots};
-    for (int q = 0; q < 4; ++q) rows[q] = W + candidates[j + (q < here ? q : 0)] * d;
-    fixed_dots<1, 4>(&x, rows, d, out);
+    for (int q = 0; q < 4; ++q) rows[q] = a.W + a.candidates[j + (q < here ? q : 0)] * a.d;
+    fixed_dots<1, 4>(&a.x, rows, a.d, out);
     for (int q = 0; q < here; ++q) {
-      const int32_t i = candidates[j + q];
-      if (dots[q] + bias[i] <= (cut ? cut[i] : 0.0f)) continue;  // a NaN stays
-      indices[members] = i;
-      u[members++] = dots[q];
+      const int32_t i = a.candidates[j + q];
+      if (dots[q] + a.bias[i] <= (a.cut ? a.cut[i] : 0.0f)) continue;  // a NaN stays
+      a.indices[members] = i;
+      a.u[members++] = dots[q];
     }
   }
   return members;
@@ -37,11 +36,11 @@ static inline void ragged_dots(const float* x, int64_t rows, const float* W, int
     for (int c = 0; c < C && c < features; ++c) out[r * stride + c] = dots[r][c];
 }
 
-void dot_block(const float* x, int64_t rows, const float* W, int64_t features, int64_t d, float* out) {
-  for (int64_t i = 0; i < features; i += kBlockFeatures)
-    for (int64_t b = 0; b < rows; b += kBlockRows)
-      ragged_dots<kBlockRows, kBlockFeatures>(x + b * d, rows - b, W + i * d, features - i, d, out + b * features + i,
-                                              features);
+void dot_block(const args::dot_block& a) {
+  for (int64_t i = 0; i < a.features; i += kBlockFeatures)
+    for (int64_t b = 0; b < a.rows; b += kBlockRows)
+      ragged_dots<kBlockRows, kBlockFeatures>(a.x + b * a.d, a.rows - b, a.W + i * a.d, a.features - i, a.d,
+                                              a.out + b * a.features + i, a.features);
 }
 
 }  // namespace SAE_FAST_ISA

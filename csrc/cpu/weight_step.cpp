@@ -32,28 +32,26 @@ static inline void adam_row(float* __restrict w, float* __restrict v, float* __r
   }
 }
 
-static inline void follow(const Shadow& shadow, const float* W, int64_t i, int64_t d) {
-  if (shadow.rows) round_row(W + i * d, d, shadow.rows + i * d, shadow.norms + 2 * i);
+template <class Args>
+static inline void step(const Args& a, int64_t i, float* g) {
+  adam_row(a.W + i * a.d, a.v + i * a.d, g, a.d, a.grad_scale, a.adam, a.last_step + i);
+  if (a.shadow.rows) round_row(a.W + i * a.d, a.d, a.shadow.rows + i * a.d, a.shadow.norms + 2 * i);
 }
 
-void weight_step(Csc code, const Source* sources, int n_sources, int64_t d, int64_t first, int64_t n,
-                 const float* self_coefficient, float grad_scale, Adam adam, float* W, float* v, int64_t* last_step,
-                 Shadow shadow, float* scratch, int threads) {
-  for_gradient_rows({code, sources, n_sources, d}, nullptr, first, n, scratch, threads, false, [&](int64_t i, float* g) {
-    if (self_coefficient) axpy(g, W + i * d, self_coefficient[i], d);
-    adam_row(W + i * d, v + i * d, g, d, grad_scale, adam, last_step + i);
-    follow(shadow, W, i, d);
+void weight_step(const args::weight_step& a) {
+  for_gradient_rows(a, nullptr, false, [&](int64_t i, float* g) {
+    if (a.self_coefficient) axpy(g, a.W + i * a.d, a.self_coefficient[i], a.d);
+    step(a, i, g);
   });
 }
 
-void row_step(const float* G, const int64_t* colptr, int64_t d, int64_t n, float grad_scale, Adam adam, float* W, float* v,
-              int64_t* last_step, Shadow shadow, float* scratch, int threads) {
-  parallel_for(n, 16, threads, [&](int64_t i, int worker) {
-    if (colptr && colptr[i] == colptr[i + 1]) return;
-    float* g = scratch + worker * d;
-    for (int64_t k = 0; k < d; ++k) g[k] = G[i * d + k];
-    adam_row(W + i * d, v + i * d, g, d, grad_scale, adam, last_step + i);
-    follow(shadow, W, i, d);
+void row_step(const args::row_step& a) {
+  float* rows = take<float>(a.memory, a.d * a.threads);
+  parallel_for(a.n, 16, a.threads, [&](int64_t i, int worker) {
+    if (a.colptr && a.colptr[i] == a.colptr[i + 1]) return;
+    float* g = rows + worker * a.d;
+    for (int64_t k = 0; k < a.d; ++k) g[k] = a.G[i * a.d + k];
+    step(a, i, g);
   });
 }
 

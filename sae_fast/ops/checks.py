@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from sae_fast.code import Shadow
-from sae_fast.ops.native import _C, address, in_memory
+from sae_fast.ops.native import _C, in_memory
 
 
 def shape(name: str, tensor: Tensor, *want: int | str) -> None:
@@ -68,10 +68,6 @@ def _native(*tensors: Tensor) -> bool:
     return _C is not None and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
-def _of(starts: Tensor, indices: Tensor) -> tuple[int, int, int, int]:
-    return address(starts), starts.shape[0] - 1, address(indices), indices.shape[0]
-
-
 def csr(indptr: Tensor, indices: Tensor, features: int) -> None:
     shape("indptr", indptr, "B + 1")
     shape("indices", indices, "nnz")
@@ -79,7 +75,7 @@ def csr(indptr: Tensor, indices: Tensor, features: int) -> None:
     dtype("indices", indices, torch.int32)
     if indptr.shape[0] < 1:
         raise ValueError("indptr: got no element, want B + 1 of them")
-    if _native(indptr, indices) and _C.sound_csr(*_of(indptr, indices), features):
+    if _native(indptr, indices) and _C.sound_csr(indptr, indices, features):
         return
     offsets("indptr", indptr, indices.shape[0])
     within("indices", indices, features)
@@ -95,7 +91,7 @@ def csc(colptr: Tensor, rows: Tensor, perm: Tensor, batch: int) -> None:
     dtype("perm", perm, torch.int64)
     if colptr.shape[0] < 1:
         raise ValueError("colptr: got no element, want F + 1 of them")
-    if _native(colptr, rows, perm) and _C.sound_csc(*_of(colptr, rows), address(perm), batch):
+    if _native(colptr, rows, perm) and _C.sound_csc(colptr, rows, perm, batch):
         return
     offsets("colptr", colptr, rows.shape[0])
     within("rows", rows, batch)

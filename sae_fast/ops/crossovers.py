@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_fast.code import row_ids
 from sae_fast.ops.dispatch import may_run
-from sae_fast.ops.native import _C, address, threads
+from sae_fast.ops.native import _C, threads
 
 # nnz / (B · F) above which an op of the C++ engine takes its dense route, from a sweep at B 2048, d 768, F 24576 on
 # two Sapphire Rapids cores.  The route depends on the arguments only, never on timing, so runs repeat bit for bit.
@@ -46,12 +46,16 @@ def chunks(n: int, width: int, device: str = "cpu") -> Iterator[tuple[int, int]]
 
 def scatter(indptr: Tensor, indices: Tensor, perm: Tensor | None, first: int, last: int, values: Tensor, out: Tensor):
     """Rows first .. last of a CSR (or, with ``perm``, a CSC) as dense ``out`` [last − first, width], by the engine."""
-    _C.scatter(address(indptr), address(indices), address(perm), first, last - first, out.shape[1], address(values),
-               address(out), threads())  # fmt: skip
+    _C.scatter(
+        indptr=indptr, indices=indices, perm=perm, first=first, n=last - first, width=out.shape[1], values=values, out=out,
+        threads=threads(),
+    )  # fmt: skip
     return out
 
 
 def gather(indptr: Tensor, indices: Tensor, first: int, last: int, dense: Tensor, out: Tensor) -> None:
     """The entries of rows first .. last from dense rows, into out [nnz], by the engine."""
-    _C.gather(address(indptr), address(indices), first, last - first, dense.shape[1], address(dense), address(out),
-              threads())  # fmt: skip
+    _C.gather(
+        indptr=indptr, indices=indices, first=first, n=last - first, width=dense.shape[1], dense=dense, out=out,
+        threads=threads(),
+    )  # fmt: skip

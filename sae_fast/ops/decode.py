@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_fast.code import SparseCode
 from sae_fast.ops import autograd, checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, pick, triton_rejects
-from sae_fast.ops.native import _C, address, contiguous, threads
+from sae_fast.ops.native import _C, contiguous, threads
 
 
 def decode(code: SparseCode, W_dec: Tensor, values: Tensor | None = None, groups: Sequence[int] | None = None) -> Tensor:
@@ -84,8 +84,10 @@ def _cpu(indptr, indices, values, W_dec, bounds):
                 for g, (lo, hi) in enumerate(pairwise(bounds)):
                     torch.mm(block[:, lo:hi], W_dec[lo:hi], out=out[v, g, first:last])
         return out
-    _C.decode((address(indptr), address(indices)), rows, indices.shape[0], address(values), values.shape[0],
-              address(W_dec), d, bounds, address(out), threads())  # fmt: skip
+    _C.decode(
+        code=(indptr, indices), nnz=indices.shape[0], values=values, V=values.shape[0], W=W_dec, d=d, bounds=bounds,
+        out=out, threads=threads(),
+    )  # fmt: skip
     return out
 
 

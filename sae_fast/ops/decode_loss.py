@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_fast.code import SparseCode, row_ids
 from sae_fast.ops import autograd, checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops.native import _C, address, contiguous, threads
+from sae_fast.ops.native import _C, contiguous, threads
 
 
 class DecodeLoss(NamedTuple):
@@ -127,9 +127,9 @@ def _cpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normali
         values = values.new_empty(V, 1)
     gates = values[1] if V == 2 else None
     _C.decode_loss(
-        (address(indptr), address(indices)), rows, nnz, address(values[0]), address(gates), address(W_dec),
-        address(b_dec), address(target), address(sparsity_weight), normaliser, d, address(residual),
-        address(residual_aux), address(losses), address(grads), threads(),
+        code=(indptr, indices), nnz=nnz, magnitudes=values[0], gates=gates, W=W_dec, b_dec=b_dec, target=target,
+        sparsity_weight=sparsity_weight, normaliser=normaliser, d=d, residual=residual, residual_aux=residual_aux,
+        losses=losses, grads=grads, threads=threads(),
     )  # fmt: skip
     return losses.sum(0, dtype=torch.float64).div_(normaliser).float(), residual, residual_aux, grads
 

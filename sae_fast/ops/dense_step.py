@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_fast.code import SparseCode, row_ids
 from sae_fast.ops import crossovers
 from sae_fast.ops.dispatch import cpu_rejects, may_run, triton_rejects
-from sae_fast.ops.native import _C, address, threads
+from sae_fast.ops.native import _C, threads
 
 PARTS = 16  # runs of rows by which a chunk's sums are taken: fixed, so that they repeat
 
@@ -78,9 +78,9 @@ def _by_engine(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_aux
             blocks.append(torch.mm(r, W_dec.T, out=block))
         u_gradients = blocks[0]
         _C.value_gradients(
-            gated, (address(code.indptr[first:]), address(code.indices)), last - first, code.nnz, address(code.u),
-            address(code.values), address(scale), address(sparsity_weight), float(n), features, PARTS, address(u_gradients),
-            address(blocks[1]) if gated else 0, address(sums), threads(),
+            gated=gated, code=(code.indptr[first : last + 1], code.indices), nnz=code.nnz, u=code.u, values=code.values,
+            scale=scale, sparsity_weight=sparsity_weight, normaliser=float(n), features=features, parts=PARTS,
+            dots=u_gradients, dots_aux=blocks[1] if gated else None, sums=sums, threads=threads(),
         )  # fmt: skip
         dW_enc.addmm_(u_gradients.T, x_c[rows])
     return _finish(n, squares, sparsity_weight, sums.sum(0), dW_enc, dW_dec, residual_sum, errors)

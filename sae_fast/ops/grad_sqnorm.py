@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_fast.code import RowGradient
 from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, pick, triton_rejects
-from sae_fast.ops.native import _C, address, contiguous, threads
+from sae_fast.ops.native import _C, contiguous, threads
 from sae_fast.ops.weight_step import dense_gradient, project_rows
 
 
@@ -67,11 +67,11 @@ def _cpu(W, colptr, rows, perm, values, A, self_coefficient, first_feature, proj
     values, A = [v.contiguous() for v in values], [a.contiguous() for a in A]
     colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
     out = torch.empty(W.shape[0], dtype=torch.float64)
-    sources = [(address(v), address(a)) for v, a in zip(values, A, strict=True)]
     self_coefficient = None if self_coefficient is None else self_coefficient.contiguous()
-    csc = address(colptr), address(rows), address(perm)
-    _C.grad_sqnorm(csc, colptr.shape[0] - 1, sources, W.shape[1], first_feature, W.shape[0],
-                   address(W), address(self_coefficient), project, address(out), threads())  # fmt: skip
+    _C.grad_sqnorm(
+        code=(colptr, rows, perm), sources=(values, A), d=W.shape[1], first=first_feature, n=W.shape[0], W=W,
+        self_coefficient=self_coefficient, project=project, out=out, threads=threads(),
+    )  # fmt: skip
     return out.sum()
 
 

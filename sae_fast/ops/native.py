@@ -1,4 +1,4 @@
-"""Arguments for the C++ engine: addresses of contiguous tensors, and torch's own thread count."""
+"""The C++ engine, and its arguments: contiguous tensors with memory, and torch's own thread count."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae_fast.ops.dispatch import _C
 
-__all__ = ["_C", "address", "contiguous", "in_memory", "threads"]
+__all__ = ["_C", "contiguous", "in_memory", "threads"]
 
 # Dispatch keys of a tensor that stands for another: a subclass with ops of its own (fake, distributed), torch.func's
 # wrappers, and views that change what they show.
@@ -26,18 +26,6 @@ def in_memory(tensor: Tensor) -> bool:
     keys = torch._C._dispatch_keys(tensor)
     recorder = torch._C._get_dispatch_mode(_PROXY) or torch._ops._get_dispatch_mode_pre_dispatch(_PROXY)
     return not (any(map(keys.has, _WRAPPED)) or recorder is not None or torch.jit.is_tracing())
-
-
-def address(tensor: Tensor | None) -> int:
-    """The address of a tensor's first element; 0 for None.  The caller keeps the tensor alive during the call."""
-    if tensor is None:
-        return 0
-    if not tensor.is_contiguous():
-        raise RuntimeError("the engine takes contiguous tensors only")
-    pointer = tensor.data_ptr()
-    if not pointer and tensor.numel():
-        raise RuntimeError(f"the engine takes tensors with memory, not a {type(tensor).__name__} on {tensor.device}")
-    return pointer
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

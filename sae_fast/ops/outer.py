@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_fast.code import Transposed
 from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops.native import _C, address, contiguous, threads
+from sae_fast.ops.native import _C, contiguous, threads
 
 
 def outer(
@@ -122,11 +122,11 @@ def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
                 crossovers.scatter(colptr, rows, perm, first_feature + first, first_feature + last, v, block)
                 out[first:last].addmm_(block, a)
         return
-    sources = [(address(v), address(a)) for v, a in zip(values, A, strict=True)]
     features = None if features is None else features.contiguous()
-    csc = address(colptr), address(rows), address(perm)
-    _C.outer(csc, colptr.shape[0] - 1, sources, A[0].shape[1], address(features),
-             first_feature, out.shape[0], address(out), threads())  # fmt: skip
+    _C.outer(
+        code=(colptr, rows, perm), sources=(values, A), d=A[0].shape[1], list=features, first=first_feature, n=out.shape[0],
+        out=out, threads=threads(),
+    )  # fmt: skip
 
 
 def _gpu(out, colptr, rows, perm, values, A, features, first_feature):

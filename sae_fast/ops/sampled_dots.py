@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_fast.code import SparseCode, row_ids
 from sae_fast.ops import autograd, checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, pick, triton_rejects
-from sae_fast.ops.native import _C, address, contiguous, threads
+from sae_fast.ops.native import _C, contiguous, threads
 
 
 def sampled_dots(code: SparseCode, A: Tensor, W: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _cpu(indptr, indices, A, W):
         for first, last in crossovers.chunks(rows, features):
             crossovers.gather(indptr, indices, first, last, A[first:last] @ W.T, out)
         return out
-    _C.sampled_dots((address(indptr), address(indices)), rows, address(A), address(W), d, address(out), threads())
+    _C.sampled_dots(code=(indptr, indices), A=A, W=W, d=d, out=out, threads=threads())
     return out
 
 

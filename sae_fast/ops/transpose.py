@@ -11,7 +11,7 @@ import torch
 from sae_fast.code import SparseCode, Transposed, row_ids
 from sae_fast.ops import checks
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops.native import _C, address, contiguous, threads
+from sae_fast.ops.native import _C, contiguous, threads
 
 
 def transpose(code: SparseCode) -> Transposed:
@@ -49,13 +49,11 @@ def _(indptr, indices, features):
 
 def _cpu(indptr, indices, features):
     indptr, indices = contiguous(indptr, indices)
-    rows, nnz, parts = indptr.shape[0] - 1, indices.shape[0], threads()
-    scratch = torch.empty(parts, features, dtype=torch.int64)
+    nnz = indices.shape[0]
     colptr = torch.empty(features + 1, dtype=torch.int64)
-    out_rows, perm = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz, dtype=torch.int64)
-    _C.transpose((address(indptr), address(indices)), rows, features, parts, address(scratch), address(colptr),
-                 address(out_rows), address(perm), threads())  # fmt: skip
-    return colptr, out_rows, perm
+    rows, perm = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz, dtype=torch.int64)
+    _C.transpose(code=(indptr, indices), features=features, colptr=colptr, rows=rows, perm=perm, threads=threads())
+    return colptr, rows, perm
 
 
 def _gpu(indptr, indices, features):

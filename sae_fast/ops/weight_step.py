@@ -15,7 +15,7 @@ from sae_fast.code import RowGradient, Shadow
 from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops.encode.shadow import refresh_shadow
-from sae_fast.ops.native import _C, address, contiguous, threads
+from sae_fast.ops.native import _C, contiguous, threads
 
 
 def weight_step(
@@ -168,19 +168,17 @@ def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first
             at = slice(first, last)
             coefficient = None if self_coefficient is None else self_coefficient[at]
             grad = dense_gradient(W[at], colptr, rows, perm, values, A, coefficient, first_feature + first, last - first)
-            touched = colptr[first_feature + first :]
+            touched = colptr[first_feature + first : first_feature + last + 1]
             part = None if shadow is None else Shadow(shadow.rows[at], shadow.norms[at])
             _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale, None, part, touched)
         return
     values, A = [x.contiguous() for x in values], [a.contiguous() for a in A]
     colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
-    sources = [(address(x), address(a)) for x, a in zip(values, A, strict=True)]
     self_coefficient = None if self_coefficient is None else self_coefficient.contiguous()
-    csc = address(colptr), address(rows), address(perm)
     _C.weight_step(
-        csc, colptr.shape[0] - 1, sources, W.shape[1], first_feature, W.shape[0],
-        address(self_coefficient), _scale(grad_scale), _C.Adam(lr, beta2, eps, step, unit_rows, unit_rows), address(W),
-        address(v), address(last_step), _addresses(shadow), threads(),
+        code=(colptr, rows, perm), sources=(values, A), d=W.shape[1], first=first_feature, n=W.shape[0],
+        self_coefficient=self_coefficient, grad_scale=_scale(grad_scale), adam=_constants(step, lr, beta2, eps, unit_rows),
+        W=W, v=v, last_step=last_step, shadow=shadow, threads=threads(),
     )  # fmt: skip
 
 
@@ -188,13 +186,14 @@ def _cpu_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale
     """With colptr [n + 1], rows without entries are left alone."""
     if _skips(skip):
         return
-    adam = _C.Adam(lr, beta2, eps, step, unit_rows, unit_rows)
-    _C.row_step(address(grad), address(colptr), W.shape[1], W.shape[0], _scale(grad_scale), adam, address(W), address(v),
-                address(last_step), _addresses(shadow), threads())  # fmt: skip
+    _C.row_step(
+        G=grad, colptr=colptr, d=W.shape[1], n=W.shape[0], grad_scale=_scale(grad_scale),
+        adam=_constants(step, lr, beta2, eps, unit_rows), W=W, v=v, last_step=last_step, shadow=shadow, threads=threads(),
+    )  # fmt: skip
 
 
-def _addresses(shadow: Shadow | None) -> tuple[int, int]:
-    return (0, 0) if shadow is None else (address(shadow.rows), address(shadow.norms))
+def _constants(step, lr, beta2, eps, unit_rows):
+    return _C.Adam(lr=lr, beta2=beta2, eps=eps, step=step, project=unit_rows, renormalise=unit_rows)
 
 
 def _scale(grad_scale: Tensor | None) -> float:

@@ -60,7 +60,7 @@ def test_kernels_define_only_their_own_namespace(objects):
 
 @checkout
 def test_kernels_and_headers_know_no_torch():
-    files = [*SOURCES, *(CSRC / "include").rglob("*.hpp")]
+    files = [*SOURCES, *(CSRC / "include").rglob("*.hpp"), *(CSRC / "host").rglob("*.hpp")]
     includes = {f.name: re.findall(r'#include\s*[<"]([^>"]+)', f.read_text()) for f in files}
     assert sum(map(len, includes.values())) > 10
     offenders = {n: bad for n, lines in includes.items()
@@ -74,6 +74,31 @@ def test_kernel_files_include_no_standard_containers():
     for source in SOURCES:
         includes = re.findall(r"#include\s*<([^>]+)>", source.read_text())
         assert not {"vector", "string", "map", "algorithm", "memory", "functional"} & set(includes), source.name
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------------
+
+
+@built
+def test_arguments_are_taken_by_name_in_the_order_of_the_list_and_by_dtype():
+    A, rows, norms = torch.ones(3, 5), torch.empty(3, 5, dtype=torch.bfloat16), torch.empty(3, 2, dtype=torch.float64)
+    given = {"A": A, "n": 3, "d": 5, "K": 5, "out": rows, "norms": norms, "threads": 1}
+    _C.round_rows(**given)
+    assert torch.equal(rows.float(), A)
+
+    def refused(error: type[Exception], says: str, **changed: object) -> None:
+        with pytest.raises(error, match=says):
+            _C.round_rows(**{**given, **changed})
+
+    refused(TypeError, "A: got torch.float64, want torch.float32", A=A.double())
+    refused(TypeError, "norms: got torch.float32, want torch.float64", norms=norms.float())
+    refused(RuntimeError, "contiguous tensors only: A", A=A.T)
+    refused(TypeError, "got more, want an end", more=1)
+    for keywords in (dict(reversed(given.items())), {**{"A": A}, "n": 3}):
+        with pytest.raises(TypeError, match=r"round_rows: got (threads, want A|an end, want d) here"):
+            _C.round_rows(**keywords)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.round_rows(*given.values())
 
 
 # ---- The instruction set ---------------------------------------------------------------------------------------------

@@ -401,8 +401,8 @@ class Recorder:
     def __getattr__(self, name: str):
         return getattr(_C, name)
 
-    def Compactor(self, *arguments):
-        self.compactors.append(_C.Compactor(*arguments))
+    def Compactor(self, **of):
+        self.compactors.append(_C.Compactor(**of))
         return self.compactors[-1]
 
     def candidates(self) -> int:
@@ -434,12 +434,12 @@ def test_the_sign_test_keeps_what_is_not_at_most_zero(shift, isa):
     tile = torch.arange(shift - 2**15, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[None]
     width = tile.shape[1]
     operand = torch.zeros(width)
-    compactor = _C.Compactor(1, 1)
-    layer = _C.Layer(operand.data_ptr(), operand.data_ptr(), 1, operand.data_ptr(), 0)
-    compactor.add_rounded_tile(layer, tile.data_ptr(), width, 0, 1)
+    compactor = _C.Compactor(rows=1, parts=1)
+    layer = _C.Layer(x=operand, W=operand, d=1, bias=operand, cut=None)
+    compactor.add_rounded_tile(layer=layer, tile=tile, width=width, first=0, threads=1)
     nnz = compactor.nnz()
     indptr, indices, u = torch.empty(2, dtype=torch.int64), torch.empty(nnz, dtype=torch.int32), torch.empty(nnz)
-    compactor.finish(indptr.data_ptr(), indices.data_ptr(), u.data_ptr(), 1)
+    compactor.finish(indptr=indptr, indices=indices, u=u, threads=1)
     want = ~(tile[0].float() <= 0)
     assert torch.equal(indices.long(), want.nonzero()[:, 0])
     assert torch.equal(u.nan_to_num(nan=-1.0), tile[0].float()[want].nan_to_num(nan=-1.0))

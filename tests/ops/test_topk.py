@@ -459,8 +459,8 @@ def test_few_candidates_are_verified(way):
         def __getattr__(self, name):
             return getattr(_C, name)
 
-        def Largest(self, *arguments):
-            seen.append(_C.Largest(*arguments))
+        def Largest(self, **of):
+            seen.append(_C.Largest(**of))
             return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch, forced(way, TILE=2**17):

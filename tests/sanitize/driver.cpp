@@ -8,17 +8,19 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <tuple>
+#include <type_traits>
 #include <vector>
 
-#include "sae_fast/compactor.hpp"
-#include "sae_fast/cpu.hpp"
-#include "sae_fast/largest.hpp"
-#include "sae_fast/sound.hpp"
+#include "host/arguments.hpp"
+#include "host/compactor.hpp"
+#include "host/isas.hpp"
+#include "host/largest.hpp"
+#include "host/sound.hpp"
 
 using namespace sae_fast;
 
@@ -135,13 +137,13 @@ void compare(const std::string& where, char dtype, const char* got, const std::s
 
 // ---- Replaying ------------------------------------------------------------------------------------------------------
 
-struct Memory {
-  virtual ~Memory() = default;
+struct AnyBlock {
+  virtual ~AnyBlock() = default;
 };
 
 // A heap block of exactly n elements: a copy of content, or poison.  Null for none, as torch gives an empty tensor.
 template <class T>
-class Block : public Memory {
+class Block : public AnyBlock {
  public:
   explicit Block(int64_t n, const T* content = nullptr) : size_(n), data_(n ? new T[n] : nullptr) {
     if (n && content) std::memcpy(data_.get(), content, n * sizeof(T));
@@ -159,43 +161,82 @@ class Block : public Memory {
 // One call's arguments, taken in turn: in braces the turn is from left to right.
 class Arguments {
  public:
-  Arguments(const Call& call, std::string where) : call_(call), where_(std::move(where)) {}
+  Arguments(const Call& call, int threads, std::string where) : call_(call), threads_(threads), where_(std::move(where)) {}
 
-  void skip(size_t n) { at_ += n; }
   double real() {
     const Argument& a = take();
     if (a.dtype) throw std::runtime_error(where_ + ": an array in the place of a number");
     return a.number;
   }
+  void skip() { take(); }
   int64_t integer() { return static_cast<int64_t>(real()); }
-  bool flag() { return real() != 0; }
   template <class T>
-  const T* in() { return block<T>(true); }
-  template <class T>
-  T* out() { return written<T>(false); }
-  template <class T>
-  T* in_out() { return written<T>(true); }
-  size_t elements() const {  // of the array whose turn is next
+  T* array(bool content) {
+    const Argument& a = take();
+    if (a.dtype ? item_size(a.dtype) != sizeof(T) : a.number != 0)
+      throw std::runtime_error(where_ + ": argument " + std::to_string(at_ - 1) + " is not an array of the right type");
+    if (a.dtype == 0 || a.before->empty()) return nullptr;  // torch gives an empty tensor the address 0
+    const T* from = content ? reinterpret_cast<const T*>(a.before->data()) : nullptr;
+    return block<T>(static_cast<int64_t>(a.before->size() / sizeof(T)), from);
+  }
+  int64_t elements() const {  // of the array whose turn is next
     const Argument& a = call_.arguments.at(at_);
-    return a.dtype ? a.before->size() / item_size(a.dtype) : 0;
+    return a.dtype ? static_cast<int64_t>(a.before->size() / item_size(a.dtype)) : 0;
   }
 
-  Csr csr() { return {in<int64_t>(), in<int32_t>(), integer()}; }
-  Csc csc() { return {in<int64_t>(), in<int32_t>(), in<int64_t>()}; }
-  std::vector<Source> sources() {
-    std::vector<Source> all(integer());
-    for (Source& source : all) source = Source{in<float>(), in<float>()};
-    return all;
+  // What args::each visits.
+  template <class T>
+  void in(const char*, const T*& to) { to = array<T>(true); }
+  template <class T>
+  void out(const char*, T*& to, bool content = false) {
+    to = array<T>(content);
+    if (to) written_.emplace_back(at_ - 1, reinterpret_cast<const char*>(to));
   }
-  Screen screen() { return {integer(), integer(), in<int64_t>(), integer(), real(), in<double>(), static_cast<uint16_t>(integer())}; }
-  Shadow shadow() { return {in_out<uint16_t>(), in_out<double>()}; }
-  Compactor::Layer layer() { return {in<float>(), in<float>(), integer(), in<float>(), in<float>()}; }
-  Adam adam() {  // as in csrc/bindings.cpp
+  template <class T>
+  void in_out(const char* name, T*& to) { out(name, to, true); }
+  template <class T>
+  void by(const char*, T& to) { to = static_cast<T>(real()); }
+  void by(const char* name, int& to) {
+    const int recorded = static_cast<int>(integer());
+    to = std::strcmp(name, "threads") == 0 ? threads_ : recorded;
+  }
+  void by(const char*, Csr& to) {
+    const int64_t rows = elements() - 1;
+    to = {array<int64_t>(true), array<int32_t>(true), rows};
+  }
+  void by(const char*, Csc& to) {
+    const int64_t features = elements() - 1;
+    to = {array<int64_t>(true), array<int32_t>(true), array<int64_t>(true), features};
+  }
+  void by(const char*, Sources& to) {
+    sources_.resize(integer());
+    for (Source& source : sources_) source.values = array<float>(true);
+    for (Source& source : sources_) source.A = array<float>(true);
+    to = {sources_.data(), static_cast<int>(sources_.size())};
+  }
+  void by(const char*, Bounds& to) {
+    const int64_t groups = elements() - 1;
+    to = {array<int64_t>(true), groups};
+  }
+  void by(const char*, Screen& to) {
+    to = {integer(), integer(), array<int64_t>(true), integer(), real(), array<double>(true), static_cast<uint16_t>(integer())};
+  }
+  void by(const char*, Adam& to) {
     const double lr = real(), beta2 = real(), eps = real();
     const int64_t step = integer();
-    const double correction = 1.0 - std::pow(beta2, static_cast<double>(step));
-    return {beta2, static_cast<float>(lr), static_cast<float>(1.0 / std::sqrt(correction)), static_cast<float>(eps), step,
-            flag(), flag()};
+    const bool project = integer();
+    to = make_adam(lr, beta2, eps, step, project, integer());
+  }
+  void by(const char*, Layer& to) {
+    to = {array<float>(true), array<float>(true), integer(), array<float>(true), array<float>(true)};
+  }
+  void by(const char* name, Shadow& to) {
+    if (elements() == 0) return skip();
+    in_out(name, to.rows);
+    in_out(name, to.norms);
+  }
+  void memory(Memory& to) {
+    to = {this, [](void* self, int64_t bytes) -> void* { return static_cast<Arguments*>(self)->block<char>(bytes); }};
   }
 
   const std::string& where() const { return where_; }
@@ -222,58 +263,40 @@ class Arguments {
     return call_.arguments[at_++];
   }
   template <class T>
-  T* block(bool content) {
-    const Argument& a = take();
-    if (a.dtype ? item_size(a.dtype) != sizeof(T) : a.number != 0)
-      throw std::runtime_error(where_ + ": argument " + std::to_string(at_ - 1) + " is not an array of the right type");
-    if (a.dtype == 0 || a.before->empty()) return nullptr;  // torch gives an empty tensor the address 0
-    const T* from = content ? reinterpret_cast<const T*>(a.before->data()) : nullptr;
-    auto block = std::make_unique<Block<T>>(a.before->size() / sizeof(T), from);
+  T* block(int64_t n, const T* content = nullptr) {
+    auto block = std::make_unique<Block<T>>(n, content);
     T* data = *block;
     blocks_.push_back(std::move(block));
     return data;
   }
-  template <class T>
-  T* written(bool content) {
-    T* data = block<T>(content);
-    if (data) written_.emplace_back(at_ - 1, reinterpret_cast<const char*>(data));
-    return data;
-  }
 
   const Call& call_;
+  int threads_;
   std::string where_;
+  std::vector<Source> sources_;
   size_t at_ = 0;
-  std::vector<std::unique_ptr<Memory>> blocks_;
+  std::vector<std::unique_ptr<AnyBlock>> blocks_;
   std::vector<std::pair<size_t, const char*>> written_;
 };
 
-// What the Compactor calls, row by row, into blocks of exactly the documented size: n + 16 for compact, n for the others.
-class Rows {
+// What a Compactor does, row by row, in blocks of exactly the documented size: n + kSlack for compact, n for the others.
+class Rows : public Tiles {
  public:
-  Rows(const Kernels& kernels, int64_t n) : k_(kernels), indices_(n), u_(n) {}
+  Rows(const Kernels& kernels, int64_t n) : Tiles(kernels), indices_(n), u_(n) {}
 
-  void add_tile(const Compactor::Layer& layer, const float* tile, int64_t width, int32_t first) {
+  void add_tile(const args::add_tile& a) override { add_exact(a, a.tile); }
+  void add_dense(const args::add_dense& a) override { add_dots(a); }
+  void add_bounded_tile(const args::add_bounded_tile& a) override { add_dots(a); }
+  void add_screened_tile(const args::add_screened_tile& a) override {
+    const Layer& of = a.layer;
     for (size_t b = 0; b < u_.size(); ++b) {
-      Block<int32_t> indices(width + 16);
-      Block<float> u(width + 16);
-      append(b, indices, u, k_.compact(tile + b * width, layer.bias + first, layer.cut ? layer.cut + first : nullptr, width,
-                                       first, indices, u));
-    }
-  }
-  void add_dense(const Compactor::Layer& layer, int64_t width, int32_t first) {
-    const int64_t rows = static_cast<int64_t>(u_.size());
-    Block<float> tile(rows * width);
-    k_.dot_block(layer.x, rows, layer.W + first * layer.d, width, layer.d, tile);
-    add_tile(layer, tile, width, first);
-  }
-  void add_screened_tile(const Compactor::Layer& layer, const uint16_t* tile, int64_t width, int32_t first) {
-    for (size_t b = 0; b < u_.size(); ++b) {
-      const Block<int32_t> found = screen(tile + b * width, width, first);
+      const Block<int32_t> found = screen(a, b);
       const int64_t n = found.size();
       Block<int32_t> indices(n), in_place(n, found);
       Block<float> u(n), again(n);
       const auto verify = [&](const int32_t* candidates, int32_t* members, float* dots) {
-        return k_.verify(layer.x + b * layer.d, layer.W, layer.d, layer.bias, layer.cut, candidates, n, members, dots);
+        return kernels_.verify({.x = of.x + b * of.d, .W = of.W, .d = of.d, .bias = of.bias, .cut = of.cut,
+                                .candidates = candidates, .n = n, .indices = members, .u = dots});
       };
       const int64_t members = verify(found, indices, u);
       append(b, indices, u, members);
@@ -281,31 +304,51 @@ class Rows {
         fail("verify", "in place, other members");
     }
   }
-  void add_rounded_tile(const Compactor::Layer& layer, const uint16_t* tile, int64_t width, int32_t first) {
+  void add_rounded_tile(const args::add_rounded_tile& a) override {
     for (size_t b = 0; b < u_.size(); ++b) {
-      const Block<int32_t> found = screen(tile + b * width, width, first);
+      const Block<int32_t> found = screen(a, b);
       Block<float> u(found.size());
       for (int64_t j = 0; j < found.size(); ++j) {
         const int32_t i = found[j];
-        u[j] = static_cast<float>(element('h', reinterpret_cast<const char*>(tile + b * width), i - first)) -
-               (layer.bias[i] - (layer.cut ? layer.cut[i] : 0.0f));
+        u[j] = static_cast<float>(element('h', reinterpret_cast<const char*>(a.tile + b * a.width), i - a.first)) -
+               (a.layer.bias[i] - (a.layer.cut ? a.layer.cut[i] : 0.0f));
       }
       append(b, found, u, found.size());
     }
   }
-  void finish(int64_t* indptr, int32_t* indices, float* u) const {
-    *indptr = 0;
+  void finish(const args::finish& a) override {
+    *a.indptr = 0;
+    int64_t at = 0;
     for (size_t b = 0; b < u_.size(); ++b) {
-      indices = std::copy(indices_[b].begin(), indices_[b].end(), indices);
-      u = std::copy(u_[b].begin(), u_[b].end(), u);
-      indptr[b + 1] = indptr[b] + static_cast<int64_t>(u_[b].size());
+      std::copy(indices_[b].begin(), indices_[b].end(), a.indices + at);
+      std::copy(u_[b].begin(), u_[b].end(), a.u + at);
+      a.indptr[b + 1] = at += static_cast<int64_t>(u_[b].size());
     }
   }
+  int64_t candidates() const override { return 0; }
 
  private:
-  Block<int32_t> screen(const uint16_t* tile, int64_t width, int32_t first) const {
-    Block<int32_t> room(width);
-    const int64_t n = k_.screen(tile, width, 0, first, room);
+  template <class Tile>
+  void add_exact(const Tile& a, const float* tile) {
+    const float* cut = a.layer.cut ? a.layer.cut + a.first : nullptr;
+    for (size_t b = 0; b < u_.size(); ++b) {
+      Block<int32_t> indices(a.width + kSlack);
+      Block<float> u(a.width + kSlack);
+      append(b, indices, u, kernels_.compact({.pre = tile + b * a.width, .bias = a.layer.bias + a.first, .cut = cut,
+                                              .n = a.width, .first = a.first, .indices = indices, .u = u}));
+    }
+  }
+  template <class Tile>
+  void add_dots(const Tile& a) {
+    const int64_t rows = static_cast<int64_t>(u_.size());
+    Block<float> tile(rows * a.width);
+    dots(a.layer, 0, rows, a.width, a.first, tile);
+    add_exact(a, tile);
+  }
+  template <class Tile>
+  Block<int32_t> screen(const Tile& a, size_t b) const {
+    Block<int32_t> room(a.width);
+    const int64_t n = kernels_.screen({.ub = a.tile + b * a.width, .n = a.width, .above = 0, .first = a.first, .indices = room});
     return Block<int32_t>(n, room);
   }
   void append(size_t b, const int32_t* indices, const float* u, int64_t n) {
@@ -313,7 +356,6 @@ class Rows {
     u_[b].insert(u_[b].end(), u, u + n);
   }
 
-  const Kernels& k_;
   std::vector<std::vector<int32_t>> indices_;
   std::vector<std::vector<float>> u_;
 };
@@ -326,272 +368,114 @@ struct Engine {
   std::unique_ptr<Largest> largest = nullptr;
 };
 
-static_assert(sizeof(Kernels) == 21 * sizeof(void (*)()), "another kernel: record.py and kReplay have to call it");
+using Replay = std::function<void(Engine&, Arguments&)>;
 
-// name -> the call.  compact, screen, verify and dot_block are called by the Compactor, and by Rows.
-const std::map<std::string, void (*)(Engine&, Arguments&)> kReplay = {
-    {"round_rows", [](Engine& e, Arguments& a) {
-       std::apply(e.k.round_rows, std::tuple{a.in<float>(), a.integer(), a.integer(), a.integer(), a.out<uint16_t>(),
-                                             a.out<double>(), e.threads});
-     }},
-    {"sound_csr", [](Engine&, Arguments& a) {
-       const auto arguments = std::tuple{a.in<int64_t>(), a.integer(), a.in<int32_t>(), a.integer(), a.integer()};
-       a.result(std::apply(sound_csr, arguments));
-     }},
-    {"sound_csc", [](Engine&, Arguments& a) {
-       const auto arguments = std::tuple{a.in<int64_t>(), a.integer(), a.in<int32_t>(), a.integer(), a.in<int64_t>(),
-                                         a.integer()};
-       a.result(std::apply(sound_csc, arguments));
-     }},
-    {"stale_rows", [](Engine& e, Arguments& a) {
-       const auto arguments = std::tuple{a.in<float>(), a.integer(), a.integer(), a.in<uint16_t>(),
-                                          a.in<double>(), e.threads};
-       a.result(std::apply(e.k.stale_rows, arguments));
-     }},
-    {"column_residuals", [](Engine& e, Arguments& a) {
-       std::apply(e.k.column_residuals, std::tuple{a.in<float>(), a.in<uint16_t>(), a.integer(), a.integer(), a.integer(),
-                                                   a.integer(), a.out<float>(), e.threads});
-     }},
-    {"screen_x", [](Engine& e, Arguments& a) {
-       std::apply(e.k.screen_x, std::tuple{a.screen(), a.in<float>(), a.integer(), a.in<double>(), a.in_out<uint16_t>(),
-                                           e.threads});
-     }},
-    {"screen_w", [](Engine& e, Arguments& a) {
-       std::apply(e.k.screen_w, std::tuple{a.screen(), a.in<uint16_t>(), a.in<float>(), a.integer(), a.in<double>(),
-                                           a.in<float>(), a.in<float>(), a.out<uint16_t>(), e.threads});
-     }},
-    {"activate", [](Engine& e, Arguments& a) {
-       const auto kind = static_cast<Activation>(a.integer());
-       std::apply(e.k.activate, std::tuple{kind, a.integer(), a.in<int32_t>(), a.in<float>(), a.in<float>(), a.in<float>(),
-                                           a.in<float>(), a.in<float>(), a.out<float>(), e.threads});
-     }},
-    {"decode", [](Engine& e, Arguments& a) {
-       const Csr code = a.csr();
-       const int64_t nnz = a.integer();
-       const float* values = a.in<float>();
-       const int64_t V = a.integer();
-       const float* W = a.in<float>();
-       const int64_t d = a.integer(), groups = static_cast<int64_t>(a.elements()) - 1;
-       const int64_t* bounds = a.in<int64_t>();
-       e.k.decode(code, nnz, values, V, W, d, bounds, groups, a.out<float>(), e.threads);
-     }},
-    {"sampled_dots", [](Engine& e, Arguments& a) {
-       std::apply(e.k.sampled_dots, std::tuple{a.csr(), a.in<float>(), a.in<float>(), a.integer(), a.out<float>(),
-                                               e.threads});
-     }},
-    {"decode_loss", [](Engine& e, Arguments& a) {
-       std::apply(e.k.decode_loss, std::tuple{a.csr(), a.integer(), a.in<float>(), a.in<float>(), a.in<float>(),
-                                              a.in<float>(), a.in<float>(), a.in<float>(), a.real(), a.integer(),
-                                              a.out<float>(), a.out<float>(), a.out<float>(), a.out<float>(), e.threads});
-     }},
-    {"value_gradients", [](Engine& e, Arguments& a) {
-       const bool gated = a.flag();
-       const Csr code = a.csr();
-       const int64_t nnz = a.integer();
-       const float *u = a.in<float>(), *values = a.in<float>(), *scale = a.in<float>(), *weight = a.in<float>();
-       const double normaliser = a.real();
-       const int64_t features = a.integer(), parts = a.integer();
-       float* dots = a.in_out<float>();
-       const float* dots_aux = a.in<float>();
-       Block<float> row(features * e.threads);
-       e.k.value_gradients(gated, code, nnz, u, values, scale, weight, normaliser, features, static_cast<int>(parts), dots,
-                           dots_aux, a.in_out<float>(), row, e.threads);
-     }},
-    {"transpose", [](Engine& e, Arguments& a) {
-       const Csr code = a.csr();
-       const int64_t features = a.integer();
-       a.skip(2);  // the parts there, and their scratch
-       Block<int64_t> scratch(features * e.threads);
-       int64_t* colptr = a.out<int64_t>();
-       int32_t* rows = a.out<int32_t>();
-       e.k.transpose(code, features, e.threads, scratch, colptr, rows, a.out<int64_t>(), e.threads);
-     }},
-    {"outer", [](Engine& e, Arguments& a) {
-       const Csc code = a.csc();
-       const int64_t features = a.integer();
-       const std::vector<Source> sources = a.sources();
-       const int64_t d = a.integer();
-       const int64_t* list = a.in<int64_t>();
-       const int64_t first = a.integer(), n = a.integer();
-       Block<float> scratch(gradient_scratch(code.colptr, features, d, e.threads));
-       e.k.outer(code, sources.data(), static_cast<int>(sources.size()), d, list, first, n, a.in_out<float>(), scratch,
-                 e.threads);
-     }},
-    {"grad_sqnorm", [](Engine& e, Arguments& a) {
-       const Csc code = a.csc();
-       const int64_t features = a.integer();
-       const std::vector<Source> sources = a.sources();
-       const int64_t d = a.integer(), first = a.integer(), n = a.integer();
-       const float *W = a.in<float>(), *self_coefficient = a.in<float>();
-       const bool project = a.flag();
-       Block<float> scratch(gradient_scratch(code.colptr, features, d, e.threads));
-       e.k.grad_sqnorm(code, sources.data(), static_cast<int>(sources.size()), d, first, n, W, self_coefficient, project,
-                       a.out<double>(), scratch, e.threads);
-     }},
-    {"weight_step", [](Engine& e, Arguments& a) {
-       const Csc code = a.csc();
-       const int64_t features = a.integer();
-       const std::vector<Source> sources = a.sources();
-       const int64_t d = a.integer(), first = a.integer(), n = a.integer();
-       const float* self_coefficient = a.in<float>();
-       const float grad_scale = static_cast<float>(a.real());
-       const Adam adam = a.adam();
-       float *W = a.in_out<float>(), *v = a.in_out<float>();
-       int64_t* last_step = a.in_out<int64_t>();
-       Block<float> scratch(gradient_scratch(code.colptr, features, d, e.threads));
-       e.k.weight_step(code, sources.data(), static_cast<int>(sources.size()), d, first, n, self_coefficient, grad_scale,
-                       adam, W, v, last_step, a.shadow(), scratch, e.threads);
-     }},
-    {"row_step", [](Engine& e, Arguments& a) {
-       const float* G = a.in<float>();
-       const int64_t* colptr = a.in<int64_t>();
-       const int64_t d = a.integer(), n = a.integer();
-       const float grad_scale = static_cast<float>(a.real());
-       const Adam adam = a.adam();
-       float *W = a.in_out<float>(), *v = a.in_out<float>();
-       int64_t* last_step = a.in_out<int64_t>();
-       Block<float> scratch(d * e.threads);
-       e.k.row_step(G, colptr, d, n, grad_scale, adam, W, v, last_step, a.shadow(), scratch, e.threads);
-     }},
-    {"scatter", [](Engine& e, Arguments& a) {
-       std::apply(e.k.scatter, std::tuple{a.in<int64_t>(), a.in<int32_t>(), a.in<int64_t>(), a.integer(), a.integer(),
-                                          a.integer(), a.in<float>(), a.out<float>(), e.threads});
-     }},
-    {"gather", [](Engine& e, Arguments& a) {
-       std::apply(e.k.gather, std::tuple{a.in<int64_t>(), a.in<int32_t>(), a.integer(), a.integer(), a.integer(),
-                                         a.in<float>(), a.in_out<float>(), e.threads});
-     }},
-    {"Compactor", [](Engine& e, Arguments& a) {
-       const int64_t rows = a.integer();
-       e.compactor = std::make_unique<Compactor>(rows, e.threads);
-       e.rows = std::make_unique<Rows>(e.k, rows);
-     }},
-    {"Compactor.add_tile", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const float* tile = a.in<float>();
-       const int64_t width = a.integer(), first = a.integer();
-       e.compactor->add_tile(e.k, layer, tile, width, static_cast<int32_t>(first), e.threads);
-       e.rows->add_tile(layer, tile, width, static_cast<int32_t>(first));
-     }},
-    {"Compactor.add_screened_tile", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const uint16_t* tile = a.in<uint16_t>();
-       const int64_t width = a.integer(), first = a.integer();
-       e.compactor->add_screened_tile(e.k, layer, tile, width, static_cast<int32_t>(first), a.real(), e.threads);
-       e.rows->add_screened_tile(layer, tile, width, static_cast<int32_t>(first));
-     }},
-    {"Compactor.add_rounded_tile", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const uint16_t* tile = a.in<uint16_t>();
-       const int64_t width = a.integer(), first = a.integer();
-       e.compactor->add_rounded_tile(e.k, layer, tile, width, static_cast<int32_t>(first), e.threads);
-       e.rows->add_rounded_tile(layer, tile, width, static_cast<int32_t>(first));
-     }},
-    {"Compactor.add_dense", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const int64_t width = a.integer(), first = a.integer();
-       e.compactor->add_dense(e.k, layer, width, static_cast<int32_t>(first), e.threads);
-       e.rows->add_dense(layer, width, static_cast<int32_t>(first));
-     }},
-    {"Compactor.add_bounded_tile", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const float *tile = a.in<float>(), *bias = a.in<float>(), *margins = a.in<float>();
-       const int64_t width = a.integer(), first = a.integer();
-       e.compactor->add_bounded_tile(e.k, layer, tile, bias, margins, width, static_cast<int32_t>(first), a.real(), e.threads);
-       e.rows->add_dense(layer, width, static_cast<int32_t>(first));
-     }},
-    {"Compactor.nnz", [](Engine& e, Arguments& a) {
-       a.result(e.compactor->nnz());
-       if (e.compactor->candidates() < 0) fail("candidates", "a negative number");
-     }},
-    {"Compactor.finish", [](Engine& e, Arguments& a) {
-       const size_t rows = a.elements();
-       int64_t* indptr = a.out<int64_t>();
-       const size_t nnz = a.elements();
-       int32_t* indices = a.out<int32_t>();
-       float* u = a.out<float>();
-       e.compactor->finish(indptr, indices, u, e.threads);
-       Block<int64_t> own_indptr(rows);
-       Block<int32_t> own_indices(nnz);
-       Block<float> own_u(nnz);
-       e.rows->finish(own_indptr, own_indices, own_u);
-       const auto same = [&](const char* name, char dtype, const void* got, const std::string& want) {
-         compare(a.where() + ", against the kernels alone, " + name, dtype, static_cast<const char*>(got), want, true);
-       };
-       same("indptr", 'l', indptr, own_indptr.bytes());
-       same("indices", 'i', indices, own_indices.bytes());
-       same("u", 'f', u, own_u.bytes());
-     }},
-    {"Largest", [](Engine& e, Arguments& a) {
-       const int64_t rows = a.integer(), k = a.integer();
-       const bool whole = a.flag();
-       const int64_t room = a.integer();
-       e.largest = std::make_unique<Largest>(rows, k, whole, room, static_cast<int>(a.integer()));
-     }},
-    {"Largest.begin", [](Engine& e, Arguments& a) {
-       const int64_t first = a.integer();
-       e.largest->begin(first, a.integer());
-     }},
-    {"Largest.expect", [](Engine& e, Arguments& a) { e.largest->expect(a.in<float>()); }},
-    {"Largest.add_tile", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const float* tile = a.in<float>();
-       const int64_t width = a.integer(), first = a.integer();
-       e.largest->add_tile(e.k, layer, tile, width, static_cast<int32_t>(first), e.threads);
-     }},
-    {"Largest.add_screened_tile", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const uint16_t* tile = a.in<uint16_t>();
-       const int64_t width = a.integer(), first = a.integer();
-       e.largest->add_screened_tile(e.k, layer, tile, width, static_cast<int32_t>(first), a.real(), e.threads);
-     }},
-    {"Largest.add_bounded_tile", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const float *tile = a.in<float>(), *bias = a.in<float>();
-       const int64_t width = a.integer(), first = a.integer();
-       e.largest->add_bounded_tile(e.k, layer, tile, bias, width, static_cast<int32_t>(first), e.threads);
-     }},
-    {"Largest.add_rounded_tile", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const uint16_t* tile = a.in<uint16_t>();
-       const int64_t width = a.integer(), first = a.integer();
-       e.largest->add_rounded_tile(e.k, layer, tile, width, static_cast<int32_t>(first), e.threads);
-     }},
-    {"Largest.add_dense", [](Engine& e, Arguments& a) {
-       const Compactor::Layer layer = a.layer();
-       const int64_t width = a.integer(), first = a.integer();
-       e.largest->add_dense(e.k, layer, width, static_cast<int32_t>(first), e.threads);
-     }},
-    {"Largest.settle", [](Engine& e, Arguments& a) { e.largest->settle(e.k, a.layer(), e.threads); }},
-    {"Largest.select", [](Engine& e, Arguments& a) { a.result(e.largest->select(e.threads)); }},
-    {"Largest.finish", [](Engine& e, Arguments& a) {
-       int64_t* indptr = a.out<int64_t>();
-       int32_t* indices = a.out<int32_t>();
-       e.largest->finish(indptr, indices, a.out<float>(), e.threads);
-     }},
-};
-
-std::vector<std::pair<std::string, const Kernels*>> supported_isas() {  // as in csrc/bindings.cpp
-  std::vector<std::pair<std::string, const Kernels*>> isas;
-#ifdef SAE_FAST_HAS_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
-    isas.emplace_back("avx512", &avx512::kernels());
-#endif
-#ifdef SAE_FAST_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    isas.emplace_back("avx2", &avx2::kernels());
-#endif
-  isas.emplace_back("plain", &plain::kernels());
-  return isas;
+template <class Result, class Args>
+Replay of(Result (*Kernels::*kernel)(const Args&)) {
+  return [kernel](Engine& e, Arguments& arguments) {
+    Args a{};
+    args::each(a, arguments);
+    if constexpr (std::is_void_v<Result>) (e.k.*kernel)(a);
+    else arguments.result((e.k.*kernel)(a));
+  };
 }
+
+template <class Args>
+Replay of_compactor(void (Tiles::*method)(const Args&)) {
+  return [method](Engine& e, Arguments& arguments) {
+    Args a{};
+    args::each(a, arguments);
+    (e.compactor.get()->*method)(a);
+    if constexpr (!std::is_same_v<Args, args::finish>) (e.rows.get()->*method)(a);
+  };
+}
+
+template <class Args>
+Replay of_largest(void (Tiles::*method)(const Args&)) {
+  return [method](Engine& e, Arguments& arguments) {
+    Args a{};
+    args::each(a, arguments);
+    (e.largest.get()->*method)(a);
+  };
+}
+
+void finish(Engine& e, Arguments& a) {
+  const int64_t rows = a.elements();
+  args::finish got{};
+  args::each(got, a);
+  e.compactor->finish(got);
+  const int64_t nnz = got.indptr[rows - 1];
+  Block<int64_t> indptr(rows);
+  Block<int32_t> indices(nnz);
+  Block<float> u(nnz);
+  e.rows->finish({.indptr = indptr, .indices = indices, .u = u, .threads = 1});
+  const auto same = [&](const char* name, char dtype, const void* found, const std::string& want) {
+    compare(a.where() + ", against the kernels alone, " + name, dtype, static_cast<const char*>(found), want, true);
+  };
+  same("indptr", 'l', got.indptr, indptr.bytes());
+  same("indices", 'i', got.indices, indices.bytes());
+  same("u", 'f', got.u, u.bytes());
+}
+
+// name -> the call.
+const std::map<std::string, Replay> kReplay = [] {
+  std::map<std::string, Replay> all = {
+#define KERNEL(Result, name, fields) {#name, of(&Kernels::name)},
+#define TILE(name, fields) {"Compactor." #name, of_compactor(&Tiles::name)}, {"Largest." #name, of_largest(&Tiles::name)},
+#include "sae_fast/kernels.def"
+  };
+  for (const char* of_tiles : {"compact", "screen", "verify", "dot_block"}) all.erase(of_tiles);  // Rows calls them
+  all["Compactor.finish"] = finish;
+  all["sound_csr"] = [](Engine&, Arguments& a) {
+    const int64_t rows = a.elements() - 1, *indptr = a.array<int64_t>(true), nnz = a.elements();
+    const int32_t* indices = a.array<int32_t>(true);
+    a.result(sound_csr(indptr, rows, indices, nnz, a.integer()));
+  };
+  all["sound_csc"] = [](Engine&, Arguments& a) {
+    const int64_t features = a.elements() - 1, *colptr = a.array<int64_t>(true), nnz = a.elements();
+    const int32_t* rows = a.array<int32_t>(true);
+    const int64_t* perm = a.array<int64_t>(true);
+    a.result(sound_csc(colptr, features, rows, nnz, perm, a.integer()));
+  };
+  all["Compactor"] = [](Engine& e, Arguments& a) {
+    const int64_t rows = a.integer();
+    a.skip();  // the parts there
+    e.compactor = std::make_unique<Compactor>(e.k, rows, e.threads);
+    e.rows = std::make_unique<Rows>(e.k, rows);
+  };
+  all["Compactor.nnz"] = [](Engine& e, Arguments& a) {
+    a.result(e.compactor->nnz());
+    if (e.compactor->candidates() < 0) fail("candidates", "a negative number");
+  };
+  all["Largest"] = [](Engine& e, Arguments& a) {
+    const int64_t rows = a.integer(), k = a.integer();
+    const bool whole = a.integer();
+    const int64_t room = a.integer();
+    e.largest = std::make_unique<Largest>(e.k, rows, k, whole, room, static_cast<int>(a.integer()));
+  };
+  all["Largest.begin"] = [](Engine& e, Arguments& a) {
+    const int64_t first = a.integer();
+    e.largest->begin(first, a.integer());
+  };
+  all["Largest.settle"] = [](Engine& e, Arguments& a) {
+    Layer layer;
+    a.by("layer", layer);
+    a.skip();  // the threads there
+    e.largest->settle(layer, e.threads);
+  };
+  all["Largest.select"] = [](Engine& e, Arguments& a) {
+    a.skip();
+    a.result(e.largest->select(e.threads));
+  };
+  return all;
+}();
 
 void replay(const Call& call, std::vector<Engine>& engines, const std::string& where) {
   const auto entry = kReplay.find(call.name);
   if (entry == kReplay.end()) throw std::runtime_error(where + ": nothing replays this");
   std::vector<std::string> first;
   for (Engine& engine : engines) {
-    Arguments arguments(call, where + ", threads " + std::to_string(engine.threads));
+    Arguments arguments(call, engine.threads, where + ", threads " + std::to_string(engine.threads));
     entry->second(engine, arguments);
     arguments.check(call.name == "Compactor.finish", first);
   }

@@ -7,7 +7,7 @@ The file is a sequence of lines:
       number VALUE
       array DTYPE OLD NEW     the numbers of the bytes before and after the call
     result VALUE            of the call
-Objects of the engine (Screen, Layer, Adam) and tuples are written as their parts, a list of pairs after its length.
+Objects of the engine (Screen, Layer, Adam) and tuples are written as their parts, sources after their number.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import hashlib
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +31,7 @@ from torch import Tensor
 import sae_fast.ops
 from sae_fast import _C, ops
 from sae_fast.code import RowGradient, SparseCode
-from sae_fast.ops import crossovers, native
+from sae_fast.ops import crossovers
 from sae_fast.ops.encode import bound, cpu, largest, screen
 
 DTYPES = {torch.bfloat16: "h", torch.int32: "i", torch.int64: "l", torch.float32: "f", torch.float64: "d"}
@@ -46,27 +47,6 @@ SHAPES = [
 # ---- Recording ------------------------------------------------------------------------------------------------------
 
 
-class Address(int):
-    """An address that knows what is there."""
-
-    tensor: Tensor  # flat
-
-    def first(self, n: int) -> Address:
-        """The same, of n elements only."""
-        return address(self.tensor[:n])
-
-    def bytes(self) -> bytes:
-        return ctypes.string_at(int(self), self.tensor.nbytes) if self else b""
-
-
-def address(tensor: Tensor | None, plain: Callable[[Tensor | None], int] = native.address) -> Address | int:
-    if tensor is None:
-        return 0
-    found = Address(plain(tensor))
-    found.tensor = tensor.detach().flatten()
-    return found
-
-
 class Recorder:
     """Stands in for sae_fast._C."""
 
@@ -77,29 +57,30 @@ class Recorder:
             setattr(self, name, _remembers_its_arguments(getattr(_C, name)))
 
     def __getattr__(self, name: str) -> Callable:
-        return lambda *args: self.call(name, getattr(_C, name), args)
+        return partial(self.call, name, getattr(_C, name))
 
-    def Compactor(self, *args: Any) -> Methods:
-        return Methods(self, "Compactor", self.call("Compactor", _C.Compactor, args))
+    def Compactor(self, **of: Any) -> Methods:
+        return Methods(self, "Compactor", self.call("Compactor", _C.Compactor, **of))
 
-    def Largest(self, *args: Any) -> Methods:
-        return Methods(self, "Largest", self.call("Largest", _C.Largest, args))
+    def Largest(self, **of: Any) -> Methods:
+        return Methods(self, "Largest", self.call("Largest", _C.Largest, **of))
 
-    def call(self, name: str, function: Callable, args: tuple) -> Any:
-        flat = list(_flatten(_trimmed(name, args)))
-        before = [self._store(a.bytes()) if isinstance(a, Address) else None for a in flat]
-        result = function(*args)
+    def call(self, name: str, function: Callable, *args: Any, **of: Any) -> Any:
+        flat = list(_flatten([*args, *of.values()]))
+        before = [self._store(a) if isinstance(a, Tensor) else None for a in flat]
+        result = function(*args, **of)
         lines: list[tuple] = [("call", name, len(flat))]
         for a, old in zip(flat, before, strict=True):
-            if old is None:
-                lines.append(("number", float(a).hex()))
+            if isinstance(a, Tensor):
+                lines.append(("array", DTYPES[a.dtype], old, self._store(a)))
             else:
-                lines.append(("array", DTYPES[a.tensor.dtype], old, self._store(a.bytes())))
+                lines.append(("number", float(a or 0).hex()))
         for line in (*lines, ("result", int(result) if isinstance(result, int) else 0)):
             self._line(*line)
         return result
 
-    def _store(self, content: bytes) -> int:
+    def _store(self, tensor: Tensor) -> int:
+        content = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
         digest = hashlib.sha256(content).digest()
         if digest not in self.stored:
             self.stored[digest] = len(self.stored)
@@ -116,43 +97,28 @@ class Methods:
         self.recorder, self.kind, self.of = recorder, kind, of
 
     def __getattr__(self, name: str) -> Callable:
-        return lambda *args: self.recorder.call(f"{self.kind}.{name}", getattr(self.of, name), args)
+        return partial(self.recorder.call, f"{self.kind}.{name}", getattr(self.of, name))
 
 
 def _remembers_its_arguments(base: type) -> type:
-    def __init__(self, *args):
-        base.__init__(self, *args)
-        self.args = args
+    def __init__(self, **of):
+        base.__init__(self, **of)
+        self.of = of
 
     return type(base.__name__, (base,), {"__init__": __init__})
 
 
-def _trimmed(name: str, args: tuple) -> tuple:
-    """Without the number of threads, which comes last.  Where an op passes a view that goes on past what the engine reads,
-    only that, so that a read past it is seen."""
-    if name.startswith("sound_") or name in ("Largest", "Largest.begin", "Largest.expect"):  # take no threads
-        return args
-    a: list = list(args[:-1])
-    if name == "screen_w":
-        a[5:7] = [x.first(a[3]) if x else x for x in a[5:7]]  # bias, cut
-    elif name == "row_step" and a[1]:
-        a[1] = a[1].first(a[3] + 1)  # colptr
-    elif name == "value_gradients":
-        a[1] = (a[1][0].first(a[2] + 1), a[1][1])  # indptr
-    return tuple(a)
-
-
-def _flatten(args: Any) -> Iterator[Any]:
+def _flatten(args: Iterable[Any]) -> Iterator[Any]:
     for a in args:
-        if isinstance(a, tuple):
-            yield from _flatten(a)
-        elif isinstance(a, list) and a and isinstance(a[0], tuple):
-            yield len(a)
-            yield from _flatten(a)
+        if isinstance(a, tuple) and isinstance(a[0], list | tuple):  # sources
+            yield len(a[0])
+            yield from (*a[0], *a[1])
+        elif isinstance(a, tuple):
+            yield from a
         elif isinstance(a, list):
-            yield address(torch.tensor(a, dtype=torch.int64))
-        elif hasattr(a, "args"):
-            yield from _flatten(a.args)
+            yield torch.tensor(a, dtype=torch.int64)
+        elif hasattr(a, "of"):
+            yield from a.of.values()
         else:
             yield a
 
@@ -332,14 +298,13 @@ def record_all() -> None:
 def main(target: Path) -> None:
     torch.set_num_threads(1)  # the results are the same with more, and driver.cpp takes its own numbers
     torch.manual_seed(0)
-    modules = [import_module(f"sae_fast.ops.{m.name}") for m in pkgutil.iter_modules(sae_fast.ops.__path__)]
+    modules = [import_module(m.name) for m in pkgutil.walk_packages(sae_fast.ops.__path__, "sae_fast.ops.")]
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")
     with ExitStack() as stack:
         recorder = Recorder(stack.enter_context(unfinished.open("wb")))
         for module in modules:
-            for name, replacement in (("_C", recorder), ("address", address)):
-                if hasattr(module, name):
-                    stack.enter_context(patch.object(module, name, replacement))
+            if hasattr(module, "_C"):
+                stack.enter_context(patch.object(module, "_C", recorder))
         # Without a bfloat16 product too: what it gives is written down, the engine's part is the same.
         stack.enter_context(patch.object(screen, "unavailable", lambda: None))
         stack.enter_context(patch.object(cpu, "FEW_ROWS", {"shadow": 0, "no shadow": 0}))

@@ -8,18 +8,9 @@
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
-struct Gradient {
-  Csc code;
-  const Source* sources;
-  int n_sources;
-  int64_t d;
-};
-
-static inline void add_run(const Gradient& gradient, int64_t begin, int64_t end, float* g) {
-  const Csc& code = gradient.code;
-  const int64_t d = gradient.d;
-  for (int s = 0; s < gradient.n_sources; ++s) {
-    const float *values = gradient.sources[s].values, *A = gradient.sources[s].A;
+static inline void add_run(const Csc& code, const Sources& sources, int64_t d, int64_t begin, int64_t end, float* g) {
+  for (int s = 0; s < sources.n; ++s) {
+    const float *values = sources.of[s].values, *A = sources.of[s].A;
     int64_t j = begin;
     if (d == 1) {  // a parameter vector: the same sums, without the loops over d
       const auto term = [&](int64_t at) { return values[code.perm[at]] * A[code.rows[at]]; };
@@ -40,31 +31,41 @@ static inline void add_run(const Gradient& gradient, int64_t begin, int64_t end,
   }
 }
 
-// use(i, g) with the gradient row g [d] of feature list[i] (or first + i when list is null), for every i < n whose feature
-// has entries, or for every i < n with `empty`.  scratch: gradient_scratch() floats.
-template <class Use>
-static inline void for_gradient_rows(const Gradient& gradient, const int64_t* list, int64_t first, int64_t n, float* scratch,
-                                     int threads, bool empty, const Use& use) {
-  const int64_t d = gradient.d;
-  const int64_t* colptr = gradient.code.colptr;
-  const auto feature = [&](int64_t i) { return list ? list[i] : first + i; };
+// Floats for the gradient rows of any features: a row a worker, or a row a run of the longest feature.
+static inline float* gradient_rows(const Memory& memory, const Csc& code, int64_t d, int threads) {
+  int64_t rows = threads;
+  for (int64_t i = 0; i < code.features; ++i) {
+    const int64_t runs = (code.colptr[i + 1] - code.colptr[i] + kRun - 1) / kRun;
+    rows = runs > rows ? runs : rows;
+  }
+  return take<float>(memory, rows * d);
+}
+
+// use(i, g) with the gradient row g [d] of feature list[i] (or a.first + i when list is null), for every i < a.n whose
+// feature has entries, or for every i with `empty`.
+template <class Args, class Use>
+static inline void for_gradient_rows(const Args& a, const int64_t* list, bool empty, const Use& use) {
+  const Csc code = a.code;
+  const int64_t d = a.d, n = a.n, *colptr = code.colptr;
+  float* scratch = gradient_rows(a.memory, code, d, a.threads);
+  const auto feature = [&](int64_t i) { return list ? list[i] : a.first + i; };
   const auto runs = [&](int64_t i) { return (colptr[feature(i) + 1] - colptr[feature(i)] + kRun - 1) / kRun; };
   for (int64_t i = 0; i < n; ++i) {
     if (runs(i) <= 1) continue;
     const int64_t begin = colptr[feature(i)], end = colptr[feature(i) + 1];
-    parallel_for(runs(i), 1, threads, [&](int64_t r, int) {
+    parallel_for(runs(i), 1, a.threads, [&](int64_t r, int) {
       float* g = scratch + r * d;
       zero(g, d);
-      add_run(gradient, begin + r * kRun, begin + (r + 1) * kRun < end ? begin + (r + 1) * kRun : end, g);
+      add_run(code, a.sources, d, begin + r * kRun, begin + (r + 1) * kRun < end ? begin + (r + 1) * kRun : end, g);
     });
     for (int64_t r = 1; r < runs(i); ++r) axpy(scratch, scratch + r * d, 1.0f, d);
     use(i, scratch);
   }
-  parallel_for(n, 64, threads, [&](int64_t i, int worker) {
+  parallel_for(n, 64, a.threads, [&](int64_t i, int worker) {
     if (runs(i) > 1 || (runs(i) == 0 && !empty)) return;
     float* g = scratch + worker * d;
     zero(g, d);
-    add_run(gradient, colptr[feature(i)], colptr[feature(i) + 1], g);
+    add_run(code, a.sources, d, colptr[feature(i)], colptr[feature(i) + 1], g);
     use(i, g);
   });
 }

@@ -47,6 +47,12 @@ static inline void dot4(const float* __restrict a, const float* const* row, floa
   out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
 }
 
+// n of them, not initialised.
+template <class T>
+static inline T* take(const Memory& memory, int64_t n) {
+  return static_cast<T*>(memory.take(memory.owner, n * static_cast<int64_t>(sizeof(T))));
+}
+
 static inline void zero(float* __restrict a, int64_t d) {
   for (int64_t k = 0; k < d; ++k) a[k] = 0.0f;
 }

@@ -14,11 +14,22 @@ struct Csc {  // the same entries, feature by feature
   const int64_t* colptr;  // [features + 1]
   const int32_t* rows;    // [nnz]
   const int64_t* perm;    // [nnz]
+  int64_t features;
 };
 
 struct Source {         // one term of a weight gradient: sum over entries of values[entry] * A[row]
   const float* values;  // [nnz], in CSR order
   const float* A;       // [rows, d]
+};
+
+struct Sources {
+  const Source* of;
+  int n;
+};
+
+struct Bounds {  // of n groups of features: group g is at[g] .. at[g + 1]
+  const int64_t* at;
+  int64_t n;
 };
 
 struct Shadow {  // of a weight [n, d]: sae_fast/ops/encode/screen.py; both null where none is kept
@@ -46,6 +57,18 @@ struct Screen {  // what both operands of the screening product share: csrc/cpu/
   uint16_t open;        // bfloat16 in the place of a row or feature out of range: 1, or NaN where the test is not of a sign
 };
 
+struct Memory {  // take(owner, bytes): scratch that lasts as long as the call, not initialised
+  void* owner;
+  void* (*take)(void* owner, int64_t bytes);
+};
+
+struct Layer {  // what a tile of features is decided by; W, bias and cut (or null) start at feature 0
+  const float *x, *W;  // [rows, d], [F, d]
+  int64_t d;
+  const float *bias, *cut;
+};
+
+constexpr int64_t kSlack = 16;  // entries past the last that compact writes: it stores whole vectors
 constexpr int64_t kRun = 2048;  // entries of a feature that are summed in one go: gradient_row.hpp
 
 enum class Activation : int { gated = 0, relu = 1, jumprelu = 2 };

@@ -16,7 +16,7 @@ from sae_fast.ops import autograd, checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops.encode import cpu, gpu, largest
 from sae_fast.ops.encode.cpu import PRECISIONS
-from sae_fast.ops.native import _C, address, threads
+from sae_fast.ops.native import _C, threads
 
 ACTIVATIONS = ("gated", "relu", "jumprelu")
 SUPPORTS = ("threshold", "topk", "batch_topk")
@@ -157,10 +157,10 @@ def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, p
     else:
         indptr, indices, u = largest.find(x, W_enc, bias, k, support == "batch_topk", precision, shadow)
     values = u.new_empty(2 if activation == "gated" else 1, u.shape[0])
-    vectors = [v if v is None else v.contiguous() for v in (scale, b_mag, threshold)]
+    scale, b_mag, threshold = (v if v is None else v.contiguous() for v in (scale, b_mag, threshold))
     _C.activate(
-        ACTIVATIONS.index(activation), u.shape[0], address(indices), address(u), address(bias),
-        *map(address, vectors), address(values), threads(),
+        kind=ACTIVATIONS.index(activation), nnz=u.shape[0], indices=indices, u=u, bias=bias, scale=scale, b_mag=b_mag,
+        threshold=threshold, values=values, threads=threads(),
     )  # fmt: skip
     return indptr, indices, u, values
 

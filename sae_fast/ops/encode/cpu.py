@@ -21,7 +21,7 @@ from sae_fast.code import Shadow
 from sae_fast.ops.dispatch import log_once
 from sae_fast.ops.encode import bound as bounds
 from sae_fast.ops.encode import screen
-from sae_fast.ops.native import _C, address, threads
+from sae_fast.ops.native import _C, threads
 
 PRECISIONS = ("exact", "fp32", "tf32", "bf16")
 ROWS = 2048
@@ -62,13 +62,13 @@ def find(
     counts, indices, u = [], [], []
     for first in range(0, x.shape[0], ROWS):
         rows = x[first : first + ROWS]
-        compactor = _C.Compactor(rows.shape[0], threads())
+        compactor = _C.Compactor(rows=rows.shape[0], parts=threads())
         fill(compactor, way, rows, W, bias, cut, shadow)
         nnz = compactor.nnz()
         indptr = torch.empty(rows.shape[0] + 1, dtype=torch.int64)
         indices.append(torch.empty(nnz, dtype=torch.int32))
         u.append(x.new_empty(nnz))
-        compactor.finish(address(indptr), address(indices[-1]), address(u[-1]), threads())
+        compactor.finish(indptr=indptr, indices=indices[-1], u=u[-1], threads=threads())
         counts.append(indptr.diff())
     indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64)
     if not counts:
@@ -88,7 +88,7 @@ def fill(
     test: str = "sign",
 ) -> Any:
     """Gives a block of rows to a Compactor or, which tests against a "floor", a Largest; returns the engine's Layer."""
-    layer = _C.Layer(address(rows), address(W), W.shape[1], address(bias), address(cut))
+    layer = _C.Layer(x=rows, W=W, d=W.shape[1], bias=bias, cut=cut)
     if way in ("screen", "rounded"):
         _screened(compactor, layer, screen.Operands(rows, W, shadow, bias, cut, margins=way == "screen", test=test))
     elif way == "bound":
@@ -107,22 +107,22 @@ def _screened(compactor, layer, operands: screen.Operands) -> None:
     for first, last, tile in tiles(rows, features, torch.bfloat16):
         operand = operands.weights(first, last, weights)
         screen.product(operands.rows, operand, tile)
+        width = last - first
         if operands.margins:
-            if operands.test == "floor":
-                excess = operands.excess(operand)
-                compactor.expect(address(excess))
-            compactor.add_screened_tile(layer, address(tile), last - first, first, DENSE_ABOVE, threads())
+            excess = operands.excess(operand) if operands.test == "floor" else None
+            compactor.add_screened_tile(
+                layer=layer, tile=tile, excess=excess, width=width, first=first, dense_above=DENSE_ABOVE, threads=threads()
+            )
         else:
-            compactor.add_rounded_tile(layer, address(tile), last - first, first, threads())
+            compactor.add_rounded_tile(layer=layer, tile=tile, width=width, first=first, threads=threads())
 
 
 def _bounded(compactor, layer, bound: bounds.Bound, x: Tensor) -> None:
     features = bound.W.shape[0]
     for first, last, tile, margins in bound.tiles(x, tiles(x.shape[0], features, torch.float32)):
-        margins = margins.float()
         compactor.add_bounded_tile(
-            layer, address(tile), address(bound.open[first:last]), address(margins), last - first, first, DENSE_ABOVE,
-            threads(),
+            layer=layer, tile=tile, bias=bound.open[first:last], margins=margins.float(), width=last - first, first=first,
+            dense_above=DENSE_ABOVE, threads=threads(),
         )  # fmt: skip
         if compactor.nnz() > DENSE_ABOVE * last * x.shape[0]:  # a dense batch: the product spares few dots
             return _dotted(compactor, layer, x, bound.W, last)
@@ -131,13 +131,13 @@ def _bounded(compactor, layer, bound: bounds.Bound, x: Tensor) -> None:
 def _dotted(compactor, layer, x: Tensor, W: Tensor, start: int = 0) -> None:
     width = _width(x.shape[0], W.shape[0])
     for first in range(start, W.shape[0], width):
-        compactor.add_dense(layer, min(width, W.shape[0] - first), first, threads())
+        compactor.add_dense(layer=layer, width=min(width, W.shape[0] - first), first=first, threads=threads())
 
 
 def _multiplied(compactor, layer, x: Tensor, W: Tensor) -> None:
     for first, last, tile in tiles(x.shape[0], W.shape[0], torch.float32):
         torch.mm(x, W[first:last].T, out=tile)
-        compactor.add_tile(layer, address(tile), last - first, first, threads())
+        compactor.add_tile(layer=layer, tile=tile, width=last - first, first=first, threads=threads())
 
 
 def _width(rows: int, features: int) -> int:

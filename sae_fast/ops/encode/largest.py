@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_fast.code import Shadow
 from sae_fast.ops.encode import cpu
 from sae_fast.ops.encode.bound import Bound
-from sae_fast.ops.native import _C, address, threads
+from sae_fast.ops.native import _C, threads
 
 # k ÷ F above which every entry is dotted.  An estimate: on two AVX2 cores a dot by itself took 9 times as long as in a
 # block, and a bfloat16 product is taken to need a third of the time of a float32 one.
@@ -25,12 +25,13 @@ RAISE = 0  # bfloat16 steps by which the floor is lifted: a test puts 1 there
 
 def _bounded(largest, bound: Bound, rows: Tensor, bias: Tensor) -> Any:
     """Gives a block of rows to a Largest, tile by tile; returns the engine's Layer."""
-    layer = _C.Layer(address(rows), address(bound.W), rows.shape[1], address(bias), 0)
+    layer = _C.Layer(x=rows, W=bound.W, d=rows.shape[1], bias=bias, cut=None)
     tiles = cpu.tiles(rows.shape[0], bound.W.shape[0], torch.float32)
     for first, last, tile, margins in bound.tiles(rows, tiles):
-        excess = (2 * margins).float()
-        largest.expect(address(excess))
-        largest.add_bounded_tile(layer, address(tile), address(bound.open[first:last]), last - first, first, threads())
+        largest.add_bounded_tile(
+            layer=layer, tile=tile, bias=bound.open[first:last], margins=margins.float(), width=last - first, first=first,
+            dense_above=1.0, threads=threads(),
+        )  # fmt: skip
     return layer
 
 
@@ -44,17 +45,17 @@ def find(
         way = "dots"
     shadow = cpu.for_all_blocks(way, x, W, shadow)
     bound = Bound(W, bias, None, shadow) if way == "bound" else None
-    largest = _C.Largest(x.shape[0], k, whole, max(4 * k, ROOM), RAISE)
+    largest = _C.Largest(rows=x.shape[0], k=k, whole=whole, room=max(4 * k, ROOM), lift=RAISE)
     for first in range(0, x.shape[0], cpu.ROWS):
         rows = x[first : first + cpu.ROWS]
-        largest.begin(first, rows.shape[0])
+        largest.begin(first=first, n=rows.shape[0])
         if bound is not None:
             layer = _bounded(largest, bound, rows, bias)
         else:
             layer = cpu.fill(largest, way, rows, W, bias, None, shadow, test="floor")
-        largest.settle(layer, threads())
-    nnz = largest.select(threads())
+        largest.settle(layer=layer, threads=threads())
+    nnz = largest.select(threads=threads())
     indptr = torch.empty(x.shape[0] + 1, dtype=torch.int64)
     indices, u = torch.empty(nnz, dtype=torch.int32), x.new_empty(nnz)
-    largest.finish(address(indptr), address(indices), address(u), threads())
+    largest.finish(indptr=indptr, indices=indices, u=u, threads=threads())
     return indptr, indices, u

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import Shadow
-from sae_fast.ops.native import _C, address, threads
+from sae_fast.ops.native import _C, threads
 
 MARGINS = 7  # columns for the bias and the error bound
 OUTLIERS = 16  # columns, at most, that enter as high and low parts
@@ -62,18 +62,19 @@ class Operands:
         m, K = self.outliers.shape[0], self.rows.shape[1]
         self.screen_width = d + m
         gamma = (K + 8) * 2.0**-23
-        self.screen = _C.Screen(d, K, address(self.outliers), m, gamma, address(TERMS) if margins else 0, _bits(OPEN[test]))
-        _C.screen_x(self.screen, address(x), x.shape[0], address(norms), address(self.rows), threads())
+        terms = TERMS if margins else None
+        self.screen = _C.Screen(d=d, K=K, outliers=self.outliers, m=m, gamma=gamma, terms=terms, open=_bits(OPEN[test]))
+        _C.screen_x(screen=self.screen, x=x, n=x.shape[0], norms=norms, rows=self.rows, threads=threads())
 
     def weights(self, first: int, last: int, out: Tensor) -> Tensor:
         """Rows [last − first, K] of W's operand, in the memory of ``out``."""
         W = self.W[first:last]
         rows, norms = round_rows(W, W.shape[1]) if self.shadow is None else (part[first:last] for part in self.shadow)
         out = out[: last - first]
-        cut = 0 if self.cut is None else address(self.cut[first:last])
+        cut = None if self.cut is None else self.cut[first:last]
         _C.screen_w(
-            self.screen, address(rows), address(W), last - first, address(norms), address(self.bias[first:last]), cut,
-            address(out), threads(),
+            screen=self.screen, rounded=rows, W=W, n=last - first, norms=norms, bias=self.bias[first:last], cut=cut,
+            rows=out, threads=threads(),
         )  # fmt: skip
         return out
 
@@ -92,7 +93,7 @@ def outlier_columns(x: Tensor, rounded: Tensor) -> Tensor:
     activations); these get a bound of their own."""
     n, d = x.shape
     sums = x.new_empty(PARTS, d)
-    _C.column_residuals(address(x), address(rounded), n, d, rounded.shape[1], PARTS, address(sums), threads())
+    _C.column_residuals(A=x, rounded=rounded, n=n, d=d, K=rounded.shape[1], parts=PARTS, out=sums, threads=threads())
     energy = sums.sum(0)
     top = energy.topk(min(OUTLIERS, d))
     return top.indices[top.values > FAR_MORE * energy.median()].sort().values
@@ -102,7 +103,7 @@ def round_rows(A: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """Rows of A [n, d] float32 as bfloat16 [n, K], zeros in the columns past d, and their norms, as a Shadow has them."""
     n, d = A.shape
     rows, norms = A.new_empty(n, K, dtype=torch.bfloat16), A.new_empty(n, 2, dtype=torch.float64)
-    _C.round_rows(address(A), n, d, K, address(rows), address(norms), threads())
+    _C.round_rows(A=A, n=n, d=d, K=K, out=rows, norms=norms, threads=threads())
     return rows, norms
 
 

@@ -10,7 +10,7 @@ from sae_fast.code import Shadow
 from sae_fast.ops import checks
 from sae_fast.ops.dispatch import cpu_rejects, triton_rejects
 from sae_fast.ops.encode import screen
-from sae_fast.ops.native import _C, address, in_memory, threads
+from sae_fast.ops.native import _C, in_memory, threads
 
 
 def make_shadow(W: Tensor) -> Shadow:
@@ -34,7 +34,7 @@ def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
 
         return round_rows(W.detach(), *shadow)
     n, d = W.shape
-    _C.round_rows(address(W), n, d, d, address(shadow.rows), address(shadow.norms), threads())
+    _C.round_rows(A=W, n=n, d=d, K=d, out=shadow.rows, norms=shadow.norms, threads=threads())
 
 
 def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
@@ -48,8 +48,9 @@ def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
         flags = torch.zeros(last - first, dtype=torch.int32, device=W.device)
         compare_rows(W[first:last], *part, flags)
         return int(flags.count_nonzero())
-    of = address(part.rows), address(part.norms)
-    return _C.stale_rows(address(W[first:last]), last - first, W.shape[1], *of, threads())
+    return _C.stale_rows(
+        A=W[first:last], n=last - first, d=W.shape[1], rounded=part.rows, norms=part.norms, threads=threads()
+    )
 
 
 def stale_columns(W: Tensor, shadow: Shadow, turn: int) -> Tensor:

@@ -1,25 +1,21 @@
-// Keeps the largest positive pre-activations while they are made tile by tile (a block of rows, some features): the k of
-// each row, or the k a row of the whole batch, by (pre-activation descending, row, feature).  A NaN counts as the largest.
-// A floor below which nothing can be chosen, since k are above it, rises from tile to tile; what a screened tile bounds below
-// the floor is never looked at again (docs/screen.md).  Plain code: the vector loops are the kernels'.
+// Keeps the largest positive pre-activations: the k of each row, or the k a row of the whole batch, by (pre-activation
+// descending, row, feature).  A NaN counts as the largest.  A floor below which nothing can be chosen, since k are above it,
+// rises from tile to tile; what a screened tile bounds below the floor is never looked at again (docs/screen.md).
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <new>
-#include <vector>
+#include <functional>
 
-#include "sae_fast/compactor.hpp"
+#include "tiles.hpp"
 
 namespace sae_fast {
 
-class Largest {
+class Largest : public Tiles {  // of layers without a cut
  public:
-  using Layer = Compactor::Layer;  // without a cut
-
   // `whole`: k * rows of the batch, not k of each row.  `room`: entries a row that may gather before a floor is sought.
-  // `raise`: bfloat16 steps by which the floor is lifted, 0 but in tests.
-  Largest(int64_t rows, int64_t k, bool whole, int64_t room, int raise)
-      : k_(k), budget_(whole ? k * rows : k), whole_(whole), room_a_row_(room), raise_(raise), rows_(rows) {}
+  // `lift`: bfloat16 steps by which the floor is raised, 0 but in tests.
+  Largest(const Kernels& kernels, int64_t rows, int64_t k, bool whole, int64_t room, int lift)
+      : Tiles(kernels), k_(k), budget_(whole ? k * rows : k), whole_(whole), room_a_row_(room), lift_(lift), rows_(rows) {}
 
   // The tiles that follow are of the rows first .. first + n.
   void begin(int64_t first, int64_t n) {
@@ -27,96 +23,84 @@ class Largest {
     room_ = n * room_a_row_;
   }
 
-  // The tiles, as Compactor takes them.
-  void add_tile(const Kernels& kernels, const Layer& layer, const float* tile, int64_t width, int32_t first, int threads) {
-    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
-      take_exact(kernels, layer, s, tile + b * width, b, n, width, first);
-    });
-    added(kernels, layer, first + width, threads);
+  void add_tile(const args::add_tile& a) override {
+    each_block(a.threads, [&](Scratch& s, int64_t b, int64_t n) { take_exact(a, s, a.tile + b * a.width, b, n); });
+    added(a);
   }
 
-  void add_dense(const Kernels& kernels, const Layer& layer, int64_t width, int32_t first, int threads) {
-    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) { take_dots(kernels, layer, s, b, n, width, first); });
-    added(kernels, layer, first + width, threads);
+  void add_dense(const args::add_dense& a) override {
+    each_block(a.threads, [&](Scratch& s, int64_t b, int64_t n) { take_dots(a, s, b, n); });
+    added(a);
   }
 
-  // Of the screened tile that is next: excess [n], how much the bounds of a row can be above what they bound.
-  void expect(const float* excess) {
-    for (int64_t b = 0; b < n_; ++b)
-      if (!(excess[b] <= excess_[b])) excess_[b] = excess[b];  // a NaN stays: nothing is known
-  }
-
-  // What passes the floor waits for the dots.  Where a row's floor stands and the bound still keeps more than dense_above of a
-  // block's entries, the whole block is dotted at once.
-  void add_screened_tile(const Kernels& kernels, const Layer& layer, const uint16_t* tile, int64_t width, int32_t first,
-                         double dense_above, int threads) {
-    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
-      s.indices.resize(n * width);
+  // What passes the floor waits for the dots; dense_above counts only rows whose floor stands.
+  void add_screened_tile(const args::add_screened_tile& a) override {
+    for (int64_t b = 0; b < n_; ++b) expect(b, a.excess[b]);
+    each_block(a.threads, [&](Scratch& s, int64_t b, int64_t n) {
+      s.indices.resize(n * a.width);
       int64_t found[kBlock + 1] = {0}, against_a_floor = 0;
       for (int64_t r = 0; r < n; ++r) {
         const uint32_t floor = floor_of(b + r);
-        int32_t* to = s.indices.data() + found[r];
-        found[r + 1] = found[r] + kernels.screen(tile + (b + r) * width, width, above(floor), first, to);
+        found[r + 1] = found[r] + kernels_.screen({.ub = a.tile + (b + r) * a.width, .n = a.width, .above = above(floor),
+                                                   .first = a.first, .indices = s.indices.data() + found[r]});
         if (floor > 0) against_a_floor += found[r + 1] - found[r];
       }
-      if (against_a_floor > dense_above * static_cast<double>(n * width))
-        return take_dots(kernels, layer, s, b, n, width, first);
+      if (against_a_floor > a.dense_above * static_cast<double>(n * a.width)) return take_dots(a, s, b, n);
       for (int64_t r = 0; r < n; ++r) {
         auto& waiting = row(b + r).waiting;
         const size_t before = waiting.size();
         waiting.resize(before + (found[r + 1] - found[r]));
         Waiting* to = waiting.data() + before;
         for (int64_t j = found[r]; j < found[r + 1]; ++j) {
-          const int16_t bound = static_cast<int16_t>(tile[(b + r) * width + s.indices[j] - first]);
+          const int16_t bound = static_cast<int16_t>(a.tile[(b + r) * a.width + s.indices[j] - a.first]);
           *to++ = {s.indices[j], bound < 0 ? kNaNBound : bound};  // a negative one that passed is a NaN
         }
       }
     });
-    added(kernels, layer, first + width, threads);
+    added(a);
   }
 
-  // The same from a tile [rows, width] of float u that is off by no more than half of what expect() was given, so that u,
-  // the bias and that half are a bound.  bias [width] is the layer's, or NaN where that does not hold.
-  void add_bounded_tile(const Kernels& kernels, const Layer& layer, const float* tile, const float* bias, int64_t width,
-                        int32_t first, int threads) {
-    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
-      s.indices.resize(width + kSlack);
-      s.u.resize(width + kSlack);
+  // A bound is u, the bias and half of what the bounds can be above what they bound.
+  void add_bounded_tile(const args::add_bounded_tile& a) override {
+    for (int64_t b = 0; b < n_; ++b) expect(b, 2.0f * a.margins[b]);
+    each_block(a.threads, [&](Scratch& s, int64_t b, int64_t n) {
+      s.indices.resize(a.width + kSlack);
+      s.u.resize(a.width + kSlack);
       for (int64_t r = 0; r < n; ++r) {
         const float margin = 0.5f * excess_[b + r];
-        s.cut.assign(width, below(floor_of(b + r)) - margin);
-        const int64_t found = kernels.compact(tile + (b + r) * width, bias, s.cut.data(), width, 0, s.indices.data(),
-                                              s.u.data());
+        s.cut.assign(a.width, below(floor_of(b + r)) - margin);
+        const int64_t found = kernels_.compact({.pre = a.tile + (b + r) * a.width, .bias = a.bias, .cut = s.cut.data(),
+                                                .n = a.width, .first = 0, .indices = s.indices.data(), .u = s.u.data()});
         auto& waiting = row(b + r).waiting;
         for (int64_t j = 0; j < found; ++j) {
-          const int16_t bound = upward(s.u[j] + bias[s.indices[j]] + margin);
-          if (bound > above(floor_of(b + r))) waiting.push_back({first + s.indices[j], bound});
+          const int16_t bound = upward(s.u[j] + a.bias[s.indices[j]] + margin);
+          if (bound > above(floor_of(b + r))) waiting.push_back({a.first + s.indices[j], bound});
         }
       }
     });
-    added(kernels, layer, first + width, threads);
+    added(a);
   }
 
-  void add_rounded_tile(const Kernels& kernels, const Layer& layer, const uint16_t* tile, int64_t width, int32_t first,
-                        int threads) {
-    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
-      s.indices.resize(width);
+  void add_rounded_tile(const args::add_rounded_tile& a) override {
+    each_block(a.threads, [&](Scratch& s, int64_t b, int64_t n) {
+      s.indices.resize(a.width);
       for (int64_t r = 0; r < n; ++r) {
-        const int16_t level = above(floor_of(b + r));
-        const int64_t found = kernels.screen(tile + (b + r) * width, width, level, first, s.indices.data());
+        const uint16_t* tile = a.tile + (b + r) * a.width;
+        const int64_t found = kernels_.screen({.ub = tile, .n = a.width, .above = above(floor_of(b + r)), .first = a.first,
+                                               .indices = s.indices.data()});
         for (int64_t j = 0; j < found; ++j) {
           const int32_t i = s.indices[j];
-          const float pi = host::widen(tile[(b + r) * width + i - first]);
-          keep(b + r, i, pi - layer.bias[i], pi);
+          const float pi = host::widen(tile[i - a.first]);
+          keep(b + r, i, pi - a.layer.bias[i], pi);
         }
       }
     });
-    added(kernels, layer, first + width, threads);
+    added(a);
   }
 
   // After the last tile of a block of rows: what still waits is decided.
-  void settle(const Kernels& kernels, const Layer& layer, int threads) {
-    narrow(kernels, layer, true, threads);
+  void settle(const Layer& layer, int threads) {
+    narrow(layer, true, threads);
     for (int64_t b = 0; b < n_; ++b) {
       std::vector<Waiting>().swap(row(b).waiting);
       row(b).kept.shrink_to_fit();
@@ -134,21 +118,19 @@ class Largest {
     return nnz;
   }
 
-  // indptr [rows + 1], starting at 0; indices and u [nnz].
-  void finish(int64_t* indptr, int32_t* indices, float* u, int threads) const {
-    indptr[0] = 0;
-    for (size_t b = 0; b < rows_.size(); ++b) indptr[b + 1] = indptr[b] + static_cast<int64_t>(rows_[b].kept.size());
-    host::parallel_for(static_cast<int64_t>(rows_.size()), kBlock, threads, [&](int64_t b, int) {
-      int64_t at = indptr[b];
-      for (const Entry& e : rows_[b].kept) indices[at] = e.index, u[at++] = e.u;
+  void finish(const args::finish& a) override {
+    a.indptr[0] = 0;
+    for (size_t b = 0; b < rows_.size(); ++b) a.indptr[b + 1] = a.indptr[b] + static_cast<int64_t>(rows_[b].kept.size());
+    host::parallel_for(static_cast<int64_t>(rows_.size()), kBlock, a.threads, [&](int64_t b, int) {
+      int64_t at = a.indptr[b];
+      for (const Entry& e : rows_[b].kept) a.indices[at] = e.index, a.u[at++] = e.u;
     });
   }
 
-  int64_t candidates() const { return verified_; }  // that were verified one by one
+  int64_t candidates() const override { return verified_; }
 
  private:
-  static constexpr int64_t kSlack = 16, kBlock = 48;  // as Compactor's
-  static constexpr int64_t kRun = 1024;               // features whose rows of W stay in cache
+  static constexpr int64_t kRun = 1024;  // features whose rows of W stay in cache
   static constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
   static constexpr int16_t kNoBound = 0x7f80, kNaNBound = 0x7fff;  // from infinity on: of what is out of range
 
@@ -189,7 +171,7 @@ class Largest {
   // than the float before c, hence the bound, rounded to bfloat16, at least that float truncated.
   int16_t above(uint32_t floor) const {
     if (floor == 0) return 0;
-    const int64_t least = static_cast<int64_t>((floor - 1) >> 16) + raise_;
+    const int64_t least = static_cast<int64_t>((floor - 1) >> 16) + lift_;
     return static_cast<int16_t>(std::min<int64_t>(std::max<int64_t>(least, 1), kInfinity >> 16) - 1);
   }
 
@@ -206,29 +188,35 @@ class Largest {
     if (key >= floor_of(b)) row(b).kept.push_back({key, index, u});
   }
 
-  void take_exact(const Kernels& kernels, const Layer& layer, Scratch& s, const float* tile, int64_t b, int64_t n, int64_t width,
-                  int32_t first) {
-    s.indices.resize(width + kSlack);
-    s.u.resize(width + kSlack);
+  // How much the bounds of a row can be above what they bound, from now on.
+  void expect(int64_t b, float excess) {
+    if (!(excess <= excess_[b])) excess_[b] = excess;  // a NaN stays: nothing is known
+  }
+
+  template <class Tile>
+  void take_exact(const Tile& a, Scratch& s, const float* u, int64_t b, int64_t n) {
+    s.indices.resize(a.width + kSlack);
+    s.u.resize(a.width + kSlack);
     for (int64_t r = 0; r < n; ++r) {
-      s.cut.assign(width, below(floor_of(b + r)));
-      const int64_t found = kernels.compact(tile + r * width, layer.bias + first, s.cut.data(), width, first,
-                                            s.indices.data(), s.u.data());
-      for (int64_t j = 0; j < found; ++j) keep(b + r, s.indices[j], s.u[j], s.u[j] + layer.bias[s.indices[j]]);
+      s.cut.assign(a.width, below(floor_of(b + r)));
+      const int64_t found = kernels_.compact({.pre = u + r * a.width, .bias = a.layer.bias + a.first, .cut = s.cut.data(),
+                                              .n = a.width, .first = a.first, .indices = s.indices.data(), .u = s.u.data()});
+      for (int64_t j = 0; j < found; ++j) keep(b + r, s.indices[j], s.u[j], s.u[j] + a.layer.bias[s.indices[j]]);
     }
   }
 
-  void take_dots(const Kernels& kernels, const Layer& layer, Scratch& s, int64_t b, int64_t n, int64_t width, int32_t first) {
-    s.block.resize(n * width);
-    kernels.dot_block(layer.x + b * layer.d, n, layer.W + first * layer.d, width, layer.d, s.block.data());
-    take_exact(kernels, layer, s, s.block.data(), b, n, width, first);
+  template <class Tile>
+  void take_dots(const Tile& a, Scratch& s, int64_t b, int64_t n) {
+    s.block.resize(n * a.width);
+    dots(a.layer, b, n, a.width, a.first, s.block.data());
+    take_exact(a, s, s.block.data(), b, n);
   }
 
-  // After a tile up to the feature `last`.
-  void added(const Kernels& kernels, const Layer& layer, int64_t last, int threads) {
-    seen_ = last;
+  template <class Tile>
+  void added(const Tile& a) {
+    seen_ = a.first + a.width;
     if (held() <= room_) return;
-    narrow(kernels, layer, false, threads);
+    narrow(a.layer, false, a.threads);
     room_ = std::max(room_, 2 * held());
   }
 
@@ -240,7 +228,7 @@ class Largest {
 
   // Drops what cannot be chosen, by the bounds alone if that is enough; otherwise the entries with the largest bounds are
   // decided, which raises the floor to where it belongs, then what is left.
-  void narrow(const Kernels& kernels, const Layer& layer, bool all, int threads) {
+  void narrow(const Layer& layer, bool all, int threads) {
     std::vector<int16_t> least(n_, 1);
     if (whole_) rank_all(least);
     else each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
@@ -248,10 +236,10 @@ class Largest {
     });
     if (drop(threads) == 0 && !all) return raise_floors(threads);  // exact tiles
     if (!all && 2 * held() < room_) return;
-    decide(kernels, layer, least, threads);
+    decide(layer, least, threads);
     raise_floors(threads);
     if (drop(threads) == 0 || (!all && 2 * held() < room_)) return;
-    decide(kernels, layer, std::vector<int16_t>(n_, 1), threads);
+    decide(layer, std::vector<int16_t>(n_, 1), threads);
     raise_floors(threads);
   }
 
@@ -311,7 +299,7 @@ class Largest {
 
   // The dots of all that waits with a bound of at least its row's, one run of features after the other: together the rows
   // read each row of W from memory once.
-  void decide(const Kernels& kernels, const Layer& layer, const std::vector<int16_t>& least, int threads) {
+  void decide(const Layer& layer, const std::vector<int16_t>& least, int threads) {
     std::vector<std::pair<size_t, size_t>> cursors(n_);  // read, written back
     for (int64_t last = std::min(kRun, seen_); n_ > 0; last = std::min(last + kRun, seen_)) {
       each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
@@ -326,8 +314,9 @@ class Largest {
           if (last == seen_) list.resize(written);
           const int64_t found = static_cast<int64_t>(s.indices.size());
           s.u.resize(std::max<size_t>(s.u.size(), found));
-          const int64_t members = kernels.verify(layer.x + r * layer.d, layer.W, layer.d, layer.bias, nullptr,
-                                                 s.indices.data(), found, s.indices.data(), s.u.data());
+          const int64_t members = kernels_.verify({.x = layer.x + r * layer.d, .W = layer.W, .d = layer.d, .bias = layer.bias,
+                                                   .cut = nullptr, .candidates = s.indices.data(), .n = found,
+                                                   .indices = s.indices.data(), .u = s.u.data()});
           for (int64_t j = 0; j < members; ++j) keep(r, s.indices[j], s.u[j], s.u[j] + layer.bias[s.indices[j]]);
           s.verified += found;
         }
@@ -380,22 +369,16 @@ class Largest {
   template <class Body>
   void each_block(int threads, const Body& body) {
     std::vector<Scratch> scratch(std::max(threads, 1));
-    bool out_of_memory = false;
-    host::parallel_for((n_ + kBlock - 1) / kBlock, 1, threads, [&](int64_t i, int worker) {
-      try {
-        body(scratch[worker], i * kBlock, std::min(kBlock, n_ - i * kBlock));
-      } catch (...) {  // an exception must not leave a parallel region
-        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
-      }
+    for_each((n_ + kBlock - 1) / kBlock, threads, [&](int64_t i, int worker) {
+      body(scratch[worker], i * kBlock, std::min(kBlock, n_ - i * kBlock));
     });
     for (const Scratch& s : scratch) verified_ += s.verified;
-    if (out_of_memory) throw std::bad_alloc();
   }
 
   int64_t k_, budget_;
   bool whole_;
   int64_t room_a_row_;
-  int raise_;
+  int lift_;
   std::vector<Row> rows_;
   int64_t first_ = 0, n_ = 0, seen_ = 0, room_ = 0, verified_ = 0;
   std::vector<float> excess_;  // of the bounds of each row of the block
