@@ -152,7 +152,7 @@ def compile_all(found: dict[tuple[str, str], Variant], processes: int = 2) -> Ma
 
 
 def faults(manifest: Manifest) -> list[str]:
-    """What must not ship."""
+    """The kernels that must not ship, and why."""
     found = []
     for name, by_key in manifest.items():
         for key, it in by_key.items():

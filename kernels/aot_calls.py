@@ -1,4 +1,4 @@
-"""What the manifest is of: every launcher called on tensors without memory, at real sizes and for each storage dtype.
+"""The calls that the manifest is of: every launcher, on tensors without memory, at real sizes, for each storage dtype.
 
 To add an op: one function beside those in CALLS.
 """
@@ -167,7 +167,7 @@ CALLS: list[Callable[[Size], None]] = [
 
 
 def calls(target: int) -> Iterator[_launch.Launch]:
-    """What the launchers launch on a GPU of that generation, 80 or 90."""
+    """The launches on a GPU of that generation, 80 or 90."""
     outer, _config._target = _config._target, target
     try:
         for size in SIZES:

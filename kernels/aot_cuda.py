@@ -51,7 +51,7 @@ def _run(*command: str | Path, given: str | None = None) -> str:
 
 
 def compile_all(csrc: Path = ROOT / "csrc", processes: int = 2) -> Manifest:
-    """What each kernel of csrc/cuda needs, by target."""
+    """The needs of each kernel of csrc/cuda, by target."""
     places = [(source, target) for source in sorted((csrc / "cuda").glob("*.cu")) for target in RESERVED]
     with ThreadPoolExecutor(processes) as pool:
         results = list(pool.map(lambda place: needs(*place, csrc / "include"), places))
@@ -63,7 +63,7 @@ def compile_all(csrc: Path = ROOT / "csrc", processes: int = 2) -> Manifest:
 
 
 def needs(source: Path, target: str, include: Path) -> dict[str, Needs]:
-    """By kernel; what has been compiled before is not compiled again."""
+    """The needs by kernel; what has been compiled before is not compiled again."""
     headers = sorted((include / "sae_fast" / "cuda").glob("*"))
     parts = [p.name.encode() + b"\0" + p.read_bytes() for p in (source, Path(__file__), *headers)]
     key = hashlib.sha256(b"\0".join([f"{version()} {target}".encode(), *parts])).hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""What features fire on: for a few of them, the contexts with the highest activations, as Markdown to read."""
+"""A list of features: for a few of them, the contexts with the highest activations, as Markdown to read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Feature:
 
 
 class Tally:
-    """On how many tokens each feature fires [F] int64, and its largest activation [F] float32, in the codes it is given."""
+    """Counts in codes the tokens on which each feature fires [F] int64, and keeps its largest activation [F] float32."""
 
     def __init__(self, d_sae: int):
         self.fires, self.maximum = torch.zeros(d_sae, dtype=torch.int64), torch.zeros(d_sae)
@@ -130,6 +130,6 @@ def _marked(before: str, at: str, after: str) -> str:
 
 
 def _plain(text: str, keep_ends: bool = False) -> str:
-    """On one line, with what Markdown would take for markup escaped."""
+    """One line of it, with what Markdown would take for markup escaped."""
     text = re.sub(r"\s+", " ", text)
     return re.sub(r"([\\`*_\[<|~$])", r"\\\1", text if keep_ends else text.strip())

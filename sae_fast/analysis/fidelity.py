@@ -1,4 +1,4 @@
-"""How much of a model's behaviour survives an SAE: loss recovered and KL."""
+"""The part of a model's behaviour that survives an SAE: loss recovered and KL."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ IRRELEVANT, RELEVANT = "irrelevant", "relevant"
 
 @dataclass(frozen=True)
 class Marks:
-    """What was said of the features of one SAE.
+    """Judgements on the features of one SAE.
 
     sae      its fingerprint: 16 hex digits, of its weights
     d_sae    how many features it has

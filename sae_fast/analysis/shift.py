@@ -282,7 +282,7 @@ def fit_head(
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Of predictions: how often they are the task's label, how often the spurious attribute, and how often the label in the
+    """The fractions of predictions that are the task's label, the spurious attribute, and the label in the
     group (label, attribute) that fares worst."""
 
     task: float

@@ -18,7 +18,7 @@ Edit = Callable[[SparseCode], SparseCode | Tensor]
 
 
 class Spliced:
-    """What `splice` gives: the SAE at its site, and what it last saw there.  All None before the first pass.
+    """An SAE at its site, as `splice` gives it, and what it last saw there.  All None before the first pass.
 
     x [..., d]        what came to the SAE: of a pass, the positions that ``where`` takes
     code              its SparseCode, before ``edit``
@@ -37,20 +37,20 @@ class Spliced:
         self._held: Tensor | None = None
 
     def hold(self) -> None:
-        """From now on the error that is kept is that of the last pass, whatever comes (error="keep" only)."""
+        """Keep the error of the last pass from now on, whatever comes (error="keep" only)."""
         if self.kind != "keep" or self.residual is None:
             raise ValueError(f'hold: got error="{self.kind}" and {self._passes()}, want error="keep" after a pass')
         self._held = self.residual
 
     def release(self) -> None:
-        """Every pass keeps its own error again."""
+        """Let every pass keep its own error again."""
         self._held = None
 
     def _passes(self) -> str:
         return "no pass yet" if self.x is None else "a pass"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the model goes on with in the place of x [..., d]."""
+        """The activations that the model goes on with in the place of x [..., d]."""
         check_width(self.sae, x)
         mask = check_where(self.where, x)
         if mask is None:

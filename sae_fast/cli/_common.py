@@ -1,4 +1,4 @@
-"""What the commands share: options, errors in one line, the closing table."""
+"""The commands' common parts: options, errors in one line, the closing table."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def show(result: Run, out: Path) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What a user can put right is said in a line, without a traceback; so is what a Ctrl-C or SIGTERM has ended."""
+    """Say in a line, without a traceback, what a user can put right, and what a Ctrl-C or SIGTERM has ended."""
     try:
         with leaving():
             yield
@@ -67,7 +67,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def notes() -> Iterator[None]:
-    """What the block warns of, each in a line."""
+    """Say in a line each of the block's warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: say("note: ", "bold yellow", str(message))
@@ -75,10 +75,10 @@ def notes() -> Iterator[None]:
 
 
 def say(kind: str, style: str, message: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     Console(stderr=True).print(Text.assemble((kind, style), " ".join(message.split())), soft_wrap=True)
 
 
 def bars(quiet: bool) -> bool:
-    """Whether to show progress: to people only."""
+    """True where progress is shown: to people only."""
     return not quiet and sys.stderr.isatty()

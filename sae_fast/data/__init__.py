@@ -1,1 +1,1 @@
-"""What an SAE is trained on: text, the places of a transformer, activations harvested there and kept on disk."""
+"""The data that SAEs are trained on: text, the places of a transformer, activations harvested there and kept on disk."""

@@ -57,7 +57,7 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def normalises_output(block: nn.Module) -> bool:
-    """Whether a block is of the BERT kind."""
+    """True for a block of the BERT kind."""
     return not {"output.LayerNorm", "output_layer_norm"}.isdisjoint(dict(block.named_modules()))
 
 

@@ -1,4 +1,4 @@
-"""What harvests keep: how large each store is, of what, since when; and the way to be rid of it."""
+"""The cache of harvests: how large each store is, of what, since when; and the way to be rid of it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Entry:
 
 
 def folder() -> Path:
-    """Where the stores are."""
+    """The folder of the stores."""
     return cache_folder() / "activations"
 
 
 def entries() -> list[Entry]:
-    """What is in the cache, the longest unused first, after the rooms of killed harvests are swept."""
+    """The stores in the cache, the longest unused first, after the rooms of killed harvests are swept."""
     if not folder().is_dir():
         return []
     files.sweep(folder())
@@ -66,7 +66,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _held(path: Path) -> bool:
-    """Whether a harvest is at work in this room."""
+    """True while a harvest is at work in this room."""
     with files.lock(path) as ours:
         return ours is False
 

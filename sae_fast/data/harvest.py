@@ -39,7 +39,7 @@ def harvest(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> ActivationStore:
-    """What comes through one site of a Hugging Face transformer on every token of a text, computed once and
+    """The activations at one site of a Hugging Face transformer on every token of a text, computed once and
     cached on disk.
 
     model: a folder or a hub id, read with `transformers`; run in fp32, on the GPU if there is one, without
@@ -107,7 +107,7 @@ def harvest(
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where stores are kept: `cache`, else `$SAE_FAST_CACHE`, else `~/.cache/sae_fast`."""
+    """The folder of the stores: `cache`, else `$SAE_FAST_CACHE`, else `~/.cache/sae_fast`."""
     return Path(cache or os.environ.get("SAE_FAST_CACHE") or "~/.cache/sae_fast").expanduser()
 
 

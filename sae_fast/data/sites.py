@@ -114,7 +114,7 @@ class _Reached(Exception):
 
 
 def run_until(model: nn.Module, site: Site, inputs: Any) -> Tensor:
-    """What comes through the site [..., d], in the graph of whatever leads to it; the model is left there."""
+    """The activations at the site [..., d], in the graph of whatever leads to it; the model is left there."""
 
     def leave(x: Tensor) -> Tensor:
         raise _Reached(x)

@@ -180,7 +180,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What identifies the model's weights: the hub's commit, or a hash of the files in its folder."""
+        """The identity of the model's weights: the hub's commit, or a hash of the files in its folder."""
         folder = Path(self.name)
         if not folder.is_dir():
             return f"{self.name}@{self.commit}"
@@ -195,7 +195,7 @@ class Source:
 
     @cached_property
     def special_tokens(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts (before, after) a text; a BOS where it puts nothing but has one."""
+        """The tokens that the tokenizer puts (before, after) a text; a BOS where it puts nothing but has one."""
         probe = self.tokenizer("a", return_special_tokens_mask=True)
         ids, special = probe["input_ids"], probe["special_tokens_mask"]
         if 0 not in special:
@@ -299,7 +299,7 @@ def _check_weights(name: str, report: Mapping[str, Any], below: set[str]) -> Non
 
 
 def _damaged(folder: Path) -> str | None:
-    """Which file in a model's folder is damaged, and how, as far as can be told."""
+    """The file in a model's folder that is damaged, and how, as far as can be told."""
     there = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     for file in there:
         if said := files.lfs_pointer(file):

@@ -66,7 +66,7 @@ CODE = re.compile(r"GLOBAL \S+|unrecognized function .*|new object for .*|build 
 
 
 def read_pt(file: Path) -> Any:
-    """What torch.save wrote, as far as it is tensors and plain values.  Errors as of :func:`read_safetensors`."""
+    """The tensors and plain values in a file that torch.save wrote.  Errors as of :func:`read_safetensors`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file")
     if said := files.lfs_pointer(file) or _packed(file):
@@ -86,7 +86,7 @@ def read_pt(file: Path) -> Any:
 
 
 def _packed(file: Path) -> str | None:
-    """What to say of an archive that would take more memory than it has bytes; torch.save compresses nothing."""
+    """A complaint of an archive that would take more memory than it has bytes; torch.save compresses nothing."""
     try:
         with zipfile.ZipFile(file) as archive:
             needed = sum(entry.file_size for entry in archive.infolist())
@@ -97,7 +97,7 @@ def _packed(file: Path) -> str | None:
 
 
 def _why_not(reason: str) -> str:
-    """Why torch did not read a pickle, without its advice to run it."""
+    """The reason why torch did not read a pickle, without its advice to run it."""
     reason = reason.partition("Check the documentation of torch.load")[0].rpartition("WeightsUnpickler error:")[2]
     reason = re.sub(r".*Re-running `torch.load`.*", "", reason)
     code = CODE.search(reason)

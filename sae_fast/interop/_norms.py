@@ -21,7 +21,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of an element's s
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far from 1 the norms of rows held at unit norm may be: what SAEBench allows."""
+    """The distance from 1 that norms of rows held at unit norm may have: what SAEBench allows."""
     return 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5
 
 
@@ -31,7 +31,7 @@ def norms(sae: SparseAutoencoder) -> Tensor:
 
 
 def chooses(sae: SparseAutoencoder) -> bool:
-    """Whether features are compared with each other, or with one threshold."""
+    """True where features are compared with each other, or with one threshold."""
     return isinstance(sae, (TopKSAE, BatchTopKSAE))
 
 
@@ -40,7 +40,7 @@ def is_unit(sae: SparseAutoencoder) -> bool:
 
 
 def why_not_unit(sae: SparseAutoencoder) -> str | None:
-    """What to say of decoder rows that are not unit, and what helps; None where they are."""
+    """A complaint of decoder rows that are not unit, with what helps; None where they are."""
     if is_unit(sae):
         return None
     zero = (norms(sae) == 0).nonzero()[:, 0].tolist()
@@ -57,8 +57,8 @@ def scaled(sae: SparseAutoencoder) -> list[str]:
 
 @dataclass(frozen=True)
 class Unfold:
-    """How to undo :func:`fold`.  ``norms`` [F]; ``ulps``: for each parameter by how many representable numbers, counted in
-    the integers of its bits, the plain way back misses what it was; ``digest``: of the folded weights."""
+    """The way back from :func:`fold`.  ``norms`` [F]; ``ulps``: for each parameter by how many representable numbers,
+    counted in the integers of its bits, the plain way back misses what it was; ``digest``: of the folded weights."""
 
     norms: Tensor
     ulps: dict[str, Tensor]
@@ -115,7 +115,7 @@ def unfold(sae: SparseAutoencoder, how: Unfold) -> None:
 
 
 def digest(sae: SparseAutoencoder) -> str:
-    """Of the bits of the folded parameters."""
+    """SHA-256 of the folded parameters' bits."""
     found = hashlib.sha256()
     for name in ("W_dec", *scaled(sae)):
         found.update(_bits(sae.get_parameter(name).detach().cpu().contiguous()).numpy().tobytes())
@@ -123,7 +123,7 @@ def digest(sae: SparseAutoencoder) -> str:
 
 
 def _scale(t: Tensor, n: Tensor, inverse: bool) -> None:
-    """By float64, so that there is one rounding.  A row of norm 0 is divided by 1."""
+    """Multiplies, or divides, rows by n in float64, so that there is one rounding.  A row of norm 0 is divided by 1."""
     factor = torch.where(n == 0, 1, n.double()) if inverse else n.double()
     factor = factor if t.dim() == 1 else factor[:, None]
     t.copy_(t.double() / factor if inverse else t.double() * factor)

@@ -44,8 +44,8 @@ def fetch(place: str) -> Path:
 
 
 def _patterns(inside: str) -> tuple[list[str], list[str]]:
-    """What to fetch and what not: the files of a folder, not of the folders in it; of what may be a file also that, and the
-    configs that go with it.  A * of the Hub's patterns goes across folders."""
+    """Patterns of what to fetch and what not: the files of a folder, not of the folders in it; of what may be a file also
+    that, and the configs that go with it.  A * of the Hub's patterns goes across folders."""
     here = glob.escape(inside)
     below = f"{here}/" if here else ""
     wanted = [f"{below}{name}" for name in WANTED]

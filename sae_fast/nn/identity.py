@@ -1,4 +1,4 @@
-"""Which SAE it was: a name for its weights, by which a store or a file of marks is told from another SAE's."""
+"""An SAE's identity: a name for its weights, by which a store or a file of marks is told from another SAE's."""
 
 from __future__ import annotations
 

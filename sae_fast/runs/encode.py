@@ -1,4 +1,4 @@
-"""From an SAE and activations to a feature store: what `sae-fast encode` runs."""
+"""`sae-fast encode`: from an SAE and activations to a feature store."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def encode(
 
 
 def default_store(source: str | Path, sae: SparseAutoencoder) -> Path:
-    """Where the store of an SAE is when it is not said: in its run, or in a folder of its own in out/store."""
+    """The folder of an SAE's store when none is said: in its run, or in a folder of its own in out/store."""
     if (run := run_of(source)) is not None:
         return run / STORE
     name = Path(source).resolve().name if Path(source).exists() else re.sub(r"[^\w.-]+", "-", str(source))

@@ -1,4 +1,4 @@
-"""How good an SAE is on a store of activations, and how fast a step of its training."""
+"""Measurements: how good an SAE is on a store of activations, and how fast a step of its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a run to the page of its features: what `sae-fast report` runs."""
+"""`sae-fast report`: from a run to the page of its features."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read_effects(file: Path) -> dict[int, float]:
 
 
 def title_of(sae: SparseAutoencoder) -> str:
-    """What an SAE's metadata says that it is, or nothing."""
+    """The place and model that an SAE's metadata names, or nothing."""
     model, place = sae.metadata.get("model_name"), sae.metadata.get("hook_name")
     if place is None and sae.metadata.get("layer") is not None:
         place = f"layer {sae.metadata['layer']}"
@@ -79,7 +79,7 @@ def title_of(sae: SparseAutoencoder) -> str:
 
 
 def facts_of(run: Path) -> Mapping[str, str]:
-    """What a run's metrics.json adds to the page, as far as it is there."""
+    """The facts that a run's metrics.json adds to the page, as far as it is there."""
     try:
         held_out = files.read_json(run / METRICS)["held_out"]
         return {f"FVU on {held_out['tokens']:,} held-out tokens": f"{held_out['fvu']:.3g}"}

@@ -1,4 +1,4 @@
-"""Where an SAE's activations come from, as its metadata says: written when it is trained, read to make them again."""
+"""The source of an SAE's activations in its metadata: written when it is trained, read to make them again."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def activations_of(
 
 
 class Known(NamedTuple):
-    """Where an SAE belongs, as its metadata says; None where it does not."""
+    """The place that an SAE belongs to, as its metadata says; None where it does not."""
 
     model: str | None
     place: dict[str, Any] | None
@@ -69,7 +69,7 @@ class Known(NamedTuple):
 
 
 def known_of(metadata: Mapping[str, Any]) -> Known:
-    """Where an SAE of this metadata belongs, as a run's source says, or another package's config."""
+    """The place that an SAE of this metadata belongs to, as a run's source says, or another package's config."""
     source = metadata["source"] if isinstance(metadata.get("source"), dict) else {}
     hook, layer = metadata.get("hook_name"), metadata.get("layer")
     place = {"hook": hook} if hook else None if layer is None else {"layer": layer}

@@ -1,4 +1,4 @@
-"""From a model and a text to a trained SAE and its results: what `sae-fast demo` and `sae-fast train` run."""
+"""`sae-fast train`, and `demo`: from a model and a text to a trained SAE and its results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sae_fast.signals import Interrupted, noticing
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. lr and l1 are for activations scaled to unit variance per dimension; `train` scales them so."""
+    """Settings of a training. lr and l1 are for activations of unit variance per dimension; `train` scales them so."""
 
     d_sae: int = 6144
     batch_size: int = 1024
@@ -75,8 +75,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Saving:
-    """Where a training keeps its checkpoint: from the first step on, after which `first` is called once, every so many
-    minutes, and at its end."""
+    """The folder of a training's checkpoint, written from the first step on, after which `first` is called once, every so
+    many minutes, and at its end."""
 
     folder: Path
     minutes: float = 5.0
@@ -237,7 +237,7 @@ def summary(
 
 
 def metadata_of(store: ActivationStore, model: str | Path, name: str, text_from: str | Path | None) -> dict[str, Any]:
-    """What an SAE trained on a store says of where it belongs, under the names that other packages' formats know too; and
+    """The metadata of an SAE trained on a store: where it belongs, by the names that other packages' formats know too; and
     under "source" what `sae-fast encode` makes the same activations of."""
     info = store.info
     about = {

@@ -56,7 +56,7 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Spar
 
 
 def describe(sae: nn.SparseAutoencoder) -> dict[str, Any]:
-    """What of a layer is not tensors; ``ValueError`` for one that :func:`rebuild` would not make again."""
+    """All of a layer that is not tensors; ``ValueError`` for one that :func:`rebuild` would not make again."""
     if type(sae) not in CLASSES.values():
         raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(CLASSES)} itself")
     sae.check_dtypes()

@@ -129,7 +129,9 @@ rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 
 @pytest.fixture(scope="module")
 def house():
-    return House(ROOT)
+    house = House(ROOT)
+    assert {"sae_fast", "sae_fast.ops.encode", "sae_fast.kernels.encode"} <= set(house.files)
+    return house
 
 
 @rules

@@ -1,4 +1,4 @@
-"""What attribution walks along: the entries that differ between two codes, and the models run from a site on."""
+"""The path of attribution: the entries that differ between two codes, and the models run from a site on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RULES = ("left", "right", "midpoint")
 
 
 def points(steps: int, rule: str) -> list[float]:
-    """Where on [0, 1] a rule of ``steps`` points takes the gradient."""
+    """The points on [0, 1] at which a rule of ``steps`` points takes the gradient."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps: got {steps!r}, want an int ≥ 1, the number of points on the path")
     if rule not in RULES:
@@ -119,18 +119,18 @@ class Downstream:
 
     @property
     def by_example(self) -> bool:
-        """Whether examples have numbers of their own, so that any number of them can share a pass."""
+        """True where examples have numbers of their own, so that any number of them can share a pass."""
         return self.clean.dim() == 1
 
     @cached_property
     def examples_per_pass(self) -> int:
-        """How many examples share a pass: of as many positions, in the inputs or at the site, as TOKENS_PER_PASS."""
+        """The number of examples that share a pass: of TOKENS_PER_PASS positions, in the inputs or at the site."""
         positions = max(self.x[0, ..., 0].numel(), sites.positions(self.inputs, self.batch))
         return max(1, batching.TOKENS_PER_PASS // positions)
 
     @property
     def share(self) -> int:
-        """How many copies of the batch share a pass."""
+        """The number of copies of the batch that share a pass."""
         return max(1, self.examples_per_pass // self.batch) if self.by_example else 1
 
     def values(self, rows: Tensor, examples: Tensor | None = None) -> Tensor:

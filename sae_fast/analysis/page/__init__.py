@@ -135,5 +135,5 @@ def _html(title: str, about: Mapping[str, Any], chunks: Mapping[str, bytes]) -> 
 
 
 def _hash(source: str) -> str:
-    """By which the page's policy knows its own script and style, and refuses all others."""
+    """A hash by which the page's policy knows its own script and style, and refuses all others."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""What searches for perturbations stand on: a model with a vector added at a site, and an ascent that never goes down."""
+"""The ground of searches for perturbations: a model with a vector added at a site, and an ascent that never goes down."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def climb(
 
 
 def highest(ends: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ascents of one point each, as `climb` gives them, the one whose objective is the largest, the first of equals."""
+    """The ascent whose objective is the largest, the first of equals, among those of one point that `climb` gives."""
     return max(ends, key=lambda end: float(end[1]))
 
 

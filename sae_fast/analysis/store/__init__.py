@@ -77,7 +77,7 @@ class FeatureStore:
         return store
 
     def sql(self, query: str, parameters: Sequence[Any] | None = None) -> Any:
-        """What DuckDB answers, a relation: print it, or take ``.fetchall()``, ``.df()``, ``.fetchnumpy()``, ``.arrow()``.
+        """DuckDB's answer, a relation: print it, or take ``.fetchall()``, ``.df()``, ``.fetchnumpy()``, ``.arrow()``.
 
         Tables: ``activations`` (token, feature, activation), ``features`` (feature, fires, density, maximum, mean, minimum)
         and, where the text is known, ``tokens`` (token, context, position, text, gap).  ``?`` in the query stands for one
@@ -95,8 +95,8 @@ class FeatureStore:
 
     @cached_property
     def features(self) -> dict[str, np.ndarray]:
-        """By name [F]: fires (tokens, int64), density (float64), maximum, mean and minimum of the activations above 0
-        (float32; 0 of a feature that never fires)."""
+        """Arrays by name [F]: fires (tokens, int64), density (float64), maximum, mean and minimum of the activations above
+        0 (float32; 0 of a feature that never fires)."""
         columns = self._numpy("SELECT * EXCLUDE feature FROM features ORDER BY feature")
         if len(columns["fires"]) != self.d_sae:
             raise ValueError(f"{self.path}: damaged: {len(columns['fires'])} features, want {self.d_sae}")
@@ -171,7 +171,7 @@ class FeatureStore:
         after: int = 8,
         progress: bool = False,
     ) -> Contexts:
-        """Of each feature (by default all), its ``top`` contexts and ``per_bin`` from each of ``bins`` quantiles, as
+        """The ``top`` contexts of each feature (by default of all) and ``per_bin`` from each of ``bins`` quantiles, as
         :meth:`top` and :meth:`stratified` give; of all that are shown of one feature no two are from one context or read
         the same.  All activations are read once, feature by feature."""
         asked = self._checked(features)

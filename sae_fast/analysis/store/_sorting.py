@@ -131,7 +131,7 @@ def _batches(activations: Source, batch_size: int) -> Iterator[Tensor]:
 
 
 def _check(sae: SparseAutoencoder, x: Tensor, first: int) -> None:
-    """Here too, not only by the layer: it knows neither a token's number nor, on a GPU, what is not finite."""
+    """Checks what the layer checks too, which knows neither a token's number nor, on a GPU, what is not finite."""
     if x.shape[1] != sae.d_in:
         raise ValueError(f"activations: got {x.shape[1]} dimensions, want d_in = {sae.d_in} of this {type(sae).__name__}")
     if x.dtype not in (*INPUT_DTYPES, sae.W_enc.dtype):

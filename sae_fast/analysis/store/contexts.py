@@ -1,4 +1,4 @@
-"""Which of the tokens that a feature fires on are shown, and what is around them."""
+"""The tokens that are shown of those that a feature fires on, and what is around them."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def in_order(entries: np.ndarray) -> Iterator[np.ndarray]:
 def shown(
     store: Tokens, tokens: np.ndarray, values: np.ndarray, top: int, bins: int, per_bin: int, before: int, after: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of a feature's tokens [n], ascending, and its activations [n] there: (which are shown [M] int64, of which stratum
-    each is [M] int8).  Stratum 0 has up to ``top``, the highest first; 1 to ``bins`` are quantiles, up to ``per_bin`` of
-    each.  No two are from one context or read the same."""
+    """(the entries that are shown [M] int64, the stratum of each [M] int8) of a feature's tokens [n], ascending, and its
+    activations [n] there.  Stratum 0 has up to ``top``, the highest first; 1 to ``bins`` are quantiles, up to ``per_bin``
+    of each.  No two are from one context or read the same."""
     size = store.context_length or 1
 
     def read(token: int) -> str:
@@ -171,7 +171,7 @@ def _around(store: Tokens, tokens: np.ndarray, before: int, after: int) -> tuple
 
 
 def _best_of_each_context(contexts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which entries are the highest of their context, the first of equal ones; contexts ascend."""
+    """The entries that are the highest of their context, the first of equal ones; contexts ascend."""
     starts = _starts(contexts)
     lengths = np.diff(starts, append=len(contexts))
     highest = np.flatnonzero(values == np.repeat(np.maximum.reduceat(values, starts), lengths))
@@ -179,7 +179,7 @@ def _best_of_each_context(contexts: np.ndarray, values: np.ndarray) -> np.ndarra
 
 
 def _starts(ascending: np.ndarray) -> np.ndarray:
-    """Where each run of equal numbers begins; there is at least one number."""
+    """The places at which runs of equal numbers begin; there is at least one number."""
     return np.concatenate(([0], np.flatnonzero(ascending[1:] != ascending[:-1]) + 1))
 
 

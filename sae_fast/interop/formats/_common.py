@@ -1,4 +1,4 @@
-"""What every format shares: what reading gives, what travels along, the layers' parameters filled in."""
+"""The formats' common parts: what reading gives, what travels along, the layers' parameters filled in."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Format(Protocol):
     CONFIG: str  # the file that says what the others are
 
     def finds(self, path: Path) -> bool:
-        """Whether a folder or file is of this format, by its files' names."""
+        """True for a folder or file of this format, by its files' names."""
 
     def read(self, path: Path) -> Loaded: ...
 
@@ -72,7 +72,7 @@ def dtype_of(file: Path, free: set[str], values: Mapping[str, Tensor]) -> torch.
 
 
 def own(config: dict[str, Any]) -> dict[str, Any]:
-    """What we kept in another package's config, which anyone may have changed: of its entries those that are objects, and
+    """Our own part of another package's config, which anyone may have changed: of its entries those that are objects, and
     plain values."""
     return mapping(config.get(KEY))
 
@@ -97,7 +97,7 @@ def config_of(sae: SparseAutoencoder, name: str) -> dict[str, Any]:
 
 
 def to_keep(sae: SparseAutoencoder, name: str, **more: Any) -> dict[str, Any]:
-    """What to write under KEY in the config of the format ``name``."""
+    """The value to write under KEY in the config of the format ``name``."""
     configs = {k: v for k, v in mapping(sae.metadata.get("configs")).items() if k != name}
     precision = {} if sae.precision == "exact" else {"precision": sae.precision}
     return {"metadata": {**sae.metadata, "configs": configs}, "class": type(sae).__name__, **precision, **more}

@@ -206,7 +206,7 @@ def _threshold(tensors: Tensors) -> Tensor:
 
 
 def _k(tensors: Tensors, config: dict, file: Path) -> int | float:
-    """That of the tensors, with which the config's must agree; in files from before 2024-12-22 it is the config's."""
+    """k of the tensors, with which the config's must agree; in files from before 2024-12-22 it is the config's."""
     said = mapping(config.get("trainer")).get("k")
     if "k" not in tensors:
         return arguments.whole(f"{file}: trainer.k", said, wanted=f"a positive int, as {tensors.file} holds no k")

@@ -1,4 +1,4 @@
-"""What SAEBench takes: dictionary_learning's folder, with the model's name and the layer that its loaders compare, the
+"""SAEBench's folder: dictionary_learning's, with the model's name and the layer that its loaders compare, the
 trainer_class that they look for, and unit decoder rows.  It is read as what it is: dictionary_learning's."""
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def _groups(widths: Any, file: Path, d_sae: int) -> list[int]:
 
 
 def _scaling_factor(file: Path) -> float | None:
-    """What a training multiplied the activations by, where a checkpoint of it says so."""
+    """The factor by which a training multiplied the activations, where a checkpoint of it says so."""
     factor = read_json(file).get("scaling_factor") if file.is_file() else None
     if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < inf):
         raise ValueError(f"{file}: scaling_factor: got {factor!r}, want a positive number or null")
