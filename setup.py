@@ -5,6 +5,7 @@ Metadata is in pyproject.toml.  No torch is needed to build: the kernels take ra
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,18 +37,17 @@ WANTED = (
 
 # ---- CUDA: releases 12 and 13.  SAE_FAST_CUDA=1 asks for it, SAE_FAST_CUDA=0 forbids it. -------------------------------
 
-# Machine code for Ampere and Hopper; PTX for Ada, which is Ampere's kin, and for what comes after Hopper.
-GENCODE = [
-    "-gencode", "arch=compute_80,code=[sm_80,compute_80]",
-    "-gencode", "arch=compute_90a,code=sm_90a",
-    "-gencode", "arch=compute_90,code=compute_90",
-]  # fmt: skip
 NVCC_FLAGS = [
     "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC / 'include'}",
     f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
 ]  # fmt: skip
 # The runtime goes into the module, out of sight of torch's own: any torch, or none, may be in the process.
 NVCC_LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
+
+
+def gencode():
+    generations = runpy.run_path("kernels/_generations.py")["GENERATIONS"]
+    return [word for it in generations.values() for code in it.code for word in ("-gencode", code)]
 
 
 def find_nvcc():
@@ -79,7 +79,7 @@ def cuda_extensions():
         print("no nvcc: the GPU ops run on their Triton kernels", file=sys.stderr)
         return []
     sources = [CSRC / "bindings_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
-    headers = [*(CSRC / "include" / "sae_fast" / "cuda").glob("*"), Path("setup.py")]
+    headers = [*(CSRC / "include").rglob("*.*"), Path("setup.py"), Path("kernels/_generations.py")]
     return [Extension("sae_fast._C_cuda", list(map(str, sources)), depends=list(map(str, headers)))]
 
 
@@ -139,7 +139,7 @@ class Build(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         for parent in (folder, target.parent):
             parent.mkdir(parents=True, exist_ok=True)
-        changed = max(os.path.getmtime(p) for p in ext.depends)
+        changed, targets = max(os.path.getmtime(p) for p in ext.depends), gencode()
 
         def run(*command):
             print(" ".join(command), flush=True)  # one piece: others print too
@@ -150,13 +150,13 @@ class Build(build_ext):
             to = folder / f"{Path(source).stem}.o"
             if self.force or not to.exists() or to.stat().st_mtime < max(changed, os.path.getmtime(source)):
                 # A name of its own until it is whole: an interrupted build leaves nothing that looks done.
-                run(nvcc, *GENCODE, *NVCC_FLAGS, "-o", f"{to}.part", "-c", source)
+                run(nvcc, *targets, *NVCC_FLAGS, "-o", f"{to}.part", "-c", source)
                 os.replace(f"{to}.part", to)
             return str(to)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile, ext.sources))
-        run(nvcc, *GENCODE, *NVCC_LINK, *objects, "-o", str(target))
+        run(nvcc, *targets, *NVCC_LINK, *objects, "-o", str(target))
 
 
 if __name__ == "__main__":

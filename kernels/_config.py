@@ -7,18 +7,22 @@ writes what it found to be faster into a file, and ``SAE_FAST_TUNING=file.json``
 from __future__ import annotations
 
 import json
+import logging
 import os
 from functools import cache
 
 import torch
 
 from sae_fast.kernels import _launch
+from sae_fast.kernels._generations import GENERATIONS, nearest
 
 _target: int | None = None
+_log = logging.getLogger("sae_fast")
 
 # columns: of a row that a program holds at once; entries: gathered rows at once; run: entries of a feature that are
 # summed in one go; finish: entries whose slices are summed at once.
-_EVERY = {
+_TILE = {"rows": 128, "features": 128, "depth": 64, "warps": 8, "stages": 3, "group": 8, "persistent": 0, "library": 0}
+_BASE = {
     "round": {"warps": 4},
     "compact": {"words": 1024, "warps": 4},
     "decode": {"entries": 8, "columns": 256},
@@ -27,13 +31,14 @@ _EVERY = {
     "transpose": {"entries": 256, "features": 32, "chunks": 32, "warps": 4},
     "outer": {"entries": 8, "columns": 512, "run": 512},
     "weight_step": {"entries": 4, "columns": 512},
+    # The product: of rows of up to 1024, whose tiles are short and end often, and of wider rows.
+    "screen": _TILE,
+    "screen_wide": _TILE,
 }
-# The product has a configuration for rows of up to 1024, whose tiles are short and end often, and one for wider rows.
-_TILE = {"rows": 128, "features": 128, "depth": 64, "warps": 8, "stages": 3, "group": 8, "persistent": 0, "library": 0}
 SHIPPED: dict[int, dict[str, dict[str, int]]] = {
-    80: {**_EVERY, "screen": {**_TILE, "warps": 4}, "screen_wide": {**_TILE, "warps": 4}},
+    80: {**_BASE, "screen": {**_TILE, "warps": 4}, "screen_wide": {**_TILE, "warps": 4}},
     # Narrow: 128 registers, so that a multiprocessor has two tiles, one of which multiplies while the other ends.
-    90: {**_EVERY, "screen": _TILE, "screen_wide": {**_TILE, "features": 256, "persistent": 1}},
+    90: {**_BASE, "screen_wide": {**_TILE, "features": 256, "persistent": 1}},
 }
 
 
@@ -44,12 +49,25 @@ def config(op: str) -> dict[str, int]:
 
 
 def generation() -> int:
-    """80 (Ampere, Ada) or 90 (Hopper and later): which column of SHIPPED holds."""
+    """The one of GENERATIONS whose kernels the current device takes."""
     if _target is not None:
         return _target
     if _launch.INTERPRETED or not torch.cuda.is_available():
-        return 80
-    return 90 if torch.cuda.get_device_capability()[0] >= 9 else 80
+        return min(GENERATIONS)
+    major, minor = torch.cuda.get_device_capability()
+    return _of(10 * major + minor)
+
+
+@cache
+def _of(capability: int) -> int:
+    """The nearest generation; where it is another than the GPU's own, the log says so, once."""
+    known = nearest(capability)
+    if known != capability:
+        name = GENERATIONS[known].name
+        _log.info(
+            "GPU of compute capability %.1f: not a generation of its own here, takes %s's kernels", capability / 10, name
+        )
+    return known
 
 
 @cache
@@ -62,9 +80,9 @@ def _file(path: str | None) -> dict[str, dict[str, int]]:
     except (OSError, ValueError) as error:
         raise ValueError(f"SAE_FAST_TUNING: cannot read {path!r}: {error}") from error
     for op, values in found.items():
-        known = SHIPPED[80].get(op)
+        known = _BASE.get(op)
         if known is None or not isinstance(values, dict) or not set(values) <= set(known):
-            raise ValueError(f"SAE_FAST_TUNING: got {op}: {values} in {path!r}, want {known or sorted(SHIPPED[80])}")
+            raise ValueError(f"SAE_FAST_TUNING: got {op}: {values} in {path!r}, want {known or sorted(_BASE)}")
         for key, value in values.items():
             # Tiles past a mask's words or a 16-bit copy's columns would touch memory that is not theirs.
             limit = {"depth": 64, "features": 256}.get(key, 65536)

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from sae_fast import backend
 from sae_fast.kernels import _config, _launch
+from sae_fast.kernels._generations import GENERATIONS
 
 module: Any = None  # sae_fast._C_cuda; the tests put its double on a CPU here
 with suppress(ImportError):
     from sae_fast import _C_cuda as module  # type: ignore[attr-defined, no-redef]
 
-# The ops whose CUDA kernels are the default, by GPU generation: those that were measured to be 1.15 × as fast as their
-# Triton twins at every shape of the benchmark.  None yet: on an H100 transpose (1.23 ×) and weight_step (1.17 ×) were at
-# the large one, and the small one has not been measured.
-FASTER: dict[int, frozenset[str]] = {80: frozenset(), 90: frozenset()}
+# The ops whose CUDA kernels are the default, by GPU generation; the benchmarks put others there for a while.
+FASTER = {generation: it.faster for generation, it in GENERATIONS.items()}
 STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 

@@ -1,4 +1,4 @@
-"""The manifest: what every kernel needs on the chip, compiled for sm_80 and sm_90 on a machine that need not have a GPU.
+"""The manifest: what every kernel needs on the chip, compiled for every GPU generation on a machine without a GPU.
 
     python -m sae_fast.kernels.aot --check | --write
 
@@ -31,9 +31,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sae_fast.kernels import _launch, aot_calls, aot_cuda
+from sae_fast.kernels._generations import GENERATIONS
 
 MANIFEST = Path(__file__).with_name("manifest.json")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program can have
 Needs = dict[str, int]  # registers and stack of a thread, spills (local loads and stores), shared memory of a program
 Manifest = dict[str, dict[str, Needs]]  # by kernel and variant
 
@@ -156,7 +156,7 @@ def faults(manifest: Manifest) -> list[str]:
     found = []
     for name, by_key in manifest.items():
         for key, it in by_key.items():
-            limit = SHARED_LIMIT[int(key[3:5])]
+            limit = GENERATIONS[int(re.match(r"sm_(\d+)", key)[1])].shared
             if it["stack"] or it["spills"]:
                 found.append(f"{name} {key}: uses the stack: {it['stack']} bytes, {it['spills']} instructions")
             if it["shared"] > limit:
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         print("no nvcc: the CUDA kernels are left out")
 
-    launches = {arch: list(aot_calls.calls(arch)) for arch in SHARED_LIMIT}
+    launches = {arch: list(aot_calls.calls(arch)) for arch in GENERATIONS}
     bad = [
         f"{name}: is in no call of aot_calls.CALLS"
         for name in aot_calls.launched_nowhere(

@@ -85,7 +85,7 @@ def encode(s: Size) -> None:
     _launch.launch(compact._pack, (s.B,), begin, end, *packed, s.entries, s.entries - 16, V=2, BLOCK=128, num_warps=1)
     mask, terms = integers(s.B, screen.words(s.F), dtype=torch.int32), (meta(3, s.B), meta(3, s.F))
     screen.scan(meta(1024, s.F), 0, *terms, mask)
-    if _config.generation() >= 90:
+    if _config.config("screen_wide")["persistent"]:
         screen.screen(meta(s.B, shadow[0].shape[1], dtype=torch.float16), shadow[0], *terms, mask, persistent=True)
 
 
@@ -167,7 +167,7 @@ CALLS: list[Callable[[Size], None]] = [
 
 
 def calls(target: int) -> Iterator[_launch.Launch]:
-    """The launches on a GPU of that generation, 80 or 90."""
+    """The launches on a GPU of that generation."""
     outer, _config._target = _config._target, target
     try:
         for size in SIZES:

@@ -1,4 +1,4 @@
-"""The CUDA kernels' part of the manifest (aot.py): csrc/cuda/*.cu, compiled for sm_80 and sm_90a where there is an nvcc.
+"""The CUDA kernels' part of the manifest (aot.py): csrc/cuda/*.cu, compiled for each generation where there is an nvcc.
 
 A kernel's shared memory is its own and what it is launched with: the constant ``kShared`` of the struct that it takes,
 where there is one; what hangs on sizes (verify's row, a unit row's sums) is not counted.  Registers differ from one release
@@ -19,9 +19,11 @@ from pathlib import Path
 
 import triton
 
+from sae_fast.kernels._generations import GENERATIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "cubin"
-RESERVED = {"sm_80": 0, "sm_90a": 1024}  # targets, and the shared memory that the binary counts though it is the system's
+RESERVED = {it.target: it.reserved for it in GENERATIONS.values()}
 FLAGS = ["-std=c++17", "-O3"]  # of setup.py
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PREFIX = "csrc/cuda/"  # of the entries' names

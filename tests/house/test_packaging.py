@@ -50,7 +50,7 @@ TRAINS = """
 import json, torch
 import sae_fast as sf
 from importlib.metadata import version
-from sae_fast.ops import _dispatch
+from sae_fast.ops import dispatch
 
 torch.set_num_threads(2)
 assert sf.__version__ == version("sae-fast")
