@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from sae_fast.activations import named
+from sae_fast.code import Layer, Shadow
 from sae_fast.kernels import _config, _launch
 
 
@@ -70,10 +72,11 @@ def encode(s: Size) -> None:
     from sae_fast.kernels.round import compare_rows, rounded
 
     x, W, of_feature = s.x(), s.W(), s.of(s.F)
-    shadow, flag = rounded(W), integers(dtype=torch.int32)
-    gated = encode.Layer(W, *shadow, of_feature, "gated", scale=of_feature, b_mag=of_feature)
-    relu = encode.Layer(W, *shadow, of_feature, "relu")
-    jumprelu = encode.Layer(W, *shadow, of_feature, "jumprelu", threshold=of_feature, cut=of_feature)
+    shadow, flag = Shadow(*rounded(W)), integers(dtype=torch.int32)
+    gated, relu, jumprelu = (
+        Layer(W, of_feature, kind, (of_feature,) * len(kind.parameters), cut, shadow)
+        for kind, cut in ((named("gated"), None), (named("relu"), None), (named("jumprelu"), of_feature))
+    )
     for flags in (flag, integers(s.F, dtype=torch.int32)):
         compare_rows(W, *shadow, flags)
     encode.candidates(x, gated, True, s.of(s.d), s.x(), flag)  # as a Trainer does
@@ -101,8 +104,9 @@ def decode_loss(s: Size) -> None:
     from sae_fast.kernels.decode_loss import StepOutputs, decode_loss, scratch
 
     entries, weight = s.of(s.entries), s.of(s.F)
-    for V, scale in ((1, None), (2, weight)):
-        step = StepOutputs(entries, scale, entries, meta(s.entries, 4), entries)
+    for kind in (named("relu"), named("gated")):
+        V, layer = kind.value_sets, Layer(s.W(), weight, kind, (weight,) * len(kind.parameters))
+        step = StepOutputs(layer, entries, entries, meta(s.entries, 4), entries)
         for outputs in (None, step) if s.dtype == torch.float32 else (None,):  # a Trainer's weights are float32
             decode_loss(
                 *s.rows(), s.of(V, s.entries), s.W(), s.of(s.d), s.x(), weight, float(s.B), s.of(V, s.B, s.d),

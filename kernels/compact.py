@@ -7,18 +7,32 @@ leaves is a code with gaps: row b's entries start where its candidates started.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_fast.code import Layer
 from sae_fast.kernels import _cuda
+from sae_fast.kernels._activation import values_of
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import launch
 from sae_fast.kernels.sampled_dots import partial_dots, sum_over_slices
 
-GATED, RELU, JUMPRELU = 0, 1, 2
 OVERFLOW, NOT_FINITE = 1, 2  # bits of the flag
+
+
+class Gapped(NamedTuple):
+    """A code with gaps: row b owns the entries begin[b] .. end[b] of indices [C], u [C] and values [V, C].  The values in a
+    gap are 0."""
+
+    begin: Tensor
+    end: Tensor
+    indices: Tensor
+    u: Tensor
+    values: Tensor
 
 
 @triton.jit
@@ -87,16 +101,11 @@ def compact(mask: Tensor, features: int, begin: Tensor, end: Tensor, candidates:
 
 
 @triton.jit
-def _relu(a):
-    return tl.where(a <= 0, 0.0, a)  # keeps a NaN
-
-
-@triton.jit
 def _verify(
-    partials_ptr, x_norms_ptr, W_norms_ptr, bias_ptr, cut_ptr, scale_ptr, b_mag_ptr, threshold_ptr,
+    partials_ptr, x_norms_ptr, W_norms_ptr, bias_ptr, cut_ptr, first_ptr, second_ptr,
     begin_ptr, end_ptr, candidates_ptr, indices_ptr, u_ptr, values_ptr, end_out_ptr,
     slices, x_norm_columns, W_norm_columns, capacity,
-    KIND: tl.constexpr, EXACT: tl.constexpr, HAS_CUT: tl.constexpr, ENTRIES: tl.constexpr,
+    KIND: tl.constexpr, V: tl.constexpr, EXACT: tl.constexpr, HAS_CUT: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
@@ -118,40 +127,38 @@ def _verify(
             else:
                 member = member & ((pi <= 0) == 0)
         slot = members + tl.cumsum(member.to(tl.int32), 0) - 1
-        if KIND == 0:
-            scale = tl.load(scale_ptr + i, mask=member, other=0.0).to(tl.float32)
-            b_mag = tl.load(b_mag_ptr + i, mask=member, other=0.0).to(tl.float32)
-            tl.store(values_ptr + slot, tl.where(pi <= 0, 0.0, _relu(scale * u + b_mag)), mask=member)
-            tl.store(values_ptr + capacity + slot, _relu(pi), mask=member)
-        elif KIND == 1:
-            tl.store(values_ptr + slot, _relu(pi), mask=member)
-        else:
-            threshold = tl.load(threshold_ptr + i, mask=member, other=0.0).to(tl.float32)
-            tl.store(values_ptr + slot, tl.where(pi <= threshold, 0.0, _relu(pi)), mask=member)
+        magnitude, gate = values_of(KIND, u, pi, first_ptr, second_ptr, i, member)
+        tl.store(values_ptr + slot, magnitude, mask=member)
+        if V == 2:
+            tl.store(values_ptr + capacity + slot, gate, mask=member)
         tl.store(indices_ptr + slot, i, mask=member)
         tl.store(u_ptr + slot, u, mask=member)
         members += tl.sum(member.to(tl.int32), 0)
     tl.store(end_out_ptr + b, members)
 
 
-def verify(
-    x: Tensor, W: Tensor, bias: Tensor, cut: Tensor | None, kind: int, scale: Tensor | None, b_mag: Tensor | None,
-    threshold: Tensor | None, begin: Tensor, end: Tensor, candidates: Tensor, indices: Tensor, u: Tensor, values: Tensor,
-    end_out: Tensor, norms: tuple[Tensor, Tensor] | None = None,
-) -> None:  # fmt: skip
-    """The members among the candidates, with not (x·w + bias <= cut): indices [C], u [C], values [V, C]; row b's at
-    begin[b] .. end_out[b].  ``scale`` is exp(r_mag).  With ``norms`` (of round_rows) x and W are 16-bit copies, and every
-    candidate stays."""
+def verify(x: Tensor, layer: Layer, end: Tensor, candidates: Tensor, code: Gapped, norms: Tensor | None = None) -> None:
+    """Fills ``code`` with the members among the candidates of rows x [B, d], those with not (x·w + bias <= cut): row b's
+    candidates are at code.begin[b] .. end[b].  With ``norms`` (of round_rows) x is its 16-bit copy, W's is the layer's
+    shadow's, and every candidate stays."""
     (rows, d), capacity = x.shape, candidates.shape[0]
-    of_norms, columns = norms or (None, None), (0, 0) if norms is None else (norms[0].shape[1], norms[1].shape[1])
-    arguments = (*of_norms, bias, cut, scale, b_mag, threshold, begin, end, candidates, indices, u, values, end_out)
+    W, W_norms, columns = layer.W, None, (0, 0)
+    if norms is not None:
+        assert layer.shadow is not None
+        W, W_norms = layer.shadow
+        columns = norms.shape[1], W_norms.shape[1]
+    entries = code.begin, end, candidates, code.indices, code.u, code.values, code.end
     if _cuda.takes("verify"):
-        _cuda.call("verify", W.dtype, u.dtype, kind, x, W, *arguments, rows, d, *columns, capacity)
+        scale, b_mag = layer.vectors if layer.activation.name == "gated" else (None, None)
+        threshold = layer.vectors[0] if layer.activation.name == "jumprelu" else None
+        _cuda.call("verify", W.dtype, code.u.dtype, layer.activation.native, x, W, norms, W_norms, layer.bias, layer.cut,
+                   scale, b_mag, threshold, *entries, rows, d, *columns, capacity)  # fmt: skip
         return
-    partials = partial_dots(begin, end, candidates, x, W)
+    partials = partial_dots(code.begin, end, candidates, x, W)
     launch(
-        _verify, (rows,), partials, *arguments, partials.shape[0], *columns, capacity,
-        KIND=kind, EXACT=norms is None, HAS_CUT=cut is not None, ENTRIES=config("sampled_dots")["finish"], num_warps=1,
+        _verify, (rows,), partials, norms, W_norms, layer.bias, layer.cut, *layer.vector_slots(), *entries,
+        partials.shape[0], *columns, capacity, KIND=layer.activation.native, V=layer.activation.value_sets,
+        EXACT=norms is None, HAS_CUT=layer.cut is not None, ENTRIES=config("sampled_dots")["finish"], num_warps=1,
     )  # fmt: skip
 
 

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_fast.code import Layer
 from sae_fast.kernels import _cuda
+from sae_fast.kernels._activation import pullback_of
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.decode import gather, weighted
@@ -20,12 +22,12 @@ CUDA_COLUMNS = 128  # of a slice in csrc/include/sae_fast/cuda/decode_loss.cuh
 
 
 class StepOutputs(NamedTuple):
-    """What a training step needs of each entry, written in the same pass.  Given: u [C], and for a gated code scale [F] =
-    exp(r_mag).  Written: delta [C], the gradient of u; entries [C, 4] = delta and the gradients of bias, r_mag and b_mag
-    (0 for the last two of one value set); decoder [C] = 2 m / N, the weights of the residuals in W_dec's gradient."""
+    """The gradients of each entry that a training step needs, written in the same pass.  Given: the layer and u [C].
+    Written: delta [C], the gradient of u; entries [C, 4] = delta and the gradients of bias and of the activation's
+    parameters (0 for those that it lacks); decoder [C] = 2 m / N, the weights of the residuals in W_dec's gradient."""
 
+    layer: Layer
     u: Tensor
-    scale: Tensor | None
     delta: Tensor
     entries: Tensor
     decoder: Tensor
@@ -72,8 +74,9 @@ def _residuals(
 @triton.jit
 def _finish(
     begin_ptr, end_ptr, indices_ptr, values_ptr, weight_ptr, partials_ptr, squares_ptr, losses_ptr, grads_ptr,
-    u_ptr, scale_ptr, delta_ptr, entries_ptr, decoder_ptr, two, one, slices, stride_v, stride_g, stride_p, stride_s,
-    V: tl.constexpr, ENTRIES: tl.constexpr,
+    u_ptr, first_ptr, second_ptr, delta_ptr, entries_ptr, decoder_ptr, two, one,
+    slices, stride_v, stride_g, stride_p, stride_s,
+    V: tl.constexpr, KIND: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
@@ -94,18 +97,13 @@ def _finish(
             tl.store(grads_ptr + stride_g + at, g_gate, mask=chosen)
         else:
             g_mag = tl.where(magnitude == 0, 0.0, g_mag + one * weight)
+            g_gate = g_mag
             sparsity += weight * magnitude
         tl.store(grads_ptr + at, g_mag, mask=chosen)
         if delta_ptr is not None:
-            if V == 2:
-                u = tl.load(u_ptr + at, mask=chosen, other=0.0).to(tl.float32)
-                scaled = g_mag * tl.load(scale_ptr + feature, mask=chosen, other=0.0).to(tl.float32)
-                delta = g_gate + scaled
-                four = tl.join(tl.join(delta, scaled * u), tl.join(g_gate, g_mag))
-            else:
-                delta = g_mag
-                zero = tl.zeros((ENTRIES,), tl.float32)
-                four = tl.join(tl.join(delta, zero), tl.join(delta, zero))
+            u = tl.load(u_ptr + at, mask=chosen, other=0.0).to(tl.float32)
+            delta, bias, first, second = pullback_of(KIND, u, g_mag, g_gate, first_ptr, second_ptr, feature, chosen)
+            four = tl.join(tl.join(delta, first), tl.join(bias, second))
             tl.store(delta_ptr + at, delta, mask=chosen)
             tl.store(decoder_ptr + at, two * magnitude, mask=chosen)
             at_four = at[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -135,12 +133,14 @@ def decode_loss(
     over rows is to be divided by the normaliser."""
     c = config("decode_loss")
     (V, rows, d), slices = residuals.shape, squares.shape[1]
+    vectors, kind = ((None, None), 0) if step is None else (step.layer.vector_slots(), step.layer.activation.native)
+    u, *written = (None, None, None, None) if step is None else (step.u, step.delta, step.entries, step.decoder)
     if _cuda.takes("decode_loss"):
         code, capacity = (begin, end, indices, values), indices.shape[0]
         _cuda.call("residuals", W.dtype, target.dtype, V, *code, W, b_dec, target, residuals, partials, squares, rows, d,
                    slices, capacity)  # fmt: skip
         _cuda.call("finish", W.dtype, V, *code, sparsity_weight, partials, squares, losses_rows, grads,
-                   *(step or [None] * 5), rows, slices, capacity, float(normaliser))  # fmt: skip
+                   u, vectors[0] if V == 2 else None, *written, rows, slices, capacity, float(normaliser))  # fmt: skip
         return
     launch(
         _residuals, (rows, slices), begin, end, indices, values, W, b_dec, target, residuals, partials, squares, rows,
@@ -149,6 +149,6 @@ def decode_loss(
     )  # fmt: skip
     launch(
         _finish, (rows,), begin, end, indices, values, sparsity_weight, partials, squares, losses_rows, grads,
-        *(step or [None] * 5), 2.0 / normaliser, 1.0 / normaliser, slices, values.stride(0), grads.stride(0),
-        *partials.stride()[:2], V=V, ENTRIES=c["finish"], num_warps=1,
+        u, *vectors, *written, 2.0 / normaliser, 1.0 / normaliser, slices, values.stride(0), grads.stride(0),
+        *partials.stride()[:2], V=V, KIND=kind, ENTRIES=c["finish"], num_warps=1,
     )  # fmt: skip

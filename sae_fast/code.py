@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sae_fast import activations
+from sae_fast.activations import Activation
 
 
 def row_ids(indptr: Tensor, nnz: int) -> Tensor:
@@ -152,3 +155,41 @@ class Shadow(NamedTuple):
     @property
     def of_gpu(self) -> bool:
         return self.rows.dtype == torch.float16
+
+
+class Layer(NamedTuple):
+    """An encoder, as the ops hand it around: W [F, d], the rest [F].
+
+    ``vectors`` are the activation's, ``cut`` is what π has to exceed, None for 0; ``shadow`` is W's, if there is one.
+    """
+
+    W: Tensor
+    bias: Tensor
+    activation: Activation
+    vectors: tuple[Tensor, ...] = ()
+    cut: Tensor | None = None
+    shadow: Shadow | None = None
+
+    @classmethod
+    def of(
+        cls, W: Tensor, bias: Tensor, activation: str, parameters: Mapping[str, Tensor], slack: float = 0.0,
+        shadow: Shadow | None = None,
+    ) -> Layer:  # fmt: skip
+        """The layer of an activation's parameters by name; π may miss what it has to exceed by ``slack``."""
+        kind = activations.named(activation)
+        vectors = kind.vectors(parameters)
+        cut = kind.cut(vectors)
+        if slack > 0:
+            cut = (torch.zeros_like(bias) if cut is None else cut) - slack
+        return cls(W, bias, kind, vectors, cut, shadow)
+
+    def vector_slots(self) -> tuple[Tensor | None, Tensor | None]:
+        """The vectors in the two places that kernels have for them."""
+        first, second, *_ = (*self.vectors, None, None)
+        return first, second
+
+    def contiguous(self) -> Layer:
+        """The same in plain memory."""
+        cut = None if self.cut is None else self.cut.contiguous()
+        vectors = tuple(v.contiguous() for v in self.vectors)
+        return self._replace(W=self.W.contiguous(), bias=self.bias.contiguous(), vectors=vectors, cut=cut)

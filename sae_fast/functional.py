@@ -6,18 +6,18 @@ Formulas: MATH.md §2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sae_fast.code import Transposed
+from sae_fast import activations
+from sae_fast.code import SparseCode, Transposed
+from sae_fast.gradients import Objective, feature_sums, no_second, outer
 from sae_fast.ops.autograd import call, differentiable, function
 from sae_fast.ops.decode_loss import decode_loss
 from sae_fast.ops.encode import encode
-from sae_fast.reference import DIALECTS, Loss
+from sae_fast.reference import Loss
 
 _ops = torch.ops.sae_fast
 
@@ -38,19 +38,9 @@ def gated_loss(
 ) -> Loss:
     """Equation (8), as :func:`sae_fast.reference.gated_loss`, on the engine.  x [B, d]; ``target`` [B, d] replaces x in
     the errors.  ``precision`` as in ops.encode.  Differentiable with respect to x, target and every parameter."""
-    code = encode(
-        x - b_dec if apply_b_dec_to_input else x,
-        W_enc,
-        b_gate,
-        activation="gated",
-        r_mag=r_mag,
-        b_mag=b_mag,
-        precision=precision,
-    )
-    weight = sparsity_weight(W_dec, l1_coefficient, dialect)
-    target = x if target is None else target
-    losses = decode_loss(code, W_dec, b_dec, target, weight, x.shape[0], stop_auxiliary=dialect == "paper").losses
-    return Loss(losses.sum(), *losses.unbind())
+    x_c = x - b_dec if apply_b_dec_to_input else x
+    code = encode(x_c, W_enc, b_gate, activation="gated", r_mag=r_mag, b_mag=b_mag, precision=precision)
+    return _loss(code, W_dec, b_dec, x if target is None else target, Objective(l1_coefficient, dialect))
 
 
 def relu_loss(
@@ -67,99 +57,42 @@ def relu_loss(
 ) -> Loss:
     """‖x − x̂‖² + λ‖f‖₁, as :func:`sae_fast.reference.relu_loss`, on the engine."""
     code = encode(x - b_dec if apply_b_dec_to_input else x, W_enc, b_enc, activation="relu", precision=precision)
-    weight = sparsity_weight(W_dec, l1_coefficient, dialect)
-    losses = decode_loss(code, W_dec, b_dec, x if target is None else target, weight, x.shape[0]).losses
+    return _loss(code, W_dec, b_dec, x if target is None else target, Objective(l1_coefficient, dialect))
+
+
+def _loss(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, objective: Objective) -> Loss:
+    weight, stop = objective.sparsity_weight(W_dec), objective.stops_auxiliary
+    losses = decode_loss(code, W_dec, b_dec, target, weight, target.shape[0], stop_auxiliary=stop).losses
     return Loss(losses.sum(), *losses.unbind())
-
-
-def sparsity_weight(W_dec: Tensor, l1_coefficient: float, dialect: str) -> Tensor:
-    """[F]: what each feature's activation costs: λ (``paper``) or λ‖d_i‖ (``saelens``)."""
-    if dialect not in DIALECTS:
-        raise ValueError(f"dialect: got {dialect!r}, want one of {DIALECTS}")
-    if dialect == "saelens":
-        return l1_coefficient * W_dec.norm(dim=1)
-    return W_dec.new_full((W_dec.shape[0],), l1_coefficient)
-
-
-def feature_sums(csc, values: Tensor, rows: int) -> Tensor:
-    """[F]: the sum of values [nnz] over each feature's entries in a Transposed code, in ascending row
-    order: bitwise repeatable."""
-    return _outer(csc, [values], [values.new_ones(rows, 1)], 0, csc.colptr.shape[0] - 1)[:, 0]
-
-
-def entry_sums(csc, entries: Sequence[Tensor]) -> Tensor:
-    """[V, F]: feature_sums of V vectors [nnz] in one pass: outer with an entry in the place of an example."""
-    rows = torch.stack(list(entries), dim=1)
-    ones, at = rows.new_ones(rows.shape[0]), csc.perm.int()
-    return _outer(replace(csc, rows=at), [ones], [rows], 0, csc.colptr.shape[0] - 1).T.contiguous()
-
-
-def weighted_rows(weights: Tensor, W: Tensor) -> Tensor:
-    """weights [F] @ W [F, d], by blocks: it stands for a sum over examples, whose rounding averages out where one long
-    dot product's would not."""
-    n = W.shape[0] // 16 * 16
-    blocks = torch.bmm(weights[:n].view(16, 1, n // 16), W[:n].view(16, n // 16, W.shape[1]))
-    return blocks.sum((0, 1)) + weights[n:] @ W[n:]
-
-
-def value_to_pre_gradients(activation: str, u: Tensor, values: Tensor, grads: Tensor, scale):
-    """From the gradient of the values [V, nnz] to those of the entries' u, bias, r_mag and b_mag, [nnz] each
-    (the last two None unless gated).  ``scale`` is exp(r_mag) at the entries."""
-    grads = torch.where(values != 0, grads, 0)
-    if activation != "gated":
-        return grads[0], grads[0], None, None
-    magnitude = grads[0] * scale
-    return grads[1] + magnitude, grads[1], magnitude * u, grads[0]
-
-
-def _last(gradients_of: str) -> Callable[..., None]:
-    """The backward of what has no second derivative here: wrong numbers would be the alternative."""
-
-    def raises(*_):
-        raise NotImplementedError(f"the gradients of {gradients_of} cannot be differentiated a second time")
-
-    return raises
-
-
-def _run_outer(colptr, rows, perm, first, n, sources, *tensors):
-    values, A = tensors[:sources], tensors[sources:]
-    return _ops.outer(colptr, rows, perm, list(values), list(A), None, first, n)
-
-
-_Outer = function("outer", _run_outer, lambda *_: None, _last("sae_fast's weights and biases (sae_fast::outer)"))
-
-
-def _outer(csc, values: Sequence[Tensor], A: Sequence[Tensor], first: int, n: int) -> Tensor:
-    """ops.outer of the features first .. + n, where a backward pass may be recorded to be differentiated itself."""
-    if torch.compiler.is_compiling():
-        return _ops.outer(csc.colptr, csc.rows, csc.perm, list(values), list(A), None, first, n)
-    return _Outer.apply(csc.colptr, csc.rows, csc.perm, first, n, len(values), *values, *A)
 
 
 # ---- encode ---------------------------------------------------------------------------------------------------------
 
 
 def _encode_setup(ctx, inputs, output):
-    x, W_enc, _, r_mag, _, _, ctx.activation, *_ = inputs
-    ctx.save_for_backward(x, W_enc, r_mag, *output)
+    x, W_enc, _, first, second, ctx.activation, *_ = inputs
+    ctx.save_for_backward(x, W_enc, first, second, *output)
 
 
 def _encode_backward(ctx, _indptr, _indices, grad_u, grad_values):
-    x, W_enc, r_mag, indptr, indices, u, values = ctx.saved_tensors
-    scale = None if r_mag is None else torch.exp(r_mag)[indices.long()]
-    delta, bias, r, b_mag = value_to_pre_gradients(ctx.activation, u, values, grad_values, scale)
+    x, W_enc, first, second, indptr, indices, u, values = ctx.saved_tensors
+    activation = activations.named(ctx.activation)
+    vectors = activation.vectors(dict(zip(activation.parameters, (first, second), strict=False)))
+    grads = torch.where(values != 0, grad_values, 0)
+    delta, *entries = activation.pullback(u, list(grads), indices.long(), vectors)
     delta = delta + grad_u
-    need_x, need_W, need_bias, need_r, need_b_mag, *_ = ctx.needs_input_grad
+    need_x, need_W, *need_parameters = ctx.needs_input_grad[:5]
     csc = None
-    if need_W or need_bias or need_r or need_b_mag:
+    if need_W or any(need_parameters):
         csc = Transposed(*_ops.transpose(indptr, indices, W_enc.shape[0]))
-
-    def sums(needed, entries):
-        return feature_sums(csc, entries, x.shape[0]) if needed and entries is not None else None
-
+    entries += [None] * (len(need_parameters) - len(entries))
+    sums = [
+        feature_sums(csc, entry, x.shape[0]) if needed and entry is not None else None
+        for needed, entry in zip(need_parameters, entries, strict=True)
+    ]
     grad_x = call("decode", indptr, indices, delta[None], W_enc, None)[0] if need_x else None
-    grad_W = _outer(csc, [delta], [x], 0, W_enc.shape[0]) if need_W else None
-    return grad_x, grad_W, sums(need_bias, bias), sums(need_r, r), sums(need_b_mag, b_mag), *[None] * 8
+    grad_W = outer(csc, [delta], [x], 0, W_enc.shape[0]) if need_W else None
+    return grad_x, grad_W, *sums, *[None] * 7
 
 
 differentiable("encode", _encode_setup, _encode_backward)
@@ -192,7 +125,7 @@ def _decode_backward(ctx, grad):
         csc = Transposed(*_ops.transpose(indptr, indices, W_dec.shape[0]))
         parts = [W_dec.new_zeros(bounds[0], W_dec.shape[1])]
         for g, (first, last) in enumerate(ranges):
-            parts.append(_outer(csc, list(values), [s[g] for s in grad], first, last - first))
+            parts.append(outer(csc, list(values), [s[g] for s in grad], first, last - first))
         parts.append(W_dec.new_zeros(W_dec.shape[0] - bounds[-1], W_dec.shape[1]))
         grad_W = torch.cat(parts)
     return None, None, grad_values, grad_W, None
@@ -215,7 +148,7 @@ def _sampled_dots_backward(ctx, grad):
         grad_A = call("decode", indptr, indices, grad[None], W, None)[0]
     if ctx.needs_input_grad[3]:
         csc = Transposed(*_ops.transpose(indptr, indices, W.shape[0]))
-        grad_W = _outer(csc, [grad], [A], 0, W.shape[0])
+        grad_W = outer(csc, [grad], [A], 0, W.shape[0])
     return None, None, grad_A, grad_W
 
 
@@ -225,7 +158,7 @@ differentiable("sampled_dots", _sampled_dots_setup, _sampled_dots_backward)
 # ---- decode_loss ----------------------------------------------------------------------------------------------------
 
 _LastGradient = function(
-    "decode_loss", lambda gradient, *_: gradient.clone(), lambda *_: None, _last("a loss (sae_fast::decode_loss)")
+    "decode_loss", lambda gradient, *_: gradient.clone(), lambda *_: None, no_second("a loss (sae_fast::decode_loss)")
 )
 
 
@@ -256,7 +189,7 @@ def _decode_loss_backward(ctx, grad_losses, *_constants):
         entries, rows = [values[0] * (2 / n * rec)], [residual]
         if through_aux:
             entries, rows = [*entries, values[1] * (2 / n * aux)], [residual, residual_aux]
-        grad_W = _outer(csc, entries, rows, 0, W_dec.shape[0])
+        grad_W = outer(csc, entries, rows, 0, W_dec.shape[0])
     if need_b:
         grad_b = residual.sum(0) * (2 / n * rec)
         if through_aux:
@@ -277,12 +210,4 @@ def _decode_loss_backward(ctx, grad_losses, *_constants):
 differentiable("decode_loss", _decode_loss_setup, _decode_loss_backward)
 
 
-__all__ = [
-    "entry_sums",
-    "feature_sums",
-    "gated_loss",
-    "relu_loss",
-    "sparsity_weight",
-    "value_to_pre_gradients",
-    "weighted_rows",
-]
+__all__ = ["gated_loss", "relu_loss"]

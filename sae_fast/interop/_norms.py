@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_fast import activations
 from sae_fast.nn import BatchTopKSAE, SparseAutoencoder, TopKSAE
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of an element's size
@@ -51,8 +52,9 @@ def why_not_unit(sae: SparseAutoencoder) -> str | None:
 
 
 def scaled(sae: SparseAutoencoder) -> list[str]:
-    """The parameters whose row or element i is multiplied by n_i.  r_mag is not: it multiplies u, which already is."""
-    return ["W_enc", *(name for name in sae.per_feature if name != "r_mag")]
+    """The parameters whose row or element i is multiplied by n_i."""
+    activation = activations.named(sae.activation)
+    return ["W_enc", activation.bias, *activation.scaled_by_norm]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class SAEBenchSAE(BaseSAE):
             super().__init__(sae.d_in, sae.d_sae, model_name, hook_layer, torch.device("meta"), W.dtype, hook_name)
         self.sae = sae
         self.W_enc, self.W_dec, self.b_dec = nn.Parameter(W.data.T), sae.W_dec, sae.b_dec
-        self.b_enc = sae.get_parameter(sae.per_feature[0])
+        self.b_enc = sae.encoder_bias
         self.device = W.device
         self.cfg.architecture = ARCHITECTURES[type(sae).__name__]
         self.cfg.apply_b_dec_to_input, self.cfg.device = sae.apply_b_dec_to_input, str(W.device)

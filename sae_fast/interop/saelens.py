@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_fast import functional, ops
-from sae_fast.code import SparseCode
+from sae_fast import gradients, ops
+from sae_fast.activations import Activation, named
+from sae_fast.code import Layer, RowGradient, SparseCode
 from sae_fast.extras import require
+from sae_fast.gradients import Decoder, HostKernels, Objective
 from sae_fast.ops import crossovers
 from sae_fast.ops.dispatch import cpu_rejects, without_autocast
 from sae_fast.ops.encode import screen
@@ -47,23 +49,23 @@ FORMULAS = ("process_sae_in", "encode_with_hidden_pre", "encode", "decode", "cal
 
 
 class _Step(NamedTuple):
-    """What a step is, besides its tensors: vectors are (b_gate, b_mag, r_mag) of "gated", (b_enc,) of "relu"."""
+    """What a step is, besides its tensors: vectors are the bias and the activation's parameters, in its order."""
 
-    activation: str
+    activation: Activation
     centred: bool  # apply_b_dec_to_input
     l1: float
     gradients: bool  # whether to take them along
 
-    def code(self, x: Tensor, W: Tensor, b_dec: Tensor, bias: Tensor, *magnitude: Tensor) -> tuple[Tensor, SparseCode]:
+    def code(self, x: Tensor, W: Tensor, b_dec: Tensor, bias: Tensor, *vectors: Tensor) -> tuple[Tensor, SparseCode]:
         """(what the encoder's product with W [F, d] takes, its code)."""
         x_c = x - b_dec if self.centred else x
-        b_mag, r_mag = magnitude or (None, None)
-        return x_c, ops.encode(x_c, W, bias, activation=self.activation, r_mag=r_mag, b_mag=b_mag, precision=_precision(x))
+        parameters: dict[str, Any] = dict(zip(self.activation.parameters, vectors, strict=True))
+        return x_c, ops.encode(x_c, W, bias, activation=self.activation.name, precision=_precision(x), **parameters)
 
     def outputs(self, x: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
         """The differentiable outputs of _Forward, made of differentiable ops: what it is the short cut of."""
         _, code = self.code(x, W_enc.T, b_dec, *vectors)
-        weight = functional.sparsity_weight(W_dec, self.l1, "saelens")
+        weight = Objective(self.l1, "saelens").sparsity_weight(W_dec)
         losses = ops.decode_loss(code, W_dec, b_dec, x, weight, x.shape[0], stop_auxiliary=False).losses.unbind()
         acts = code.magnitudes if _listed(code) else code.to_dense()
         return _sum(losses), *losses, ops.decode(code, W_dec) + b_dec, acts
@@ -86,8 +88,7 @@ class _Forward(torch.autograd.Function):
             x, W_enc, W_dec, b_dec, *vectors = tensors
             W = W_enc.T.contiguous()  # as it is, unless a parametrization made W_enc
             x_c, code = step.code(x, W, b_dec, *vectors)
-            pass_ = _dense_pass if step.gradients and ops.dense_step_pays(code, W_dec) else _sparse_pass
-            losses, x_hat, ctx.gradients = pass_(step, code, x_c, x, W, W_dec, b_dec, *vectors)
+            losses, x_hat, ctx.gradients = _pass(step, code, x_c, x, W, W_dec, b_dec, *vectors)
             acts = code.magnitudes.clone() if _listed(code) else _to_dense(code)
         ctx.mark_non_differentiable(code.indptr, code.indices)
         parts = [part.clone() for part in losses]
@@ -131,43 +132,29 @@ def _sum(losses) -> Tensor:
     return mse + l1 + auxiliary
 
 
-def _sparse_pass(step, code, x_c, x, W, W_dec, b_dec, *vectors):
+def _pass(step, code, x_c, x, W, W_dec, b_dec, bias, *vectors):
     """losses [3], x̂, and the gradients of their sum for W_enc, W_dec, b_dec and the vectors, or None.  W is W_enc.T."""
-    n, gated = x.shape[0], step.activation == "gated"
-    norm = W_dec.norm(dim=1)
-    out = ops.decode_loss(code, W_dec, b_dec, x, step.l1 * norm, n, stop_auxiliary=False)
+    objective = Objective(step.l1, "saelens")
     if not step.gradients:
+        out = ops.decode_loss(code, W_dec, b_dec, x, objective.sparsity_weight(W_dec), x.shape[0], stop_auxiliary=False)
         return out.losses, out.residual + x, None
-    csc = ops.transpose(code)
-    scale = torch.exp(vectors[2])[code.indices.long()] if gated else None
-    delta, *entries = functional.value_to_pre_gradients(step.activation, code.u, code.values, out.grads, scale)
-    bias, r_mag, b_mag = entries
-    lists = (bias, b_mag, r_mag) if gated else (bias,)
-    delta_sums, penalised, *d_vectors = functional.entry_sums(csc, [delta, code.gates, *lists])
-    residuals = (out.residual, out.residual_aux) if gated else (out.residual,)
-    dW_enc = ops.outer(csc, [delta], [x_c])
-    dW_dec = ops.outer(csc, [values * (2 / n) for values in code.values], residuals)
-    _add_norm_cost(dW_dec, W_dec, norm, penalised * (step.l1 / n))
-    db_dec = sum(r.sum(0) for r in residuals) * (2 / n)
-    if step.centred:
-        db_dec = db_dec - functional.weighted_rows(delta_sums, W)
-    return out.losses, out.residual + x, [dW_enc.T, dW_dec, db_dec, *d_vectors]
+    parameters = dict(zip(step.activation.parameters, vectors, strict=True))
+    layer = Layer.of(W, bias, step.activation.name, parameters)
+    problem = code, x_c, x, layer, Decoder(W_dec, b_dec, step.centred), objective
+    if ops.dense_step_pays(code, W_dec):
+        losses, residual, by_name = gradients.of_dense_step(*problem)
+    else:
+        losses, residual, by_name = gradients.of_step(*problem, HostKernels(in_one_pass=True))
+    dW_enc, dW_dec = (_dense(by_name[name], weight) for name, weight in (("W_enc", W), ("W_dec", W_dec)))
+    of_vectors = (by_name[name] for name in (step.activation.bias, *step.activation.parameters))
+    return losses, residual + x, [dW_enc.T, dW_dec, by_name["b_dec"], *of_vectors]
 
 
-def _dense_pass(step, code, x_c, x, W, W_dec, b_dec, *vectors):
-    """The same for a code so dense that its gradients are, as zero biases make it."""
-    gated, norm = step.activation == "gated", W_dec.norm(dim=1)
-    scale = torch.exp(vectors[2]) if gated else None
-    out = ops.dense_gradients(code, x_c, x, W_dec, b_dec, scale, step.l1 * norm, stop_auxiliary=False)
-    _add_norm_cost(out.W_dec, W_dec, norm, out.values * (step.l1 / x.shape[0]))
-    db_dec = out.residual - functional.weighted_rows(out.delta, W) if step.centred else out.residual
-    d_vectors = (out.bias, out.b_mag, out.r_mag) if gated else (out.bias,)
-    return out.losses, out.errors + x, [out.W_enc.T, out.W_dec, db_dec, *(v.contiguous() for v in d_vectors)]
-
-
-def _add_norm_cost(dW_dec: Tensor, W_dec: Tensor, norm: Tensor, cost: Tensor) -> None:
-    """The gradient of Σ cost_i ‖d_i‖, added in place; 0 at d_i = 0, as autograd takes the norm's."""
-    dW_dec.addcmul_(torch.where(norm > 0, cost / norm, 0)[:, None], W_dec)
+def _dense(gradient: RowGradient | Tensor, W: Tensor) -> Tensor:
+    if isinstance(gradient, Tensor):
+        return gradient
+    dW = ops.outer(gradient.csc, gradient.values, gradient.A)
+    return dW if gradient.self_coefficient is None else dW.addcmul_(gradient.self_coefficient[:, None], W)
 
 
 def _listed(code: SparseCode) -> bool:
@@ -204,8 +191,7 @@ class OnTheEngine:
     its gradient comes so laid out, and torch's optimizers follow.
     """
 
-    _activation: str
-    _vectors: tuple[str, ...]  # the encoder's bias first, then b_mag and r_mag
+    _activation: Activation
     _formulas: dict[str, Callable]  # SAELens' own, whose results the engine gives
     W_enc: nn.Parameter
 
@@ -287,6 +273,10 @@ class OnTheEngine:
             return super().training_forward_pass(step_input)  # type: ignore[misc]
         return self._fast_forward_pass(step_input)
 
+    def _encoder_vectors(self) -> list[Tensor]:
+        """The bias and the activation's parameters, which SAELens calls as we do."""
+        return [getattr(self, name) for name in (self._activation.bias, *self._activation.parameters)]
+
     @torch.compiler.disable
     def _fast_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         self._lay_out()
@@ -294,14 +284,14 @@ class OnTheEngine:
         x = step_input.sae_in.to(torch.float32)
         gradients = torch.is_grad_enabled() and not x.requires_grad
         step = _Step(self._activation, sae.cfg.apply_b_dec_to_input, float(step_input.coefficients["l1"]), gradients)
-        vectors = [getattr(self, name) for name in self._vectors]
+        vectors = self._encoder_vectors()
         loss, mse, l1, auxiliary, sae_out, acts, indptr, indices = _Forward.apply(
             step, x, sae.W_enc, sae.W_dec, sae.b_dec, *vectors
         )
         if acts.dim() == 1:
             acts = _coo(indptr, indices, acts, torch.Size((x.shape[0], sae.W_dec.shape[0])))
         losses = {"mse_loss": mse, "l1_loss": l1}
-        if self._activation == "gated":
+        if self._activation.value_sets == 2:
             losses["auxiliary_reconstruction_loss"] = auxiliary
         return TrainStepOutput(
             sae_in=step_input.sae_in, sae_out=sae_out, feature_acts=acts, hidden_pre=acts, loss=loss, losses=losses
@@ -317,7 +307,7 @@ class OnTheEngine:
     def _fast_encode(self, x: Tensor) -> Tensor:
         self._lay_out()
         sae: Any = self
-        bias, *magnitude = (getattr(self, name) for name in self._vectors)
+        bias, *magnitude = self._encoder_vectors()
         if magnitude:
             bias = bias.detach()  # a gate's step has no gradient, in SAELens not even one of 0
         step = _Step(self._activation, sae.cfg.apply_b_dec_to_input, 0.0, False)
@@ -361,15 +351,13 @@ class StandardTrainingSAEConfig(standard_sae.StandardTrainingSAEConfig):
 class GatedTrainingSAE(OnTheEngine, gated_sae.GatedTrainingSAE):
     """SAELens' GatedTrainingSAE, trained by the engine."""
 
-    _activation = "gated"
-    _vectors = ("b_gate", "b_mag", "r_mag")
+    _activation = named("gated")
 
 
 class StandardTrainingSAE(OnTheEngine, standard_sae.StandardTrainingSAE):
     """SAELens' StandardTrainingSAE, trained by the engine."""
 
-    _activation = "relu"
-    _vectors = ("b_enc",)
+    _activation = named("relu")
 
 
 def _register(sae: Any, config: Any, inference: Any, inference_config: Any) -> None:

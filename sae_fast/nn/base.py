@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast import functional, ops
-from sae_fast.code import RowGradient, SparseCode
+from sae_fast import activations, gradients, ops
+from sae_fast.code import Layer, RowGradient, SparseCode
 from sae_fast.nn import arguments
 from sae_fast.ops import checks
 from sae_fast.ops.dispatch import without_autocast
@@ -33,7 +33,7 @@ class SparseAutoencoder(nn.Module):
     """
 
     activation: str  # of ops.encode
-    per_feature: tuple[str, ...]  # parameters [F], the encoder bias first
+    per_feature: tuple[str, ...]  # parameters [F]: the activation's, in the order in which they are registered
     any_dtype: tuple[str, ...] = ()  # parameters that may have another dtype than the module, which is W_enc's
     metadata: dict[str, Any]  # where it came from, as its checkpoints keep it: anything that JSON can hold
 
@@ -121,6 +121,11 @@ class SparseAutoencoder(nn.Module):
     def options(self) -> dict[str, Any]:
         """The constructor's other arguments that say which function this is, where they are not the defaults."""
         return {} if self.apply_b_dec_to_input else {"apply_b_dec_to_input": False}
+
+    @property
+    def encoder_bias(self) -> Tensor:
+        """[F]: what is added to u: b_gate or b_enc."""
+        return getattr(self, activations.named(self.activation).bias)
 
     @property
     def precision(self) -> str:
@@ -214,14 +219,13 @@ class SparseAutoencoder(nn.Module):
         """The code of centred rows x_c [B, d_in]; ``shadow`` is W_enc's, ``choice`` what the subclass lets choose."""
         if shadow is None and self._frozen is not None and not torch.compiler.is_compiling():
             shadow = self._frozen.of(self.W_enc)
-        return ops.encode(
-            x_c, self.W_enc, getattr(self, self.per_feature[0]), precision=self.precision, shadow=shadow,
-            **self._encoder(**choice),
-        )  # fmt: skip
+        bias, options = self.encoder_bias, self._encoder(**choice)
+        return ops.encode(x_c, self.W_enc, bias, precision=self.precision, shadow=shadow, **options)
 
     def _encoder(self) -> dict[str, Any]:
         """The arguments of ops.encode that say which function this is."""
-        return {"activation": self.activation} | {name: getattr(self, name) for name in self.per_feature[1:]}
+        parameters = activations.named(self.activation).parameters
+        return {"activation": self.activation} | {name: getattr(self, name) for name in parameters}
 
     def _shaped(self, code: SparseCode, x: Tensor) -> SparseCode:
         """A code of rows with the leading dimensions of x."""
@@ -244,7 +248,7 @@ class SparseAutoencoder(nn.Module):
         batch = x_c.shape[0]
         if batch < 2:
             raise ValueError(f"x: got {batch} examples, want at least 2 to take quantiles of")
-        bias = getattr(self, self.per_feature[0])
+        bias = self.encoder_bias
         for first in range(0, self.d_sae, 1024):
             u = x_c @ self.W_enc[first : first + 1024].T
             features = torch.arange(first, first + u.shape[1], device=u.device)
@@ -255,10 +259,8 @@ class SparseAutoencoder(nn.Module):
             top = torch.cat([top[:1] + gap, top, u.amin(0, keepdim=True) - gap])
             above, below = top.gather(0, count[None])[0], top.gather(0, count[None] + 1)[0]
             bias[first : first + 1024] = -(above + below) / 2
-        if "threshold" in self.per_feature:  # π has to exceed it
-            bias += self.get_parameter("threshold").clamp(min=0)
-        if "b_mag" in self.per_feature:
-            self.get_parameter("b_mag").copy_(bias)
+        activation = activations.named(self.activation)
+        activation.calibrate(bias, {name: getattr(self, name) for name in activation.parameters})
 
     @torch.no_grad()
     @without_autocast()
@@ -271,49 +273,15 @@ class SparseAutoencoder(nn.Module):
         Trainer's fused path; the losses and gradients are those of :meth:`loss`.  ``shadow`` is W_enc's, if the caller
         keeps one.
         """
-        n, x_c = x.shape[0], self.centred(x)
+        x_c = self.centred(x)
         code = self._code(x_c, shadow)
-        weight = functional.sparsity_weight(self.W_dec, l1_coefficient, dialect)
-        if ops.dense_step_pays(code, self.W_dec):
-            return self._dense_gradients(x, x_c, code, weight, l1_coefficient, dialect)
-        out = ops.decode_loss(code, self.W_dec, self.b_dec, x, weight, n)
-        csc = ops.transpose(code)
-        scale = torch.exp(self.get_parameter("r_mag"))[code.indices] if self.activation == "gated" else None
-        delta, *entries = functional.value_to_pre_gradients(self.activation, code.u, code.values, out.grads, scale)
-        grads: dict[str, RowGradient | Tensor] = {"W_enc": RowGradient(csc, [delta], [x_c])}
-        names = [self.per_feature[0], *(("r_mag", "b_mag") if self.activation == "gated" else ())]
-        delta_sums, *vectors = functional.entry_sums(csc, [delta, *(e for e in entries if e is not None)])
-        grads |= dict(zip(names, vectors, strict=True))
+        step = gradients.of_dense_step if ops.dense_step_pays(code, self.W_dec) else gradients.of_step
+        decoder = gradients.Decoder(self.W_dec, self.b_dec, self.apply_b_dec_to_input)
+        done = step(code, x_c, x, self.layer(), decoder, gradients.Objective(l1_coefficient, dialect))
+        return done.losses, code, done.by_name
 
-        values, residuals = [code.magnitudes * (2 / n)], [out.residual]
-        self_coefficient = None
-        if dialect == "saelens":
-            if code.values.shape[0] == 2:  # x̂_aux is not stopped
-                values, residuals = [*values, code.gates * (2 / n)], [*residuals, out.residual_aux]
-            self_coefficient = self._norm_cost(functional.feature_sums(csc, code.gates, n), l1_coefficient / n)
-        grads["W_dec"] = RowGradient(csc, values, residuals, self_coefficient)
-        decoder = torch.stack([r.sum(0) for r in residuals]).sum(0) * (2 / n)
-        grads["b_dec"] = self._b_dec_gradient(decoder, delta_sums)
-        return out.losses, code, grads
-
-    def _dense_gradients(self, x, x_c, code, weight, l1_coefficient, dialect):
-        """row_gradients of a code so dense that its gradients are."""
-        scale = torch.exp(self.get_parameter("r_mag")) if self.activation == "gated" else None
-        out = ops.dense_gradients(code, x_c, x, self.W_dec, self.b_dec, scale, weight, dialect == "paper")
-        grads: dict[str, RowGradient | Tensor] = {"W_enc": out.W_enc, self.per_feature[0]: out.bias}
-        if scale is not None:
-            grads |= {"r_mag": out.r_mag, "b_mag": out.b_mag}
-        if dialect == "saelens":
-            coefficient = self._norm_cost(out.values, l1_coefficient / x.shape[0])
-            out.W_dec.addcmul_(coefficient[:, None], self.W_dec)
-        grads |= {"W_dec": out.W_dec, "b_dec": self._b_dec_gradient(out.residual, out.delta)}
-        return out.losses, code, grads
-
-    def _b_dec_gradient(self, decoder: Tensor, delta: Tensor) -> Tensor:
-        """[d_in], from what comes through the decoder and δ's sums [F]: x − b_dec is where the rest comes through."""
-        return decoder - functional.weighted_rows(delta, self.W_enc) if self.apply_b_dec_to_input else decoder
-
-    def _norm_cost(self, values: Tensor, weight: float | Tensor) -> Tensor:
-        """[F], times W_dec: the gradient of Σ weight · values_i ‖d_i‖ (the ``saelens`` sparsity) with respect to W_dec."""
-        norm = self.W_dec.norm(dim=1)
-        return torch.where(norm > 0, values * weight / norm, 0)  # the norm's subgradient at 0, as autograd takes it
+    def layer(self, shadow: ops.Shadow | None = None) -> Layer:
+        """The encoder by threshold, as the kernels take it."""
+        activation = activations.named(self.activation)
+        parameters = {name: getattr(self, name) for name in activation.parameters}
+        return Layer.of(self.W_enc, self.encoder_bias, self.activation, parameters, shadow=shadow)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_fast.code import SparseCode, row_ids
+from sae_fast.code import Layer, SparseCode, row_ids
 from sae_fast.ops import crossovers
 from sae_fast.ops.dispatch import cpu_rejects, may_run, triton_rejects
 from sae_fast.ops.native import _C, threads
@@ -29,16 +29,14 @@ def dense_step_pays(code: SparseCode, W: Tensor) -> bool:
 
 
 class DenseGradients(NamedTuple):
-    """losses [3] as in DecodeLoss.  Gradients: W_enc, W_dec [F, d]; bias, r_mag, b_mag [F]; delta [F], the sum of u's;
-    residual [d], the decoder's part of b_dec's.  values [F]: sums of the values that are penalised.  errors [B, d]: x̂ −
-    target."""
+    """losses [3] as in DecodeLoss.  Gradients: W_enc, W_dec [F, d]; parameters, [F] each: the bias and those of the
+    activation; delta [F], the sum of u's; residual [d], the decoder's part of b_dec's.  values [F]: sums of the values that
+    are penalised.  errors [B, d]: x̂ − target."""
 
     losses: Tensor
     W_enc: Tensor
     W_dec: Tensor
-    bias: Tensor
-    r_mag: Tensor
-    b_mag: Tensor
+    parameters: tuple[Tensor, ...]
     delta: Tensor
     values: Tensor
     residual: Tensor
@@ -46,17 +44,18 @@ class DenseGradients(NamedTuple):
 
 
 def dense_gradients(
-    code: SparseCode, x_c: Tensor, target: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor | None,
-    sparsity_weight: Tensor, stop_auxiliary: bool,
+    code: SparseCode, x_c: Tensor, target: Tensor, layer: Layer, W_dec: Tensor, b_dec: Tensor, sparsity_weight: Tensor,
+    stop_auxiliary: bool,
 ) -> DenseGradients:  # fmt: skip
-    """Of a code of rows x_c [B, d] with two value sets (``scale`` [F] is exp(r_mag)) or one."""
+    """The losses and gradients of a layer's ``code`` of the rows x_c [B, d]; the rest as ops.decode_loss takes it."""
     body = _by_engine if cpu_rejects(x_c, W_dec) is None else _by_torch
-    return body(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxiliary)
+    return body(code, x_c, target, layer, W_dec, b_dec, sparsity_weight, stop_auxiliary)
 
 
-def _by_engine(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxiliary):
+def _by_engine(code, x_c, target, layer, W_dec, b_dec, sparsity_weight, stop_auxiliary):
     (n, d), features = x_c.shape, W_dec.shape[0]
-    gated = code.values.shape[0] == 2
+    two = layer.activation.value_sets == 2
+    scale = layer.vectors[0].contiguous() if two else None
     dW_enc, dW_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
     sums = W_dec.new_zeros(PARTS, 5, features)
     squares = W_dec.new_zeros(2, dtype=torch.float64)
@@ -78,15 +77,15 @@ def _by_engine(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_aux
             blocks.append(torch.mm(r, W_dec.T, out=block))
         u_gradients = blocks[0]
         _C.value_gradients(
-            gated=gated, code=(code.indptr[first : last + 1], code.indices), nnz=code.nnz, u=code.u, values=code.values,
+            gated=two, code=(code.indptr[first : last + 1], code.indices), nnz=code.nnz, u=code.u, values=code.values,
             scale=scale, sparsity_weight=sparsity_weight, normaliser=float(n), features=features, parts=PARTS,
-            dots=u_gradients, dots_aux=blocks[1] if gated else None, sums=sums, threads=threads(),
+            dots=u_gradients, dots_aux=blocks[1] if two else None, sums=sums, threads=threads(),
         )  # fmt: skip
         dW_enc.addmm_(u_gradients.T, x_c[rows])
     return _finish(n, squares, sparsity_weight, sums.sum(0), dW_enc, dW_dec, residual_sum, errors)
 
 
-def _by_torch(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxiliary):
+def _by_torch(code, x_c, target, layer, W_dec, b_dec, sparsity_weight, stop_auxiliary):
     (n, d), features = x_c.shape, W_dec.shape[0]
     dW_enc, dW_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
     sums = W_dec.new_zeros(5, features)
@@ -116,21 +115,17 @@ def _by_torch(code, x_c, target, W_dec, b_dec, scale, sparsity_weight, stop_auxi
             grads.append(torch.mm(r, W_dec.T, out=block).view(-1)[at] * (2 / n))
         grads[-1] = grads[-1] + weight
         grads = [torch.where(value != 0, g, 0) for value, g in zip(values, grads, strict=True)]
-        if len(grads) == 2:
-            magnitude = grads[0] * scale[i]
-            entries = grads[1], magnitude * code.u[begin:end], grads[0], grads[1] + magnitude, values[1]
-        else:
-            entries = grads[0], None, None, grads[0], values[0]
+        delta, *pulled = layer.activation.pullback(code.u[begin:end], grads, i, layer.vectors)
         # Sums by columns of a dense matrix: additions of entries onto features would come in any order on a GPU.
-        for total, entry in zip(sums, entries, strict=True):
+        for total, entry in zip(sums, (*pulled, *[None] * (3 - len(pulled)), delta, values[-1]), strict=True):
             if entry is not None:
                 total += spread(entry).sum(0)
-        dW_enc.addmm_(spread(entries[3]).T, x_c[rows])
+        dW_enc.addmm_(spread(delta).T, x_c[rows])
     return _finish(n, squares, sparsity_weight, sums, dW_enc, dW_dec, residual_sum, errors)
 
 
 def _finish(n, squares, sparsity_weight, sums, dW_enc, dW_dec, residual_sum, errors):
-    bias, r_mag, b_mag, delta, values = sums
+    *parameters, delta, values = sums
     sparsity = (values.double() * sparsity_weight).sum()
     losses = torch.stack([squares[0], sparsity, squares[1]]) / n
-    return DenseGradients(losses.to(dW_dec.dtype), dW_enc, dW_dec, bias, r_mag, b_mag, delta, values, residual_sum, errors)
+    return DenseGradients(losses.to(dW_dec.dtype), dW_enc, dW_dec, tuple(parameters), delta, values, residual_sum, errors)

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sae_fast import nn, ops
-from sae_fast.code import RowGradient, SparseCode
+from sae_fast import gradients, ops
+from sae_fast.code import SparseCode
 from sae_fast.ops import checks
 from sae_fast.train.state import Rates, Result, TrainState
 
@@ -78,15 +78,18 @@ class HostSteps:
 def update(state: TrainState, rows: Tensor, index: int, rates: Rates, shadow: ops.Shadow | None) -> HostResult:
     """Step ``index`` op by op on rows [B, d_in]; ``shadow`` is W_enc's as it is now, and is brought up to date."""
     sae, optimizer = state.sae, state.optimizer
-    losses, code, gradients = sae.row_gradients(rows, rates.l1_coefficient, state.settings.dialect, shadow)
-    parameters = {name: sae.get_parameter(name) for name in gradients}
-    gradients = {name: g for name, g in gradients.items() if parameters[name].requires_grad}
-    check_finite(sae, index, losses, gradients)
+    losses, code, by_name = sae.row_gradients(rows, rates.l1_coefficient, state.settings.dialect, shadow)
+    parameters = {name: sae.get_parameter(name) for name in by_name}
+    by_name = {name: g for name, g in by_name.items() if parameters[name].requires_grad}
+    for name, value in gradients.finite(losses, by_name, lambda name, g: gradients.largest(parameters[name], g)).items():
+        if not bool(torch.isfinite(checks.largest(value))):
+            raise FloatingPointError(f"step {index}: the {name} is not finite; the weights are unchanged")
+    scale = gradients.clip(state.settings.grad_clip, by_name, lambda name, g: ops.grad_sqnorm(g, parameters[name]))
     for group in optimizer.param_groups:
         group["lr"] = rates.lr
     optimizer.step(
-        rows={parameters[name]: g for name, g in gradients.items()},
-        grad_scale=clip(sae, state.settings.grad_clip, gradients),
+        rows={parameters[name]: g for name, g in by_name.items()},
+        grad_scale=None if scale is None else scale.to(sae.W_enc),
         shadows={} if shadow is None else {sae.W_enc: shadow},
     )
     if shadow is not None:
@@ -136,7 +139,7 @@ def _prepare(state: TrainState, rows: Tensor) -> dict[str, Tensor]:
     was."""
     sae, settings, undo = state.sae, state.settings, {}
     W, vectors = sae.W_dec, [sae.get_parameter(name) for name in sae.per_feature]
-    if state.step_count == 0 and settings.init_l0 is not None and vectors[0].requires_grad:
+    if state.step_count == 0 and settings.init_l0 is not None and sae.encoder_bias.requires_grad:
         undo = {name: p.clone() for name, p in zip(sae.per_feature, vectors, strict=True)}
         sae.calibrate_(rows, settings.init_l0)
         for p, before in zip(vectors, undo.values(), strict=True):
@@ -162,45 +165,3 @@ def stale_message(index: int) -> str:
         f"step {index}: W_enc has been changed since the last step in a way that torch does not count "
         "(.data, numpy, a fused optimizer); up to 16 steps may have missed active features of changed rows"
     )
-
-
-# ---- The gradients -------------------------------------------------------------------------------------------------------
-
-
-def check_finite(sae: nn.SparseAutoencoder, index: int, losses: Tensor, gradients: dict[str, RowGradient | Tensor]) -> None:
-    parts = {"reconstruction": losses[0], "sparsity": losses[1], "auxiliary": losses[2]}
-    for name, gradient in gradients.items():
-        parts[f"gradient of {name}"] = _bound(sae.get_parameter(name), gradient)
-    for name, value in parts.items():
-        if not bool(torch.isfinite(checks.largest(value))):
-            raise FloatingPointError(f"step {index}: the {name} is not finite; the weights are unchanged")
-
-
-@torch.no_grad()
-def _bound(W: Tensor, gradient: RowGradient | Tensor) -> Tensor:
-    """Finite if and only if every element of the gradient is.  A bound settles it but for values near overflow."""
-    if isinstance(gradient, Tensor) or gradient.csc.rows.shape[0] == 0:
-        return gradient if isinstance(gradient, Tensor) else torch.zeros(())
-    largest = checks.largest
-    pairs = zip(gradient.values, gradient.A, strict=True)
-    bound = torch.stack([largest(v).double() * largest(a) * a.shape[0] for v, a in pairs]).sum()
-    if gradient.self_coefficient is not None:
-        bound = bound + largest(gradient.self_coefficient).double() * largest(W)
-    if float(bound) < torch.finfo(W.dtype).max:
-        return bound
-    return ops.grad_sqnorm(gradient, W if W.dim() == 2 else W.view(-1, 1))
-
-
-@torch.no_grad()
-def clip(sae: nn.SparseAutoencoder, limit: float | None, gradients: dict[str, RowGradient | Tensor]) -> Tensor | None:
-    """0-d factor that brings the global gradient norm to ``limit``, or None."""
-    if limit is None:
-        return None
-    total = torch.zeros((), dtype=torch.float64, device=sae.W_enc.device)
-    for name, gradient in gradients.items():
-        if isinstance(gradient, RowGradient):
-            W = sae.get_parameter(name)
-            total += ops.grad_sqnorm(gradient, W if W.dim() == 2 else W.view(-1, 1))
-        else:
-            total += gradient.double().pow(2).sum()
-    return (limit / (total.sqrt() + 1e-6)).clamp(max=1.0).to(sae.W_enc.dtype)

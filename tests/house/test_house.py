@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = """
-    backend code devices extras files metrics reference signals
     activations
+    backend code devices extras files metrics reference signals
     kernels
     ops
     gradients

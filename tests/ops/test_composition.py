@@ -10,8 +10,10 @@ import torch
 from helpers import Judge, Problem, dense, make_inputs, randn
 from torch import Tensor
 
-from sae_fast import functional, ops, reference
+from sae_fast import ops, reference
+from sae_fast.activations import named
 from sae_fast.code import RowGradient, SparseCode
+from sae_fast.gradients import feature_sums
 
 LAMBDA = 0.7
 NAMES = ["W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec"]
@@ -61,8 +63,8 @@ def gradients_fused(p: Problem, code: SparseCode, x: Tensor) -> dict[str, RowGra
     """decode_loss, and gradients in the form that weight_step takes."""
     B = x.shape[0]
     out = ops.decode_loss(code, p.W_dec, p.b_dec, x, torch.full((p.W_dec.shape[0],), LAMBDA), B)
-    scale = torch.exp(p.r_mag)[code.indices]
-    delta, g_gate, g_r, g_mag = functional.value_to_pre_gradients("gated", code.u, code.values, out.grads, scale)
+    vectors = torch.exp(p.r_mag), p.b_mag
+    delta, g_gate, g_r, g_mag = named("gated").pullback(code.u, out.grads, code.indices, vectors)
     csc, ones = ops.transpose(code), torch.ones(B, 1)
     return {
         "W_enc": RowGradient(csc, [delta], [x - p.b_dec]),
@@ -199,7 +201,7 @@ def test_a_transcoder_to_a_space_of_another_width(fused, route):
     delta = g_gate + scale * g_mag
     ours = {"residual": r, "W_enc": ops.outer(csc, [delta], [p.x_c])}
     for name, entries in (("b_gate", g_gate), ("b_mag", g_mag), ("r_mag", g_mag * scale * code.u)):
-        ours[name] = functional.feature_sums(csc, entries, B)
+        ours[name] = feature_sums(csc, entries, B)
     ours["b_dec"] = -ops.decode(code, p.W_enc, delta).sum(0)
     ours["W_out"] = ops.outer(csc, [code.magnitudes * (2 / B)], [r])
     ours["b_out"] = 2 / B * r.sum(0)
@@ -358,10 +360,10 @@ def test_a_jumprelu_straight_through_step(route):
     ours = {
         "residual": r,
         "W_enc": ops.outer(csc, [delta], [p.x_c]),
-        "b_mag": functional.feature_sums(csc, delta, B),
+        "b_mag": feature_sums(csc, delta, B),
         "W_dec": ops.outer(csc, [code.magnitudes * (2 / B)], [r]),
         "b_dec": 2 / B * r.sum(0) - ops.decode(code, p.W_enc, delta).sum(0),
-        "threshold": functional.feature_sums(csc, -(theta * dots + LAMBDA / B) / WIDTH * window, B),
+        "threshold": feature_sums(csc, -(theta * dots + LAMBDA / B) / WIDTH * window, B),
     }
     judge(ours, lambda dtype: jumprelu_plain(p, threshold, dtype))
 
@@ -396,7 +398,7 @@ def test_matryoshka_prefixes_by_hand(route):
     ours = {
         "residuals": residuals,
         "W_enc": ops.outer(csc, [dots], [p.x_c]),
-        "b_gate": functional.feature_sums(csc, dots, B),
+        "b_gate": feature_sums(csc, dots, B),
         "W_dec": torch.cat(W_dec),
         "b_dec": 2 / B * residuals.sum((0, 1)) - ops.decode(code, p.W_enc, dots).sum(0),
     }

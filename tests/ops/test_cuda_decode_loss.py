@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from problems.cuda_decode_loss import DTYPES, STORAGE, B, D, F, problem, run
 from problems.triton_rows import DEVICE, run_losses
 
-from sae_fast.functional import value_to_pre_gradients
+from sae_fast.activations import named
 from sae_fast.kernels import _cuda
 
 SHIM = DEVICE == "cpu"
@@ -73,9 +73,9 @@ def test_what_a_training_step_needs(activation, V, dtype):
 
     def formula(values, u, scale, *arguments):
         grads = plain(code, normaliser)(values, *arguments)[3]
-        at = None if scale is None else scale[code.indices.long()]
-        parts = value_to_pre_gradients(activation, u, values, grads, at)
-        return [torch.zeros_like(u) if p is None else p for p in parts], values[0] * (2 / normaliser)
+        vectors = () if scale is None else (scale, scale)
+        parts = named(activation).pullback(u, list(grads), code.indices.long(), vectors)
+        return [*parts, *[torch.zeros_like(u)] * (4 - len(parts))], values[0] * (2 / normaliser)
 
     given = (code.values, code.u, scale, *arguments)
     torchs, exact = formula(*given), formula(*(None if t is None else t.double() for t in given))

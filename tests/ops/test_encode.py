@@ -290,7 +290,7 @@ def test_bad_input_is_a_value_error_that_names_it(case):
 
 
 def positional(p, activation: str = "gated") -> tuple:
-    return (p.x_c, p.W_enc, p.b_gate, p.r_mag, p.b_mag, None, activation, "threshold", 0, 0.0)
+    return (p.x_c, p.W_enc, p.b_gate, p.r_mag, p.b_mag, activation, "threshold", 0, 0.0)
 
 
 def test_opcheck():

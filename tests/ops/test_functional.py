@@ -26,7 +26,9 @@ from helpers import (
 from torch import Tensor
 
 from sae_fast import functional, ops, reference, use_backend
+from sae_fast.activations import named
 from sae_fast.code import SparseCode
+from sae_fast.gradients import Objective, feature_sums
 from sae_fast.ops import crossovers
 
 SHAPES = [*FEW_SHAPES, (1, 769, 31), (3, 1, 100), (257, 63, 1), (257, 63, 33)]
@@ -323,14 +325,14 @@ def test_decode_loss_is_differentiable_in_everything(V, stop_auxiliary, route):
 
 def test_feature_sums_adds_up_each_features_entries():
     code = random_code(57, 100)
-    sums = functional.feature_sums(ops.transpose(code), code.magnitudes, 57)
+    sums = feature_sums(ops.transpose(code), code.magnitudes, 57)
     judge(sums, lambda values: dense(code, values).sum(0), code.magnitudes)
 
 
 def test_sparsity_weight_is_lambda_or_lambda_times_the_rows_norm():
     W = randn(33, 63)
-    assert torch.equal(functional.sparsity_weight(W, 0.7, "paper"), torch.full((33,), 0.7))
-    judge(functional.sparsity_weight(W, 0.7, "saelens"), lambda W: 0.7 * W.norm(dim=1), W)
+    assert torch.equal(Objective(0.7, "paper").sparsity_weight(W), torch.full((33,), 0.7))
+    judge(Objective(0.7, "saelens").sparsity_weight(W), lambda W: 0.7 * W.norm(dim=1), W)
 
 
 def test_value_gradients_go_through_the_activation():
@@ -346,8 +348,8 @@ def test_value_gradients_go_through_the_activation():
         return torch.stack(torch.autograd.grad((values * grads).sum(), leaves))
 
     values = torch.stack([(u + bias > 0) * torch.relu(scale * u + b_mag), torch.relu(u + bias)])
-    delta, d_bias, d_r, d_b_mag = functional.value_to_pre_gradients("gated", u, values, grads, scale)
-    judge(torch.stack([delta, d_bias, d_r, d_b_mag]), plain, u, bias, scale.log(), b_mag, grads)
+    pulled = named("gated").pullback(u, torch.where(values != 0, grads, 0), torch.arange(200), (scale, b_mag))
+    judge(torch.stack(pulled), plain, u, bias, scale.log(), b_mag, grads)
 
 
 def test_gradients_of_concatenated_codes_are_those_of_the_whole_batch():

@@ -18,7 +18,6 @@ from helpers import (
     dense,
     grid,
     make_inputs,
-    op_module,
     randn,
     same_bits,
 )
@@ -31,11 +30,12 @@ pytest.importorskip("triton")
 from problems.triton_encode import DEVICE, SMALL, home, moved, on, set_tiles
 
 from sae_fast import ops, use_backend
-from sae_fast.code import Shadow, SparseCode
+from sae_fast.code import Layer, Shadow, SparseCode
 from sae_fast.kernels import compact, screen
 from sae_fast.kernels import encode as pipeline
 from sae_fast.kernels import round as rounding
 from sae_fast.ops import crossovers
+from sae_fast.ops.encode import dense as dense_way
 from sae_fast.ops.encode import gpu
 
 STORAGE = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter's bfloat16 is wrong
@@ -55,21 +55,16 @@ def encode(**kwargs) -> SparseCode:
 
 def unforced(kwargs: dict, precision: str = "exact", shadow: Shadow | None = None) -> SparseCode:
     """The body itself, with no backend forced: so that a block of rows may go dense, as it may on a GPU."""
-    k, module = moved(kwargs), op_module("encode")
-    scale = torch.exp(k["r_mag"]) if "r_mag" in k else None
-    threshold = k.get("threshold")
-    cut = module._cut(threshold, k["activation"], 0.0, k["bias"])
-    vectors = (k["bias"], scale, k.get("b_mag"), threshold, cut)
-    parts = module._triton(k["x"], k["W_enc"], *vectors, k["activation"], "threshold", 0, precision, shadow)
-    return home(*parts, k["W_enc"].shape[0])
+    k = moved(kwargs)
+    layer = Layer.of(k["W_enc"], k["bias"], k["activation"], k, shadow=shadow)
+    return home(*gpu.screened_code(k["x"], layer, precision), k["W_enc"].shape[0])
 
 
 @pytest.fixture
 def products(monkeypatch) -> list[int]:
     """The rows of each product that encode leaves to torch."""
-    module, rows = op_module("encode"), []
-    by_product = module._reference
-    monkeypatch.setattr(module, "_reference", lambda x, *rest: rows.append(x.shape[0]) or by_product(x, *rest))
+    rows, by_product = [], dense_way._whole
+    monkeypatch.setattr(dense_way, "_whole", lambda x, *rest: rows.append(x.shape[0]) or by_product(x, *rest))
     return rows
 
 
@@ -237,9 +232,9 @@ def test_a_forced_body_takes_any_density(products, monkeypatch):
 @pytest.mark.parametrize("allowed", [False, True])
 def test_torchs_product_decides_under_its_own_setting(precision, allowed, monkeypatch):
     kwargs, seen, matmul = arguments(make_inputs(40, 63, 70), "gated"), [], torch.backends.cuda.matmul
-    module, before = op_module("encode"), matmul.allow_tf32
-    by_product = module._reference
-    monkeypatch.setattr(module, "_reference", lambda *args: seen.append(matmul.allow_tf32) or by_product(*args))
+    before = matmul.allow_tf32
+    by_product = dense_way._whole
+    monkeypatch.setattr(dense_way, "_whole", lambda *args: seen.append(matmul.allow_tf32) or by_product(*args))
     matmul.allow_tf32 = allowed
     try:
         code = unforced(kwargs, precision)
@@ -339,8 +334,8 @@ def dots(x: Tensor, W: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         set_tiles(patch, {"sampled_dots": {"entries": 128, "finish": 128}})
         inf = on(torch.full((F,), INF))  # makes each a member
-        vectors = (inf, None, compact.RELU, None, None, None)
-        compact.verify(on(x), on(W), *vectors, begin, begin + F, every, torch.empty_like(every), u, values, end)
+        code = compact.Gapped(begin, end, torch.empty_like(every), u, values)
+        compact.verify(on(x), Layer.of(on(W), inf, "relu", {}), begin + F, every, code)
     assert torch.equal(end, begin + F)
     return u.view(B, F).cpu()
 
@@ -784,14 +779,10 @@ def test_verification_drops_what_is_no_member_and_leaves_gaps_alone(activation):
     counts = on(listed.sum(1))
     end, found = counts.cumsum(0), on(listed.nonzero()[:, 1].int())
     C, V = len(found), 2 if activation == "gated" else 1
-    scale = torch.ones(300, device=DEVICE) if V == 2 else None
-    cut = k["threshold"].clamp(min=0) if activation == "jumprelu" else None
+    layer = Layer.of(k["W_enc"], k["bias"], activation, k)
     outputs = [torch.full((V, C), 7.0, device=DEVICE), torch.full((C,), 7.0, device=DEVICE)]
     indices, end_out = torch.full((C,), GUARD, dtype=torch.int32, device=DEVICE), torch.empty_like(end)
-    compact.verify(
-        k["x"], k["W_enc"], k["bias"], cut, pipeline.ACTIVATIONS[activation], scale, k.get("b_mag"), k.get("threshold"),
-        end - counts, end, found, indices, outputs[1], outputs[0], end_out,
-    )  # fmt: skip
+    compact.verify(k["x"], layer, end, found, compact.Gapped(end - counts, end_out, indices, outputs[1], outputs[0]))
     member, u, values = plain(**double(kwargs))
     member &= listed
     want_indices, want_u, want_values = torch.full((C,), GUARD), torch.full((C,), 7.0), torch.full((V, C), 7.0)
@@ -805,11 +796,9 @@ def test_verification_drops_what_is_no_member_and_leaves_gaps_alone(activation):
     assert torch.equal(outputs[0].cpu(), want_values)
 
 
-def layer_of(kwargs: dict) -> pipeline.Layer:
+def layer_of(kwargs: dict) -> Layer:
     k = moved(kwargs)
-    scale = torch.exp(k["r_mag"]) if "r_mag" in k else None
-    W, bias = k["W_enc"], k["bias"]
-    return pipeline.Layer(W, *rounding.rounded(W), bias, k["activation"], scale, k.get("b_mag"), k.get("threshold"))
+    return Layer.of(k["W_enc"], k["bias"], k["activation"], k, shadow=Shadow(*rounding.rounded(k["W_enc"])))
 
 
 @pytest.mark.slow(but=2)
@@ -860,7 +849,7 @@ def test_without_the_bound_every_candidate_stays():
     screened = pipeline.candidates(x, layer, False)
     code = pipeline.members(x, layer, screened, int(screened.end[-1]), on(torch.zeros((), dtype=torch.int32)), False)
     assert torch.equal(code.end, screened.end)
-    copies = [(a.double() / n[:, :1].double()).cpu() for a, n in ((screened.x, screened.norms), (layer.rows, layer.norms))]
+    copies = [(a.double() / n[:, :1].double()).cpu() for a, n in ((screened.x, screened.norms), layer.shadow)]
     u = (copies[0] @ copies[1].T)[bits(screened.mask, 100)]
     torch.testing.assert_close(code.u.cpu().double(), u, rtol=1e-5, atol=1e-6)
     assert bool((code.values.cpu() >= 0).all())

@@ -26,8 +26,8 @@ from problems.decode_loss import plain as plain_losses
 from torch import Tensor
 
 from sae_fast import ops, use_backend
+from sae_fast.activations import named
 from sae_fast.code import SparseCode
-from sae_fast.functional import value_to_pre_gradients
 
 pytest.importorskip("triton")
 from problems.triton_rows import DEVICE, Gapped, code_to, on_device, run_gapped, run_losses
@@ -195,9 +195,9 @@ def test_what_a_training_step_needs(activation, V, dtype):
 
         def formula(values, u, scale, *arguments, code=code):
             grads = plain_losses(code, normaliser)(values, *arguments)[3]
-            at = None if scale is None else scale[code.indices.long()]
-            parts = value_to_pre_gradients(activation, u, values, grads, at)
-            return [torch.zeros_like(u) if p is None else p for p in parts], values[0] * (2 / normaliser)
+            vectors = () if scale is None else (scale, scale)
+            parts = named(activation).pullback(u, list(grads), code.indices.long(), vectors)
+            return [*parts, *[torch.zeros_like(u)] * (4 - len(parts))], values[0] * (2 / normaliser)
 
         given = (code.values, code.u, scale, *arguments)
         exact = formula(*(None if t is None else t.double() for t in given))

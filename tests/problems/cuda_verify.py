@@ -9,9 +9,8 @@ from helpers import randn
 from torch import Tensor
 
 from problems.triton_encode import moved, on
-from sae_fast.code import SparseCode
+from sae_fast.code import Layer, Shadow, SparseCode
 from sae_fast.kernels import compact
-from sae_fast.kernels import encode as pipeline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF, GUARD = float("nan"), float("inf"), -7
@@ -47,16 +46,13 @@ def verified(kwargs: dict, listed: Tensor, *, norms: tuple | None = None, gap: i
     candidates = torch.full((C + lost,), 2**30, dtype=torch.int32)
     for b in range(B):
         candidates[begin[b] : end[b]] = listed[b].nonzero()[:, 0].int()
-    cut = k["threshold"].clamp(min=0) if kind == "jumprelu" else None
-    if "slack" in k:
-        cut = (torch.zeros_like(k["bias"]) if cut is None else cut) - k["slack"]
-    scale = torch.exp(k["r_mag"]) if kind == "gated" else None
+    layer = Layer.of(k["W_enc"], k["bias"], kind, k, k.get("slack", 0.0))
     indices, end_out = torch.full((C,), GUARD, dtype=torch.int32, device=DEVICE), torch.full_like(end, GUARD, device=DEVICE)
     u, values = (torch.full((n, C), GUARD, dtype=k["bias"].dtype, device=DEVICE) for n in (1, 2 if kind == "gated" else 1))
-    compact.verify(
-        k["x"], k["W_enc"], k["bias"], cut, pipeline.ACTIVATIONS[kind], scale, k.get("b_mag"), k.get("threshold"),
-        on(begin), on(end), on(candidates[:C]), indices, u[0], values, end_out, norms,
-    )  # fmt: skip
+    if norms is not None:
+        layer, norms = layer._replace(shadow=Shadow(k["W_enc"], norms[1])), norms[0]
+    code = compact.Gapped(on(begin), end_out, indices, u[0], values)
+    compact.verify(k["x"], layer, on(end), on(candidates[:C]), code, norms)
     return Verified(begin, *(t.cpu() for t in (end_out, indices, u[0], values)))
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sae_fast import ops
-from sae_fast.code import SparseCode
+from sae_fast.activations import named
+from sae_fast.code import Layer, SparseCode
 from sae_fast.kernels import decode_loss as decode_loss_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,8 +76,9 @@ def run_gapped(gapped: Gapped, W, b_dec, target, weight, normaliser, u=None, sca
     entries = torch.full((gapped.capacity, 4), -7.0, dtype=dtype, device=DEVICE)
     outputs = None
     if step:
-        scale = None if scale is None else scale.to(DEVICE)
-        outputs = decode_loss_kernel.StepOutputs(gapped.spread(u), scale, delta, entries, decoder)
+        kind = named("relu" if V == 1 else "gated")
+        layer = Layer(W, b_dec, kind, () if V == 1 else (scale.to(DEVICE), scale.to(DEVICE)))
+        outputs = decode_loss_kernel.StepOutputs(layer, gapped.spread(u), delta, entries, decoder)
     decode_loss_kernel.decode_loss(
         gapped.begin, gapped.end, gapped.indices, gapped.values, *on_device(W, b_dec, target, weight), normaliser,
         residuals, partials, squares, losses, grads, outputs,

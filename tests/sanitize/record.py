@@ -30,7 +30,8 @@ from torch import Tensor
 
 import sae_fast.ops
 from sae_fast import _C, ops
-from sae_fast.code import RowGradient, SparseCode
+from sae_fast.activations import named
+from sae_fast.code import Layer, RowGradient, SparseCode
 from sae_fast.ops import crossovers
 from sae_fast.ops.encode import bound, cpu, largest, screen
 
@@ -252,8 +253,8 @@ def record_code(code: SparseCode, d: int) -> None:
     record_step(W, two, ops.make_shadow(W), 0)
     record_step(W[F // 4 :], one, None, F // 4)
     if B:
-        scale = torch.exp(vector) if V == 2 else None
-        ops.dense_gradients(code, A, A.flip(0), W, A.sum(0), scale, vector, stop_auxiliary=V == 1)
+        layer = Layer(W, vector, named("gated" if V == 2 else "relu"), (torch.exp(vector), vector)[: 2 * (V == 2)])
+        ops.dense_gradients(code, A, A.flip(0), layer, W, A.sum(0), vector, stop_auxiliary=V == 1)
 
 
 def record_step(W: Tensor, gradient: RowGradient, shadow: screen.Shadow | None, first: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast import ops
+from sae_fast import activations, ops
+from sae_fast.activations import Activation, Vectors
 from sae_fast.analysis import batching
 from sae_fast.analysis.splicing import check_where
 from sae_fast.code import SparseCode
@@ -204,29 +205,28 @@ def value_and_slope(
 ) -> tuple[Tensor, Tensor]:
     """(f, ∂f/∂u as autodiff sees it) of entries with u [..., nnz] of the features ``indices`` [nnz] (MATH.md §1).
     ``open_``: whether their gates are open, where that is not what u says."""
-    i = indices.long()
-    parameters = {name: sae.get_parameter(name).detach()[i] for name in sae.per_feature}
-    if sae.activation == "gated":
-        scale = torch.exp(parameters["r_mag"])
-        pi, passes = scale * u + parameters["b_mag"], u + parameters["b_gate"] > 0
-    else:
-        scale = torch.ones_like(u)
-        pi = u + parameters["b_enc"]
-        passes = pi > parameters["threshold"] if "threshold" in parameters else pi > 0
-    fires = (passes if open_ is None else open_) & (pi > 0)
-    return torch.where(fires, pi, 0), torch.where(fires, scale, 0)
+    activation, bias, vectors = _at(sae, indices)
+    return activation.slope(u, bias, vectors, open_)
+
+
+def slope_where_open(sae: SparseAutoencoder, u: Tensor, indices: Tensor) -> Tensor:
+    """∂f/∂u [..., nnz] of entries that fire."""
+    activation, bias, vectors = _at(sae, indices)
+    return activation.magnitude(u, bias, vectors)[1]
 
 
 def jumps(sae: SparseAutoencoder, indices: Tensor) -> tuple[Tensor, Tensor]:
     """(u at which a feature's gate opens, the value to which it jumps there) of the features ``indices`` [nnz]."""
-    i = indices.long()
-    parameters = {name: sae.get_parameter(name).detach()[i] for name in sae.per_feature}
-    if sae.activation == "gated":
-        at = -parameters["b_gate"]
-        return at, torch.relu(torch.exp(parameters["r_mag"]) * at + parameters["b_mag"])
-    if "threshold" in parameters:
-        return parameters["threshold"] - parameters["b_enc"], torch.relu(parameters["threshold"])
-    return -parameters["b_enc"], torch.zeros_like(parameters["b_enc"])
+    activation, bias, vectors = _at(sae, indices)
+    return activation.jump(bias, vectors)
+
+
+def _at(sae: SparseAutoencoder, indices: Tensor) -> tuple[Activation, Tensor, Vectors]:
+    """The activation of an SAE, with its bias and vectors at the features ``indices`` [nnz]."""
+    activation = activations.named(sae.activation)
+    names = activation.bias, *activation.parameters
+    at = {name: sae.get_parameter(name).detach()[indices.long()] for name in names}
+    return activation, at[activation.bias], activation.vectors(at)
 
 
 def decoded(code: SparseCode, sae: SparseAutoencoder, values: Tensor) -> Tensor:

@@ -211,10 +211,8 @@ def _columns(code: SparseCode, chosen: Tensor, values: Tensor | None = None) -> 
 
 def _slopes(sae: SparseAutoencoder, code: SparseCode, chosen: Tensor) -> Tensor:
     """[R, K]: ∂f/∂u as autodiff sees it."""
-    slope = (code.magnitudes != 0).to(code.magnitudes.dtype)
-    if sae.activation == "gated":
-        slope = slope * torch.exp(sae.get_parameter("r_mag"))[code.indices.long()]
-    return _columns(code, chosen, slope)
+    slope = _path.slope_where_open(sae, code.u, code.indices)
+    return _columns(code, chosen, torch.where(code.magnitudes != 0, slope, 0))
 
 
 def _pre_and_values(sae: SparseAutoencoder, rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

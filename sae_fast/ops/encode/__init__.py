@@ -3,22 +3,25 @@
 Body ``cpu``: screened or dotted tile by tile, see cpu.py and, for ``topk`` and ``batch_topk``, largest.py.
 Bodies ``cuda`` and ``triton``: screened by one kernel that keeps a bit an entry, see gpu.py; they differ in the
 kernel that verifies.
-Body ``reference``: dense, any device and dtype; on a GPU it serves ``topk`` and ``batch_topk``.
+Body ``reference``: dense, any device and dtype, see dense.py; on a GPU it serves ``topk`` and ``batch_topk``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from sae_fast.code import Shadow, SparseCode
-from sae_fast.ops import autograd, checks, crossovers
+from sae_fast import activations
+from sae_fast.activations import Activation
+from sae_fast.code import Layer, Shadow, SparseCode
+from sae_fast.ops import autograd, checks
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops.encode import cpu, gpu, largest
+from sae_fast.ops.encode import cpu, dense, gpu, largest
 from sae_fast.ops.encode.cpu import PRECISIONS
 from sae_fast.ops.native import _C, threads
 
-ACTIVATIONS = ("gated", "relu", "jumprelu")
 SUPPORTS = ("threshold", "topk", "batch_topk")
 
 
@@ -28,14 +31,12 @@ def encode(
     bias: Tensor,
     *,
     activation: str,
-    r_mag: Tensor | None = None,
-    b_mag: Tensor | None = None,
-    threshold: Tensor | None = None,
     support: str = "threshold",
     k: int = 0,
     slack: float = 0.0,
     precision: str = "exact",
     shadow: Shadow | None = None,
+    **parameters: Tensor | None,
 ) -> SparseCode:
     """The sparse code of x [B, d] (b_dec already subtracted), with W_enc [F, d] and bias [F]; u = x W_encᵀ.
 
@@ -47,10 +48,10 @@ def encode(
                       row the lower features
       The latter two count a NaN as the largest.  On a GPU and for other dtypes than float32 they take the dense route:
       ``topk`` in chunks of rows, ``batch_topk`` with B · F values in memory at once.
-    The values on it, by ``activation``:
-      ``gated``       magnitudes 1[π > 0] ReLU(exp(r_mag) u + b_mag) and gates ReLU(π); bias is b_gate
+    The values on it, by ``activation`` and its ``parameters`` [F] by name (sae_fast/activations):
+      ``gated``       with r_mag and b_mag: magnitudes 1[π > 0] ReLU(exp(r_mag) u + b_mag) and gates ReLU(π); bias is b_gate
       ``relu``        ReLU(π); bias is b_enc
-      ``jumprelu``    1[π > threshold] ReLU(π)
+      ``jumprelu``    with threshold: 1[π > threshold] ReLU(π); bias is b_enc
     ``precision``, of u and of the support on the engines (the reference has that of its arguments):
       ``exact``   every member, and u, by fp32 dots in one fixed order: bitwise the same for any chunking, number of threads
                   or route.  Candidates come from a 16-bit product with a proven bound (docs/screen.md); on a CPU that has
@@ -63,24 +64,37 @@ def encode(
     Differentiable with respect to x, W_enc, bias, r_mag and b_mag (not the threshold).  MATH.md §1.
     """
     rows, norms = (None, None) if shadow is None else shadow
+    first, second = _in_order(activations.named(activation), parameters)
     indptr, indices, u, values = autograd.call(
-        "encode", x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack, precision, rows, norms
+        "encode", x, W_enc, bias, first, second, activation, support, k, slack, precision, rows, norms
     )
     return SparseCode(torch.Size((x.shape[0], W_enc.shape[0])), indptr, indices, u, values)
+
+
+def _in_order(activation: Activation, parameters: Mapping[str, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """The activation's parameters as the op takes them."""
+    for name, parameter in parameters.items():
+        if not any(name in other.parameters for other in activations.BY_NAME.values()):
+            raise TypeError(f"encode() got an unexpected keyword argument {name!r}")
+        if parameter is not None and name not in activation.parameters:
+            raise ValueError(f"{name}: got a tensor, want None for activation {activation.name!r}, which does not use it")
+    first, second, *_ = (*(parameters.get(name) for name in activation.parameters), None, None)
+    return first, second
 
 
 @torch.library.custom_op(
     "sae_fast::encode",
     mutates_args=(),
-    schema="(Tensor x, Tensor W_enc, Tensor bias, Tensor? r_mag, Tensor? b_mag, Tensor? threshold, str activation,"
-    ' str support, int k, float slack, str precision="exact", Tensor? shadow_rows=None, Tensor? shadow_norms=None)'
+    schema="(Tensor x, Tensor W_enc, Tensor bias, Tensor? first, Tensor? second, str activation, str support, int k,"
+    ' float slack, str precision="exact", Tensor? shadow_rows=None, Tensor? shadow_norms=None)'
     " -> (Tensor indptr, Tensor indices, Tensor u, Tensor values)",
 )
 def _encode(
-    x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack, precision="exact", shadow_rows=None,
-    shadow_norms=None,
-):  # fmt: skip
-    _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack)
+    x, W_enc, bias, first, second, activation, support, k, slack, precision="exact", shadow_rows=None, shadow_norms=None
+):
+    """``first`` and ``second`` are the activation's parameters, in its order."""
+    parameters = dict(zip(activations.named(activation).parameters, (first, second), strict=False))
+    _check(x, W_enc, bias, parameters, activation, support, k, slack)
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, want one of {PRECISIONS}")
     shadow = checks.shadow(W_enc, shadow_rows, shadow_norms)
@@ -95,25 +109,21 @@ def _encode(
             "triton": triton_rejects(x, W_enc) or gpu_other,
         },
     )
-    cut = _cut(threshold, activation, slack, bias)
-    scale = None if r_mag is None else torch.exp(r_mag)
-    return body(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, precision, shadow)
+    return body(x, Layer.of(W_enc, bias, activation, parameters, slack, shadow), support, k, precision)
 
 
 @_encode.register_fake
-def _(x, W_enc, bias, r_mag, b_mag, threshold, activation, *_):
+def _(x, W_enc, bias, first, second, activation, *_):
     nnz = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty(x.shape[0] + 1, dtype=torch.int64),
         x.new_empty(nnz, dtype=torch.int32),
         x.new_empty(nnz),
-        x.new_empty(2 if activation == "gated" else 1, nnz),
+        x.new_empty(activations.named(activation).value_sets, nnz),
     )
 
 
-def _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slack) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, want one of {ACTIVATIONS}")
+def _check(x, W_enc, bias, parameters, activation, support, k, slack) -> None:
     if support not in SUPPORTS:
         raise ValueError(f"support: got {support!r}, want one of {SUPPORTS}")
     checks.shape("W_enc", W_enc, "F", "d")
@@ -122,15 +132,9 @@ def _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slac
         raise ValueError(f"W_enc: got shape {tuple(W_enc.shape)}, want at least one feature")
     checks.shape("x", x, "B", d)
     checks.floating("x", x, W_enc, "W_enc")
-    vectors = {"bias": bias}
-    needed = {"gated": {"r_mag": r_mag, "b_mag": b_mag}, "relu": {}, "jumprelu": {"threshold": threshold}}[activation]
-    for name, vector in needed.items():
+    for name, vector in {"bias": bias, **parameters}.items():
         if vector is None:
             raise ValueError(f"{name}: got None, want [F] for activation {activation!r}")
-    for name, vector in (("r_mag", r_mag), ("b_mag", b_mag), ("threshold", threshold)):
-        if vector is not None and name not in needed:
-            raise ValueError(f"{name}: got a tensor, want None for activation {activation!r}, which does not use it")
-    for name, vector in {**vectors, **needed}.items():
         checks.shape(name, vector, features)
         checks.floating(name, vector, W_enc, "W_enc")
     if support != "threshold" and not 1 <= k <= features:
@@ -141,74 +145,29 @@ def _check(x, W_enc, bias, r_mag, b_mag, threshold, activation, support, k, slac
         raise ValueError(f"slack: got {slack} with support {support!r}, want ≥ 0, and 0 unless support is 'threshold'")
 
 
-def _cut(threshold: Tensor | None, activation: str, slack: float, bias: Tensor) -> Tensor | None:
-    """[F], what π has to exceed; None for 0."""
-    cut = threshold.clamp(min=0) if activation == "jumprelu" and threshold is not None else None
-    if slack == 0:
-        return cut
-    return (torch.zeros_like(bias) if cut is None else cut) - slack
-
-
-def _cpu(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, precision, shadow):
-    x, W_enc, bias = x.contiguous(), W_enc.contiguous(), bias.contiguous()
-    cut = None if cut is None else cut.contiguous()
+def _cpu(x, layer, support, k, precision):
+    x, layer = x.contiguous(), layer.contiguous()
     if support == "threshold":
-        indptr, indices, u = cpu.find(x, W_enc, bias, cut, precision, shadow)
+        indptr, indices, u = cpu.threshold_support(x, layer, precision)
     else:
-        indptr, indices, u = largest.find(x, W_enc, bias, k, support == "batch_topk", precision, shadow)
-    values = u.new_empty(2 if activation == "gated" else 1, u.shape[0])
-    scale, b_mag, threshold = (v if v is None else v.contiguous() for v in (scale, b_mag, threshold))
+        indptr, indices, u = largest.largest_support(x, layer, k, support == "batch_topk", precision)
+    values = u.new_empty(layer.activation.value_sets, u.shape[0])
+    scale, b_mag, threshold = _by_kind(layer)
     _C.activate(
-        kind=ACTIVATIONS.index(activation), nnz=u.shape[0], indices=indices, u=u, bias=bias, scale=scale, b_mag=b_mag,
+        kind=layer.activation.native, nnz=u.shape[0], indices=indices, u=u, bias=layer.bias, scale=scale, b_mag=b_mag,
         threshold=threshold, values=values, threads=threads(),
     )  # fmt: skip
     return indptr, indices, u, values
 
 
-def _triton(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k, precision, shadow):
-    def contiguous(t):
-        return None if t is None else t.contiguous()
-
-    tensors = [contiguous(t) for t in (x, W_enc, bias, scale, b_mag, threshold, cut)]
-    return gpu.find(tensors, activation, precision, shadow, by_product=_reference)
+def _by_kind(layer):
+    scale, b_mag = layer.vectors if layer.activation.name == "gated" else (None, None)
+    return scale, b_mag, (layer.vectors[0] if layer.activation.name == "jumprelu" else None)
 
 
-def _reference(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support="threshold", k=0, *_):
-    if support == "topk":  # a row's choice is its own
-        chunks = list(crossovers.chunks(x.shape[0], W_enc.shape[0], x.device.type)) or [(0, 0)]
-        return gpu.join([
-            _by_product(x[a:b], W_enc, bias, scale, b_mag, threshold, cut, activation, support, k) for a, b in chunks
-        ])  # fmt: skip
-    return _by_product(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k)
+def _triton(x, layer, _support, _k, precision):
+    return gpu.screened_code(x.contiguous(), layer.contiguous(), precision)
 
 
-def _by_product(x, W_enc, bias, scale, b_mag, threshold, cut, activation, support, k):
-    u = x @ W_enc.T
-    pi = u + bias
-    if support == "threshold":
-        member = ~(pi <= (0 if cut is None else cut))  # keeps a NaN
-    else:
-        member = _largest_of(pi, k) if support == "topk" else _largest_of(pi.reshape(1, -1), k * x.shape[0]).view_as(pi)
-    indptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
-    indptr[1:] = member.sum(1).cumsum(0)
-    if activation == "gated":
-        values = torch.stack([(pi > 0) * torch.relu(scale * u + b_mag), torch.relu(pi)])
-    elif activation == "relu":
-        values = torch.relu(pi)[None]
-    else:
-        values = ((pi > threshold) * torch.relu(pi))[None]
-    return indptr, member.nonzero()[:, 1].int(), u[member], values[:, member]
-
-
-def _largest_of(pi: Tensor, k: int) -> Tensor:
-    """The k largest positive entries of each row, a NaN before all others, the first of equal ones."""
-    if pi.numel() == 0:
-        return torch.zeros_like(pi, dtype=torch.bool)
-    last = torch.relu(pi).topk(k, dim=1).values[:, -1:]
-    nan = pi.isnan()
-    above = (pi > last) | (nan & ~last.isnan())
-    equal = (pi == last) | (nan & last.isnan())
-    left = k - above.sum(1, keepdim=True)
-    if bool((equal.sum(1, keepdim=True) > left).any()):
-        equal &= equal.cumsum(1, dtype=torch.int32) <= left
-    return (above | equal) & ~(pi <= 0)
+def _reference(x, layer, support, k, _precision):
+    return dense.dense_code(x, layer, support, k)

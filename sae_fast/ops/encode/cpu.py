@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast.code import Shadow
+from sae_fast.code import Layer, Shadow
 from sae_fast.ops.dispatch import log_once
 from sae_fast.ops.encode import bound as bounds
 from sae_fast.ops.encode import screen
@@ -46,24 +46,22 @@ def route(precision: str, rows: int, shadow: Shadow | None) -> str:
     return "screen" if precision == "exact" else "rounded"
 
 
-def for_all_blocks(way: str, x: Tensor, W: Tensor, shadow: Shadow | None) -> Shadow | None:
-    """The shadow, made if it serves more than one block of rows."""
-    if way in ("screen", "rounded") and shadow is None and x.shape[0] > ROWS:
-        return Shadow(*screen.round_rows(W, W.shape[1]))
-    return shadow
+def for_all_blocks(way: str, x: Tensor, layer: Layer) -> Layer:
+    """The layer, with a shadow if one serves more than one block of rows."""
+    if way in ("screen", "rounded") and layer.shadow is None and x.shape[0] > ROWS:
+        return layer._replace(shadow=Shadow(*screen.round_rows(layer.W, layer.W.shape[1])))
+    return layer
 
 
-def find(
-    x: Tensor, W: Tensor, bias: Tensor, cut: Tensor | None, precision: str, shadow: Shadow | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def threshold_support(x: Tensor, layer: Layer, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """indptr, indices and u of the entries of x [B, d] with not (x·w + bias <= cut)."""
-    way = route(precision, x.shape[0], shadow)
-    shadow = for_all_blocks(way, x, W, shadow)
+    way = route(precision, x.shape[0], layer.shadow)
+    layer = for_all_blocks(way, x, layer)
     counts, indices, u = [], [], []
     for first in range(0, x.shape[0], ROWS):
         rows = x[first : first + ROWS]
         compactor = _C.Compactor(rows=rows.shape[0], parts=threads())
-        fill(compactor, way, rows, W, bias, cut, shadow)
+        fill(compactor, way, rows, layer)
         nnz = compactor.nnz()
         indptr = torch.empty(rows.shape[0] + 1, dtype=torch.int64)
         indices.append(torch.empty(nnz, dtype=torch.int32))
@@ -77,27 +75,20 @@ def find(
     return indptr, _cat(indices), _cat(u)
 
 
-def fill(
-    compactor,
-    way: str,
-    rows: Tensor,
-    W: Tensor,
-    bias: Tensor,
-    cut: Tensor | None,
-    shadow: Shadow | None,
-    test: str = "sign",
-) -> Any:
+def fill(compactor, way: str, rows: Tensor, layer: Layer, test: str = "sign") -> Any:
     """Gives a block of rows to a Compactor or, which tests against a "floor", a Largest; returns the engine's Layer."""
-    layer = _C.Layer(x=rows, W=W, d=W.shape[1], bias=bias, cut=cut)
+    W, bias, cut = layer.W, layer.bias, layer.cut
+    native = _C.Layer(x=rows, W=W, d=W.shape[1], bias=bias, cut=cut)
     if way in ("screen", "rounded"):
-        _screened(compactor, layer, screen.Operands(rows, W, shadow, bias, cut, margins=way == "screen", test=test))
+        operands = screen.Operands(rows, W, layer.shadow, bias, cut, margins=way == "screen", test=test)
+        _screened(compactor, native, operands)
     elif way == "bound":
-        _bounded(compactor, layer, bounds.Bound(W, bias, cut, shadow), rows)
+        _bounded(compactor, native, bounds.Bound(W, bias, cut, layer.shadow), rows)
     elif way == "dots":
-        _dotted(compactor, layer, rows, W)
+        _dotted(compactor, native, rows, W)
     else:
-        _multiplied(compactor, layer, rows, W)
-    return layer
+        _multiplied(compactor, native, rows, W)
+    return native
 
 
 def _screened(compactor, layer, operands: screen.Operands) -> None:

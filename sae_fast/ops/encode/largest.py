@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast.code import Shadow
+from sae_fast.code import Layer
 from sae_fast.ops.encode import cpu
 from sae_fast.ops.encode.bound import Bound
 from sae_fast.ops.native import _C, threads
@@ -35,25 +35,23 @@ def _bounded(largest, bound: Bound, rows: Tensor, bias: Tensor) -> Any:
     return layer
 
 
-def find(
-    x: Tensor, W: Tensor, bias: Tensor, k: int, whole: bool, precision: str, shadow: Shadow | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def largest_support(x: Tensor, layer: Layer, k: int, whole: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """indptr, indices and u of the k largest positive x·w + bias of each row of x [B, d]; if ``whole``, of the k · B
     largest of all.  Ties go to the lower row and then feature; a NaN counts as the largest."""
-    way = cpu.route(precision, x.shape[0], shadow)
-    if way in ("screen", "bound") and k > DENSE_ABOVE * W.shape[0]:
+    way = cpu.route(precision, x.shape[0], layer.shadow)
+    if way in ("screen", "bound") and k > DENSE_ABOVE * layer.W.shape[0]:
         way = "dots"
-    shadow = cpu.for_all_blocks(way, x, W, shadow)
-    bound = Bound(W, bias, None, shadow) if way == "bound" else None
+    layer = cpu.for_all_blocks(way, x, layer)._replace(cut=None)
+    bound = Bound(layer.W, layer.bias, None, layer.shadow) if way == "bound" else None
     largest = _C.Largest(rows=x.shape[0], k=k, whole=whole, room=max(4 * k, ROOM), lift=RAISE)
     for first in range(0, x.shape[0], cpu.ROWS):
         rows = x[first : first + cpu.ROWS]
         largest.begin(first=first, n=rows.shape[0])
         if bound is not None:
-            layer = _bounded(largest, bound, rows, bias)
+            native = _bounded(largest, bound, rows, layer.bias)
         else:
-            layer = cpu.fill(largest, way, rows, W, bias, None, shadow, test="floor")
-        largest.settle(layer=layer, threads=threads())
+            native = cpu.fill(largest, way, rows, layer, test="floor")
+        largest.settle(layer=native, threads=threads())
     nnz = largest.select(threads=threads())
     indptr = torch.empty(x.shape[0] + 1, dtype=torch.int64)
     indices, u = torch.empty(nnz, dtype=torch.int32), x.new_empty(nnz)

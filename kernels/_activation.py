@@ -1,0 +1,41 @@
+"""The activations in Triton, by their numbers in sae_fast/activations: values and pullback of a block of entries.
+
+``first_ptr`` and ``second_ptr`` are the activation's vectors [F], None where it has fewer; ``i`` says of which features.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _relu(a):
+    return tl.where(a <= 0, 0.0, a)  # keeps a NaN
+
+
+@triton.jit
+def values_of(KIND: tl.constexpr, u, pi, first_ptr, second_ptr, i, inside):
+    """(magnitudes, gates) of entries; where there is one value set, it twice."""
+    if KIND == 0:  # gated
+        scale = tl.load(first_ptr + i, mask=inside, other=0.0).to(tl.float32)
+        b_mag = tl.load(second_ptr + i, mask=inside, other=0.0).to(tl.float32)
+        magnitude, gate = tl.where(pi <= 0, 0.0, _relu(scale * u + b_mag)), _relu(pi)
+    elif KIND == 1:  # relu
+        magnitude, gate = _relu(pi), _relu(pi)
+    else:  # jumprelu
+        threshold = tl.load(first_ptr + i, mask=inside, other=0.0).to(tl.float32)
+        magnitude, gate = tl.where(pi <= threshold, 0.0, _relu(pi)), pi
+    return magnitude, gate
+
+
+@triton.jit
+def pullback_of(KIND: tl.constexpr, u, g_mag, g_gate, first_ptr, second_ptr, i, inside):
+    """The gradients of u, the bias and the activation's parameters, 0 for those that it lacks, from those of the magnitudes
+    and gates."""
+    if KIND == 0:  # gated
+        scaled = g_mag * tl.load(first_ptr + i, mask=inside, other=0.0).to(tl.float32)
+        delta, bias, first, second = g_gate + scaled, g_gate, scaled * u, g_mag
+    else:  # relu, jumprelu
+        delta, bias, first, second = g_mag, g_mag, tl.zeros_like(g_mag), tl.zeros_like(g_mag)
+    return delta, bias, first, second
