@@ -136,7 +136,6 @@ class _OnEngine:
         assert self.engine is not None
         lr = self.scheduler.get_last_lr()[0]
         self.engine.step(x.detach().to(self.device), lr, self.l1_penalty * self.sparsity_warmup_fn(step))
-        self.optimizer._opt_called = True  # where the step was taken on the GPU, and not by the optimizer's own method
         self.scheduler.step()
 
     def loss(self, x: Tensor, step: int, logging: bool = False, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ ROOM = 128  # candidates an example that the first buffers have room for
 
 @dataclass(frozen=True)
 class Report:
-    """What a step that has happened said of itself, in the order of device_step.REPORT."""
+    """The numbers that a step reported once it had happened, in the order of device_step.REPORT."""
 
     numbers: list[float]
     batch: int
@@ -51,8 +51,8 @@ class Report:
 
 @dataclass(eq=False)
 class DeviceResult:
-    """A step under way; to read it is to wait for it.  ``report`` is filled when it is known to have happened, ``error``
-    when it never will."""
+    """A step that may be under way; reading waits for it.  ``report`` is set once it is known to have happened, ``error``
+    if it was abandoned."""
 
     steps: DeviceSteps
     index: int
@@ -88,6 +88,7 @@ class DeviceSteps:
         self.graphs: DeviceGraphs | None = None
 
     def __reduce__(self) -> tuple:
+        self.wait()
         return DeviceSteps, (self.state,)  # a copy has steps, graphs and events of its own
 
     def refuses(self) -> str | None:

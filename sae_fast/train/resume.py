@@ -17,7 +17,7 @@ GROUP_SETTINGS = ("betas", "eps", "unit_rows", "unit_start")  # of the optimizer
 
 
 def describe(state: TrainState) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the manifest says of a training, and the optimizer's tensors, by parameter and key."""
+    """The manifest's entry of a training, and the optimizer's tensors by parameter and key."""
     tensors, numbers = {}, {}
     for name, parameter in state.sae.named_parameters():
         for key, value in (state.optimizer.state.get(parameter) or {"step": 0}).items():
@@ -67,7 +67,7 @@ def restore(state: TrainState, manifest: dict[str, Any], tensors: dict[str, Tens
 
 
 def _restore_groups(state: TrainState, about: dict[str, Any]) -> None:
-    """What a checkpoint says of the optimizer's groups and of frozen parameters; one of before it did says neither."""
+    """Sets the optimizer's groups and freezes parameters as the checkpoint says; one of before it did says neither."""
     for i, group in enumerate(state.optimizer.param_groups if "groups" in about else []):
         saved = dict(enumerate(files.key(about, MANIFEST, list, "groups"))).get(i)
         if not isinstance(saved, dict) or set(saved) != set(GROUP_SETTINGS) or not isinstance(saved["betas"], list):

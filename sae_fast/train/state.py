@@ -91,7 +91,7 @@ class Rates(NamedTuple):
 
 
 class Result(Protocol):
-    """What came of a step; to read it may be to wait for it."""
+    """Losses and L0 of a step; reading them may wait for it."""
 
     @property
     def losses(self) -> Tensor:
@@ -104,7 +104,7 @@ class Result(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class StepLog:
-    """What one step saw, before its update.  Losses are means over the batch; reading a field may synchronise."""
+    """Losses, L0 and rates of one step, before its update.  Losses are means over the batch; reading may synchronise."""
 
     step: int
     lr: float

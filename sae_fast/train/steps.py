@@ -18,7 +18,7 @@ from sae_fast.train.state import Rates, Result, TrainState
 
 
 class Steps(Protocol):
-    """What takes the steps of a TrainState, which it owns, one after the other."""
+    """Takes the steps of a TrainState, which it owns, one after the other."""
 
     state: TrainState
 
@@ -31,7 +31,7 @@ class Steps(Protocol):
 
 
 class HostResult:
-    """What came of a step that the host has taken."""
+    """Losses and code of a step that the host has taken."""
 
     def __init__(self, losses: Tensor, code: SparseCode):
         self.losses, self.code = losses, code

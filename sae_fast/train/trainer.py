@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from sae_fast.train.state import Rates, Settings, StepLog, TrainState
 from sae_fast.train.steps import HostSteps, Steps
 
 
+def _held(name: str) -> Any:
+    """An attribute of the Trainer that its state holds."""
+    return property(attrgetter(f"state.{name}"), lambda trainer, value: setattr(trainer.state, name, value))
+
+
 class Trainer:
     """Trains a GatedSAE or ReluSAE; the sole writer of its weights between steps.
 
@@ -34,6 +40,11 @@ class Trainer:
     ``unit_start`` is for decoder rows that are not unit at first (see RowAdam for both). A frozen parameter (requires_grad
     False) keeps its bits. Ctrl-C in a step waits for its end.
     """
+
+    sae: nn.SparseAutoencoder = _held("sae")
+    settings: Settings = _held("settings")
+    optimizer: RowAdam = _held("optimizer")
+    step_count: int = _held("step_count")
 
     def __init__(
         self,
@@ -64,26 +75,6 @@ class Trainer:
         )  # fmt: skip
         self.state = TrainState(sae, settings)
         self._host, self._device = HostSteps(self.state), DeviceSteps(self.state)
-
-    @property
-    def sae(self) -> nn.SparseAutoencoder:
-        return self.state.sae
-
-    @property
-    def settings(self) -> Settings:
-        return self.state.settings
-
-    @property
-    def optimizer(self) -> RowAdam:
-        return self.state.optimizer
-
-    @property
-    def step_count(self) -> int:
-        return self.state.step_count
-
-    @step_count.setter
-    def step_count(self, value: int) -> None:
-        self.state.step_count = value
 
     def __getstate__(self) -> dict[str, Any]:
         self.wait()

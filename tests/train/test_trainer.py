@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -228,6 +229,17 @@ def test_scheduled_training_is_that_of_torch_with_the_same_values():
         trainer.step(x)
         plain.step(x)
     assert_like(sae, plain)
+
+
+def test_other_settings_hold_from_the_next_step_on():
+    trainer, twin = (sf.Trainer(make(), lr=2e-3, l1_coefficient=0.8) for _ in range(2))
+    first, second = batches(2)
+    trainer.step(first)
+    trainer.settings = dataclasses.replace(trainer.settings, lr=1e-3, l1_coefficient=0.2)
+    twin.step(first)
+    assert trainer.step(second).lr == 1e-3
+    twin.step(second, lr=1e-3, l1_coefficient=0.2)
+    assert_same_bits(everything(trainer), everything(twin))
 
 
 def test_a_step_at_learning_rate_zero_moves_no_weight():
