@@ -118,6 +118,15 @@ PYBIND11_MODULE(_C, m) {
       .def("settle", &Largest::settle, py::kw_only(), py::arg("layer"), py::arg("threads"), release())
       .def("select", &Largest::select, py::kw_only(), py::arg("threads"), release());
 
+  m.attr("run") = kRun;
+  m.attr("screen_terms") = static_cast<int>(Screen::n_terms);
+  m.attr("screen_pieces") = Screen::kPieces;
+  m.attr("screen_margins") = Screen::kMargins;
+  py::enum_<Activation>(m, "Activation")
+      .value("gated", Activation::gated)
+      .value("relu", Activation::relu)
+      .value("jumprelu", Activation::jumprelu);
+
 #define KERNEL(Result, name, fields) define(m, #name, &Kernels::name);
 #define TILE(name, fields) define(tiles, #name, &Tiles::name);
 #include "sae_fast/kernels.def"

@@ -15,7 +15,14 @@ using namespace sae_fast::gpu;
 
 PYBIND11_MODULE(SAE_FAST_CUDA_MODULE, m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  py::enum_<Storage>(m, "Storage").value("float32", Storage::float32).value("float16", Storage::float16).value("bfloat16", Storage::bfloat16);
+  py::enum_<Storage>(m, "Storage")
+      .value("float32", Storage::float32)
+      .value("float16", Storage::float16)
+      .value("bfloat16", Storage::bfloat16);
+  m.attr("residual_columns") = kResidualColumns;
+  m.attr("counted_rows") = kCountedRows;
+  m.attr("step_columns") = kStepColumns;
+  m.attr("unit_columns") = kUnitColumns;
   m.def("residuals", &residuals, release());
   m.def("finish", &finish, release());
   m.def("verify", &verify, release());

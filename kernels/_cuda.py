@@ -18,7 +18,6 @@ with suppress(ImportError):
 
 # The ops whose CUDA kernels are the default, by GPU generation; the benchmarks put others there for a while.
 FASTER = {generation: it.faster for generation, it in GENERATIONS.items()}
-STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def takes(op: str) -> bool:
@@ -40,7 +39,7 @@ def _native(a: Any) -> Any:
     if a is None:
         return 0
     if isinstance(a, torch.dtype):
-        return module.Storage(STORAGE[a])
+        return getattr(module.Storage, str(a).removeprefix("torch."))
     if isinstance(a, Tensor):
         if not a.is_contiguous():
             raise RuntimeError("the CUDA kernels take contiguous tensors only")

@@ -19,9 +19,8 @@ from sae_fast.kernels import _cuda
 from sae_fast.kernels._activation import values_of
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import launch
+from sae_fast.kernels.flag import overflow
 from sae_fast.kernels.sampled_dots import partial_dots, sum_over_slices
-
-OVERFLOW, NOT_FINITE = 1, 2  # bits of the flag
 
 
 class Gapped(NamedTuple):
@@ -74,7 +73,7 @@ def _compact(mask_ptr, begin_ptr, end_ptr, candidates_ptr, flag_ptr, F, stride, 
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
     if end > capacity:
-        tl.atomic_or(flag_ptr, 1)
+        tl.atomic_or(flag_ptr, overflow)
     else:
         for first in range(0, F, 32 * WORDS):
             at = first // 32 + tl.arange(0, WORDS)
@@ -92,7 +91,7 @@ def _compact(mask_ptr, begin_ptr, end_ptr, candidates_ptr, flag_ptr, F, stride, 
 
 def compact(mask: Tensor, features: int, begin: Tensor, end: Tensor, candidates: Tensor, flag: Tensor) -> None:
     """candidates [C] int32: row b's at begin[b] .. end[b], ascending.  A row that would end past C is left out and sets
-    bit 0 of ``flag`` (int32)."""
+    OVERFLOW in ``flag`` (int32)."""
     c = config("compact")
     launch(
         _compact, (mask.shape[0],), mask, begin, end, candidates, flag, features, mask.shape[1], candidates.shape[0],

@@ -18,8 +18,6 @@ from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.decode import gather, weighted
 from sae_fast.kernels.sampled_dots import row_sums, sum_over_slices
 
-CUDA_COLUMNS = 128  # of a slice in csrc/include/sae_fast/cuda/decode_loss.cuh
-
 
 class StepOutputs(NamedTuple):
     """The gradients of each entry that a training step needs, written in the same pass.  Given: the layer and u [C].
@@ -118,7 +116,8 @@ def _finish(
 
 def scratch(V: int, B: int, d: int, C: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """The partials and squares of :func:`decode_loss`."""
-    slices = cdiv(d, CUDA_COLUMNS if _cuda.takes("decode_loss") else config("decode_loss")["columns"])
+    cuda = _cuda.takes("decode_loss")
+    slices = cdiv(d, _cuda.module.residual_columns if cuda else config("decode_loss")["columns"])
     sizes = (V, slices, C), (B, slices, 2)
     partials, squares = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
     return partials, squares

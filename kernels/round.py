@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
+from sae_fast.kernels.flag import not_finite, stale
 
 SLICE = 512  # columns whose sums of squares are kept together: weight_step refreshes a slice of a row at a time
 DEPTH = 64  # K is a multiple of it, so that no product masks its inner dimension
@@ -66,7 +67,7 @@ def _round(
             tl.store(slot, square)
             tl.store(slot + 1, tl.sum(lost * lost))
     if HAS_FLAG:
-        tl.atomic_or(flag_ptr, 2, mask=finite == 0)
+        tl.atomic_or(flag_ptr, not_finite, mask=finite == 0)
 
 
 def round_rows(
@@ -74,7 +75,7 @@ def round_rows(
     flag: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out [n, K] float16 and norms [n, 1 + 2·S] of the rows A [n, d], or of A − shift [d], which goes to ``centred``
-    [n, d].  A row that is not finite (or too large to be squared) sets bit 1 of ``flag`` (int32)."""
+    [n, d].  A row that is not finite (or too large to be squared) sets NOT_FINITE in ``flag`` (int32)."""
     launch(
         _round, (A.shape[0],), A, shift, centred, out, norms, flag, A.shape[1], out.shape[1], norms.shape[1],
         HAS_SHIFT=shift is not None, HAS_CENTRED=centred is not None, HAS_FLAG=flag is not None, SLICE=SLICE,
@@ -101,11 +102,11 @@ def _compare(A_ptr, rows_ptr, norms_ptr, flag_ptr, flag_stride, d, K, norm_colum
         a = tl.load(A_ptr + i * d + at, mask=at < d, other=0.0).to(tl.float32) * scale
         kept = tl.load(rows_ptr + i * K + at, mask=at < d, other=0.0)
         differs += tl.sum((a.to(tl.float16).to(tl.int16, bitcast=True) != kept.to(tl.int16, bitcast=True)).to(tl.int32))
-    tl.atomic_or(flag_ptr + i * flag_stride, 4, mask=differs > 0)
+    tl.atomic_or(flag_ptr + i * flag_stride, stale, mask=differs > 0)
 
 
 def compare_rows(A: Tensor, rows: Tensor, norms: Tensor, flag: Tensor) -> None:
-    """Sets bit 2 of ``flag`` (int32, of all rows or of each) if a row of A [n, d] is not, at its scale, what ``rows``
+    """Sets STALE in ``flag`` (int32, of all rows or of each) if a row of A [n, d] is not, at its scale, what ``rows``
     [n, K] holds."""
     launch(
         _compare, (A.shape[0],), A, rows, norms, flag, flag.dim(), A.shape[1], rows.shape[1], norms.shape[1],

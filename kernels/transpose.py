@@ -17,8 +17,6 @@ from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.compact import popcount
 
-CUDA_ROWS = 256  # of a chunk in csrc/include/sae_fast/cuda/transpose.cuh
-
 
 @triton.jit
 def _bit_of(b):
@@ -74,7 +72,7 @@ def _place(
 def scratch(B: int, features: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """marks and bases [ceil(B / 32), F] int32, or counts [ceil(B / 256), F] and nothing: memory for a transpose by the same
     body; it need not be initialised."""
-    chunks = (cdiv(B, CUDA_ROWS), 0) if _cuda.takes("transpose") else (cdiv(B, 32),) * 2
+    chunks = (cdiv(B, _cuda.module.counted_rows), 0) if _cuda.takes("transpose") else (cdiv(B, 32),) * 2
     marks, bases = (torch.empty(n, features, dtype=torch.int32, device=device) for n in chunks)
     return marks, bases
 

@@ -22,9 +22,6 @@ from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.outer import Runs, gradient_row, outer, partials, project, runs_for, sources, walk
 from sae_fast.kernels.round import SLICE
 
-# Of a unit row in csrc/include/sae_fast/cuda/weight_step.cuh, at most; of one that is not aligned, half as many.
-CUDA_UNIT_COLUMNS = 8192
-
 
 class Adam(NamedTuple):
     """What a step is taken with, on the device: a captured graph is replayed with whatever :func:`set_adam` last wrote."""
@@ -188,7 +185,7 @@ def _cuda_steps(W: Tensor, v: Tensor, values: list[Tensor], A: list[Tensor], uni
     """Whether the CUDA kernel takes these arguments."""
     d = W.shape[1]
     aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (W, v, *A))
-    fits = not unit_rows or d <= (CUDA_UNIT_COLUMNS if aligned else CUDA_UNIT_COLUMNS // 2)
+    fits = not unit_rows or d <= _cuda.module.unit_columns // (1 if aligned else 2)
     return fits and {t.dtype for t in values} == {torch.float32} and len({t.dtype for t in A}) == 1
 
 

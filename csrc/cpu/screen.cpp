@@ -20,7 +20,8 @@ namespace sae_fast {
 namespace SAE_FAST_ISA {
 
 static constexpr uint16_t kOne = 0x3f80, kNaN = 0x7fc0;
-enum Column { bias_pieces = 0, by_w_norm = 3, by_w_residual = 4, by_w_outliers = 5, constant = 6 };
+enum Column { bias_pieces = 0, by_w_norm = Screen::kPieces, by_w_residual, by_w_outliers, constant, n_columns };
+static_assert(n_columns == Screen::kPieces + Screen::kMargins, "a margin is a column");
 
 void round_rows(const args::round_rows& a) {
   parallel_for(a.n, 16, a.threads, [&](int64_t i, int) {
@@ -146,7 +147,7 @@ void screen_w(const args::screen_w& a) {
       outlier2 += residual * residual;
     }
     double rest = a.bias[i] - level;
-    for (int piece = 0; piece < 3; ++piece) {
+    for (int piece = 0; piece < Screen::kPieces; ++piece) {
       tail[piece] = nearest(static_cast<float>(rest));
       rest -= widen(tail[piece]);
       if (!(::fabs(rest) < 0x1p127)) rest = 0;  // the first piece is an infinity or NaN

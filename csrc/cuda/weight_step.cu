@@ -32,11 +32,10 @@ void weight_step(Storage A_storage, Address W, Address v, Address decay, Address
     const bool vector = in_pieces(d, a.kColumns, W, v, A, A2, partials, shadow, K * sizeof(Half));
     const auto on = reinterpret_cast<Stream>(stream);
     if (!unit_rows) return weight_step_of<S, 1, false>(a, vector, on);
-    const int64_t most = a.kWarps * kWarp * a.kColumns;  // columns of a block with one piece a lane
-    if (d <= most) return weight_step_of<S, 1, true>(a, vector, on);
-    if (d <= 2 * most) return weight_step_of<S, 2, true>(a, vector, on);
-    if (d <= 4 * most) return weight_step_of<S, 4, true>(a, vector, on);
-    throw std::invalid_argument("weight_step: unit rows of more than " + std::to_string(4 * most) + " columns");
+    if (d <= kUnitColumns / 4) return weight_step_of<S, 1, true>(a, vector, on);
+    if (d <= kUnitColumns / 2) return weight_step_of<S, 2, true>(a, vector, on);
+    if (d <= kUnitColumns) return weight_step_of<S, 4, true>(a, vector, on);
+    throw std::invalid_argument("weight_step: unit rows of more than " + std::to_string(kUnitColumns) + " columns");
   });
 }
 

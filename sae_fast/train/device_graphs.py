@@ -7,8 +7,9 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.code import Shadow
+from sae_fast.kernels.flag import STALE
 from sae_fast.kernels.round import compare_rows
-from sae_fast.train.device_step import REPORT, STALE, DeviceStep
+from sae_fast.train.device_step import REPORT, DeviceStep
 from sae_fast.train.state import Rates, TrainState
 from sae_fast.train.steps import sixteenth
 

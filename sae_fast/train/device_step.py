@@ -12,10 +12,11 @@ from torch import Tensor
 from sae_fast import gradients, nn
 from sae_fast.code import Layer, RowGradient, Shadow, Transposed
 from sae_fast.gradients import Decoder, Entries, Objective
-from sae_fast.kernels.compact import NOT_FINITE, OVERFLOW, Gapped
+from sae_fast.kernels.compact import Gapped
 from sae_fast.kernels.decode_loss import StepOutputs, decode_loss
 from sae_fast.kernels.decode_loss import scratch as loss_scratch
 from sae_fast.kernels.encode import Screened, candidates, members
+from sae_fast.kernels.flag import NOT_FINITE_LOSS
 from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
 from sae_fast.kernels.outer import Runs, outer, runs
 from sae_fast.kernels.transpose import scratch as transpose_scratch
@@ -24,7 +25,6 @@ from sae_fast.kernels.weight_step import new_adam, row_step, set_adam, weight_st
 from sae_fast.ops.dispatch import without_autocast
 from sae_fast.optim import RowAdam
 
-STALE, NOT_FINITE_LOSS = 4, 8  # bits of the flag, beside the kernels' own
 REPORT = ("reconstruction", "sparsity", "auxiliary", "fired", "candidates", "flag")
 
 
@@ -140,6 +140,3 @@ class DeviceStep:
                 W.detach(), v, last, *csc, g.values, g.A, g.self_coefficient, 0, self.adam, unit, scale, self.flag, shadow,
                 split,
             )  # fmt: skip
-
-
-__all__ = ["NOT_FINITE", "NOT_FINITE_LOSS", "OVERFLOW", "REPORT", "STALE", "DeviceStep"]

@@ -250,7 +250,7 @@ class DeviceSteps:
 
     def _remedy(self, step: DeviceResult, flag: int, candidates: int) -> None:
         """Removes what kept ``step`` from happening, or takes it op by op; an error where it must not happen."""
-        from sae_fast.train import device_step as bits
+        from sae_fast.kernels import flag as bits
 
         if flag & bits.NOT_FINITE:
             self._not_finite(step)

@@ -33,6 +33,7 @@ from sae_fast import ops, use_backend
 from sae_fast.code import Layer, Shadow, SparseCode
 from sae_fast.kernels import compact, screen
 from sae_fast.kernels import encode as pipeline
+from sae_fast.kernels import flag as flag_bits
 from sae_fast.kernels import round as rounding
 from sae_fast.ops import crossovers
 from sae_fast.ops.encode import dense as dense_way
@@ -708,7 +709,7 @@ def test_the_flag_is_set_for_what_is_not_finite_and_only_then(bad):
     flag = on(torch.full((), 8, dtype=torch.int32))
     rows, norms = torch.empty(5, 640, dtype=torch.float16, device=DEVICE), torch.empty(5, 5, device=DEVICE)
     rounding.round_rows(on(A), rows, norms, flag=flag)
-    assert int(flag) == (8 if abs(bad) < 1e39 else 8 | compact.NOT_FINITE)
+    assert int(flag) == (8 if abs(bad) < 1e39 else 8 | flag_bits.NOT_FINITE)
 
 
 # ---- Compaction -------------------------------------------------------------------------------------------------------
@@ -748,7 +749,7 @@ def test_compaction_is_ascending_and_what_does_not_fit_is_flagged(capacity):
     memory = torch.full((size + 600,), GUARD, dtype=torch.int32, device=DEVICE)
     flag = on(torch.zeros((), dtype=torch.int32))
     compact.compact(mask, 300, end - counts, end, memory[300 : 300 + size], flag)
-    assert int(flag) == (compact.OVERFLOW if size < total else 0)
+    assert int(flag) == (flag_bits.OVERFLOW if size < total else 0)
     want = torch.full((size + 600,), GUARD)
     for b in range(7):
         if end[b] <= size:
@@ -812,7 +813,7 @@ def test_a_code_with_gaps_is_packed_whole_or_flagged(spare):
     total = int(screened.end[-1])
     capacity, flag = max(0, total + spare), on(torch.zeros((), dtype=torch.int32))
     code = pipeline.members(x, layer, screened, capacity, flag, True)
-    assert int(flag) == (compact.OVERFLOW if spare < 0 else 0)
+    assert int(flag) == (flag_bits.OVERFLOW if spare < 0 else 0)
     member, u, values = plain(**double(kwargs))
     member &= (screened.end <= capacity).cpu()[:, None]
     assert torch.equal((code.end - code.begin).cpu(), member.sum(1))

@@ -36,7 +36,7 @@ from sae_fast.ops import crossovers
 from sae_fast.ops.encode import bound, cpu, largest, screen
 
 DTYPES = {torch.bfloat16: "h", torch.int32: "i", torch.int64: "l", torch.float32: "f", torch.float64: "d"}
-LONG = 2 * 2048 + 57  # rows: more than two runs (kRun) of a feature that is active on each
+LONG = 2 * _C.run + 57  # rows: more than two runs of a feature that is active on each
 
 # (B, d, F).  Above 8 and 64, the grains by which rows and features are shared, several threads have work.
 SHAPES = [

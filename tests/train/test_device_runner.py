@@ -29,9 +29,8 @@ pytest.importorskip("triton")
 from problems.device_runner import DEVICE, FIELDS, STEPS, D, F, assert_within_the_spread, batches, fields, make
 
 from sae_fast.kernels import _config
-from sae_fast.kernels.compact import NOT_FINITE, OVERFLOW
+from sae_fast.kernels.flag import NOT_FINITE, NOT_FINITE_LOSS, OVERFLOW, STALE
 from sae_fast.train import device_steps
-from sae_fast.train.device_step import NOT_FINITE_LOSS, STALE
 from sae_fast.train.state import Rates
 
 SETTINGS = dict(lr=1e-2, l1_coefficient=0.4)

@@ -49,6 +49,7 @@ struct Adam {  // constants of one step; beta1 = 0
 
 struct Screen {  // what both operands of the screening product share: csrc/cpu/screen.cpp
   enum Term { x_residual, low_residual, accumulation, w_residual, w_outliers, bias, least, n_terms };
+  static constexpr int kPieces = 3, kMargins = 4;  // columns after the outliers': of the bias; of the bound's factors
   int64_t d, K;
   const int64_t* outliers;  // [m] columns that enter as high and low parts
   int64_t m;

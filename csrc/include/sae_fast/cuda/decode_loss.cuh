@@ -2,6 +2,7 @@
 // staged in shared memory once; then the sums of the slices' dots, losses and value gradients.  MATH.md §2.
 #pragma once
 #include "sae_fast/cuda/device.cuh"
+#include "sae_fast/cuda/ops.hpp"
 
 namespace sae_fast {
 namespace gpu {
@@ -20,7 +21,7 @@ struct Residuals {
   float* squares;              // [rows, slices, 2]
   int64_t rows, d, slices, capacity;
 
-  static constexpr int kThreads = 128, kColumns = 128;
+  static constexpr int kThreads = 128, kColumns = kResidualColumns;
   static constexpr int kEntries = 96;  // staged at a time: 48 KiB of float32, four blocks on a multiprocessor
   static constexpr size_t kShared = kEntries * kColumns * sizeof(T) + (2 * kEntries + 2 * kColumns + 8) * sizeof(float);
 };

@@ -7,6 +7,12 @@ namespace sae_fast {
 namespace gpu {
 
 using Address = uintptr_t;
+// What the launchers have to know of the kernels.
+constexpr int kResidualColumns = 128;  // of a slice of decode_loss
+constexpr int kCountedRows = 256;      // of a chunk of transpose
+constexpr int kStepColumns = 512;      // of a slice of weight_step, whose norms are kept together
+constexpr int kUnitColumns = 8192;     // of a unit row of weight_step, at most; of one that is not aligned, half as many
+
 enum class Storage : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 void residuals(Storage, Storage target_storage, int V, Address begin, Address end, Address indices, Address values, Address W,

@@ -5,6 +5,7 @@
 // that goes to global memory; the block that places the entries marks them anew.
 #pragma once
 #include "sae_fast/cuda/device.cuh"
+#include "sae_fast/cuda/ops.hpp"
 
 namespace sae_fast {
 namespace gpu {
@@ -18,7 +19,7 @@ struct Transposition {
   int64_t* perm;               // [C]
   int64_t B, features, chunks;
 
-  static constexpr int kThreads = 256, kRows = 256, kWords = kRows / kWarp, kFeatures = 2048;
+  static constexpr int kThreads = 256, kRows = kCountedRows, kWords = kRows / kWarp, kFeatures = 2048;
   static constexpr size_t kShared = kWords * kFeatures * sizeof(unsigned);
 };
 

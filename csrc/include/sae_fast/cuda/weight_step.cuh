@@ -22,8 +22,9 @@ struct WeightStep {
   int skip_bytes;
 
   static constexpr int kColumns = 4;                   // of a piece: 16 bytes of W and v
-  static constexpr int kSlice = 4 * kWarp * kColumns;  // four warps with a piece a lane
+  static constexpr int kSlice = kStepColumns;          // four warps with a piece a lane
   static constexpr int kWarps = 16;                    // of a block, at most
+  static_assert(kSlice == 4 * kWarp * kColumns && kUnitColumns == 4 * kWarps * kWarp * kColumns, "up to four pieces a lane");
 };
 
 __device__ __forceinline__ bool is_set(const void* skip, int bytes) {

@@ -1,0 +1,11 @@
+"""The bits of the flag by which a step on a GPU says, without being waited for, that it did not happen, and why."""
+
+import triton.language as tl
+
+OVERFLOW = 1  # more entries than the buffers have room for
+NOT_FINITE = 2  # in x
+STALE = 4  # W is not what its 16-bit copy was made from
+NOT_FINITE_LOSS = 8
+
+# What a kernel can read of this module.
+overflow, not_finite, stale = tl.constexpr(OVERFLOW), tl.constexpr(NOT_FINITE), tl.constexpr(STALE)
