@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from sae_fast.activations import named
-from sae_fast.code import Layer, Shadow
+from sae_fast.code import Layer, RowGradient, Rows, Shadow
 from sae_fast.kernels import _config, _launch
 
 
@@ -50,6 +50,9 @@ class Size:
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """colptr, rows, perm of a transposed code."""
         return integers(self.F + 1), integers(self.entries, dtype=torch.int32), integers(self.entries)
+
+    def gradient(self, sources: int = 1, own: Tensor | None = None) -> RowGradient:
+        return RowGradient.of(*self.by_feature(), [self.of(self.entries)] * sources, [self.x()] * sources, own)
 
 
 SHAPES = ((4096, 768, 24576, 4096 * 64), (8192, 2304, 65536, 8192 * 128), (8192, 4096, 131072, 8192 * 128))
@@ -129,14 +132,13 @@ def transpose(s: Size) -> None:
 def outer(s: Size) -> None:
     from sae_fast.kernels.outer import outer
 
-    value, A = s.of(s.entries), s.x()
     for sources in (1, 2):
         for accumulate in (False, True):
-            outer(*s.by_feature(), [value] * sources, [A] * sources, None, 0, s.W(), accumulate=accumulate)
-    outer(*s.by_feature(), [value], [A], integers(4096), 0, s.of(4096, s.d), accumulate=False)  # touched rows
+            outer(s.gradient(sources), s.W(), accumulate=accumulate)
+    outer(s.gradient(), s.of(4096, s.d), features=integers(4096), accumulate=False)  # touched rows
     if s.dtype == torch.float32:  # a Trainer's sums of entries
-        colptr, rows, perm = s.by_feature()
-        outer(colptr, rows, perm, [value], [meta(s.entries, 4)], None, 0, meta(s.F, 4), accumulate=False)
+        by_entry = RowGradient.of(*s.by_feature(), [s.of(s.entries)], [meta(s.entries, 4)])
+        outer(by_entry, meta(s.F, 4), accumulate=False)
 
 
 def grad_sqnorm(s: Size) -> None:
@@ -144,25 +146,25 @@ def grad_sqnorm(s: Size) -> None:
 
     for projects, own in ((False, None), (True, None), (False, s.of(s.F))):
         out = meta(s.F, slices(s.d, projects), dtype=torch.float64)
-        grad_sqnorm(*s.by_feature(), [s.of(s.entries)], [s.x()], own, 0, s.W(), projects, out)
+        grad_sqnorm(s.gradient(own=own), s.W(), projects, out)
 
 
 def weight_step(s: Size) -> None:
     from sae_fast.kernels.round import rounded
-    from sae_fast.kernels.weight_step import new_adam, row_step, set_adam, weight_step
+    from sae_fast.kernels.weight_step import Update, new_adam, row_step, set_adam, weight_step
 
     if s.dtype != torch.float32:
         return
     adam, W, last_step, skip = new_adam("meta"), s.W(), integers(s.F), integers(dtype=torch.int32)
     set_adam(adam, 1000, 3e-4, 0.999, 1e-8)
-    state, value, vector = (W, s.W(), last_step), meta(s.entries), (meta(s.F, 1), meta(s.F, 1), last_step)
-    for unit_rows, shadow in ((True, None), (False, rounded(W)), (False, None)):
-        weight_step(*state, *s.by_feature(), [value], [s.x()], None, 0, adam, unit_rows, meta(), skip, shadow)
-        weight_step(*state, *s.by_feature(), [value], [s.x()], None, 0, adam, unit_rows, None, skip, shadow)
-        row_step(*state, s.W(), adam, unit_rows, None, skip, shadow)
-    own = meta(s.F)  # of the saelens dialect
-    weight_step(*state, *s.by_feature(), [value] * 2, [s.x()] * 2, own, 0, adam, False, None, skip)
-    row_step(*vector, meta(s.F, 1), adam, False, None, skip, colptr=s.by_feature()[0])
+    for unit_rows, shadow in ((True, None), (False, Shadow(*rounded(W))), (False, None)):
+        state = Rows(W, s.W(), last_step, shadow)
+        weight_step(state, s.gradient(), Update(adam, unit_rows, meta(), skip))
+        weight_step(state, s.gradient(), Update(adam, unit_rows, None, skip))
+        row_step(state, s.W(), Update(adam, unit_rows, None, skip))
+    own, update = meta(s.F), Update(adam, False, None, skip)  # own: of the saelens dialect
+    weight_step(Rows(W, s.W(), last_step), s.gradient(2, own), update)
+    row_step(Rows(meta(s.F, 1), meta(s.F, 1), last_step), meta(s.F, 1), update, colptr=s.by_feature()[0])
 
 
 CALLS: list[Callable[[Size], None]] = [

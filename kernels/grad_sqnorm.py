@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_fast.code import RowGradient
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.outer import Runs, gradient_row, partials, project, runs_for, sources, walk
@@ -43,16 +44,15 @@ def _columns(d: int, projects: bool) -> int:
 
 
 def grad_sqnorm(
-    colptr: Tensor, rows: Tensor, perm: Tensor, values: list[Tensor], A: list[Tensor], self_coefficient: Tensor | None,
-    first_feature: int, W: Tensor, projects: bool, out: Tensor, runs: Runs | None = None,
-) -> None:  # fmt: skip
+    gradient: RowGradient, W: Tensor, projects: bool, out: Tensor, first_feature: int = 0, runs: Runs | None = None
+) -> None:
     """out [n, slices(d, projects)] float64: squared norms of the gradient rows of W [n, d], to be summed; of one source or
     two.  ``projects`` removes each row's component along W's."""
     n, d = W.shape
-    arguments = sources(colptr, rows, perm, values, A)
-    split = partials(arguments, d, runs_for(A, colptr, rows, runs), first_feature, first_feature + n)
+    arguments = sources(gradient)
+    split = partials(arguments, d, runs_for(gradient, runs), first_feature, first_feature + n)
     entries = config("weight_step" if projects else "outer")["entries"]
     launch(
-        _grad_sqnorm, (n, out.shape[1]), *arguments, *split, W, self_coefficient, out, first_feature, d,
-        PROJECT=projects, **walk(d, _columns(d, projects), entries, A[0]),
+        _grad_sqnorm, (n, out.shape[1]), *arguments, *split, W, gradient.self_coefficient, out, first_feature, d,
+        PROJECT=projects, **walk(d, _columns(d, projects), entries, gradient.A[0]),
     )  # fmt: skip

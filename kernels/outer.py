@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_fast.code import RowGradient
 from sae_fast.kernels import _cuda
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
@@ -122,19 +123,18 @@ def _outer(
 
 
 def outer(
-    colptr: Tensor, rows: Tensor, perm: Tensor, values: list[Tensor], A: list[Tensor], features: Tensor | None,
-    first_feature: int, out: Tensor, runs: Runs | None = None, accumulate: bool = True,
+    gradient: RowGradient, out: Tensor, *, features: Tensor | None = None, first_feature: int = 0, runs: Runs | None = None,
+    accumulate: bool = True,
 ) -> None:  # fmt: skip
     """out [n, d] = or += Σ_s Σ_j values[s][j] · A[s][row of j] over the entries j of the features ``first_feature`` .. + n,
     or of the list ``features`` [n] int64.  Two sources are summed at a time; ``runs`` is made here if it is not given."""
-    n, d = out.shape
-    c = config("outer")
-    split = runs_for(A, colptr, rows, runs)
+    (n, d), (values, A), c = out.shape, (gradient.values, gradient.A), config("outer")
+    split = runs_for(gradient, runs)
     alike = {t.dtype for t in (*values, *A)} == {A[0].dtype} and out.dtype in (A[0].dtype, torch.float32)
     cuda = alike and _cuda.takes("outer")
-    span = (0, colptr.shape[0] - 1) if features is not None else (first_feature, first_feature + n)
+    span = (0, gradient.csc.colptr.shape[0] - 1) if features is not None else (first_feature, first_feature + n)
     for s in range(0, len(values), 2):
-        arguments = sources(colptr, rows, perm, values[s : s + 2], A[s : s + 2])
+        arguments = sources(gradient, s)
         of_runs = partials(arguments, d, split, *span, cuda)
         if cuda:
             _cuda.call("outer", A[0].dtype, out.dtype, *arguments, *of_runs, features, out, n, d, first_feature, accumulate)
@@ -147,10 +147,10 @@ def outer(
         accumulate = True
 
 
-def sources(colptr: Tensor, rows: Tensor, perm: Tensor, values: list[Tensor], A: list[Tensor]) -> tuple:
-    """The arguments by which a kernel walks one source or two."""
-    values2, A2 = (values[1], A[1]) if len(values) == 2 else (None, None)
-    return colptr, rows, perm, values[0], A[0], values2, A2
+def sources(gradient: RowGradient, first: int = 0) -> tuple:
+    """The arguments by which a kernel walks the source ``first``, and the next if there is one."""
+    values2, A2, *_ = (*gradient.values[first + 1 : first + 2], *gradient.A[first + 1 : first + 2], None, None)
+    return *gradient.csc.parts(), gradient.values[first], gradient.A[first], values2, A2
 
 
 def walk(d: int, columns: int, entries: int, A: Tensor) -> dict[str, Any]:
@@ -159,11 +159,11 @@ def walk(d: int, columns: int, entries: int, A: Tensor) -> dict[str, Any]:
     return {"ENTRIES": max(entries, min(64, 256 // columns)), "COLUMNS": columns, "num_warps": warps}
 
 
-def runs_for(A: list[Tensor], colptr: Tensor, rows: Tensor, given: Runs | None) -> Runs | None:
+def runs_for(gradient: RowGradient, given: Runs | None) -> Runs | None:
     """The runs to split features into; None where the batch is too small for a feature with more than one."""
-    if A[0].shape[0] <= config("outer")["run"]:
+    if gradient.A[0].shape[0] <= config("outer")["run"]:
         return None
-    return runs(colptr, rows.shape[0]) if given is None else given
+    return runs(gradient.csc.colptr, gradient.csc.rows.shape[0]) if given is None else given
 
 
 def partials(

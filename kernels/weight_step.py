@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_fast.code import Shadow
+from sae_fast.code import Adam, RowGradient, Rows, Shadow
 from sae_fast.kernels import _cuda
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
@@ -23,15 +23,15 @@ from sae_fast.kernels.outer import Runs, gradient_row, outer, partials, project,
 from sae_fast.kernels.round import SLICE
 
 
-class Adam(NamedTuple):
+class Constants(NamedTuple):
     """What a step is taken with, on the device: a captured graph is replayed with whatever :func:`set_adam` last wrote."""
 
     constants: Tensor  # float32 [8]: lr, eps, β2, 1 − β2, 1 / √(1 − β2^step), log2 β2 in two parts
     step: Tensor  # int64, 0-d
 
 
-def new_adam(device: torch.device | str) -> Adam:
-    return Adam(torch.zeros(8, dtype=torch.float32, device=device), torch.zeros((), dtype=torch.int64, device=device))
+def new_adam(device: torch.device | str) -> Constants:
+    return Constants(torch.zeros(8, dtype=torch.float32, device=device), torch.zeros((), dtype=torch.int64, device=device))
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -46,7 +46,7 @@ def _set_adam(constants_ptr, step_ptr, lr, eps, beta2, fresh, correction, rate, 
     tl.store(step_ptr, step)
 
 
-def set_adam(adam: Adam, step: int, lr: float, beta2: float, eps: float) -> None:
+def set_adam(adam: Constants, step: int, lr: float, beta2: float, eps: float) -> None:
     """Computed in double and passed by value: no copy that the host would have to wait for."""
     rate = log2(beta2) if beta2 > 0 else float("-inf")
     (high,) = unpack("f", pack("f", rate))
@@ -54,6 +54,24 @@ def set_adam(adam: Adam, step: int, lr: float, beta2: float, eps: float) -> None
         _set_adam, (1,), *adam, float(lr), float(eps), float(beta2), 1.0 - beta2, (1.0 - beta2**step) ** -0.5, high,
         rate - high if beta2 > 0 else 0.0, step, num_warps=1,
     )  # fmt: skip
+
+
+class Update(NamedTuple):
+    """A step: Adam's constants, whether rows are held at unit norm, and what else is read on the device.  ``skip`` (0-d,
+    bool or integer): nothing happens unless it is 0."""
+
+    adam: Constants
+    unit_rows: bool = False
+    grad_scale: Tensor | None = None
+    skip: Tensor | None = None
+
+
+def update_of(adam: Adam, device: torch.device) -> Update:
+    """The step of Adam's settings."""
+    constants = new_adam(device)
+    set_adam(constants, adam.step, adam.lr, adam.beta2, adam.eps)
+    scalars = (None if t is None else t.to(device) for t in (adam.grad_scale, adam.skip))
+    return Update(constants, adam.unit_rows, *scalars)
 
 
 @triton.jit
@@ -130,73 +148,65 @@ def _step(
 
 
 def weight_step(
-    W: Tensor, v: Tensor, last_step: Tensor, colptr: Tensor, rows: Tensor, perm: Tensor, values: list[Tensor],
-    A: list[Tensor], self_coefficient: Tensor | None, first_feature: int, adam: Adam, unit_rows: bool,
-    grad_scale: Tensor | None = None, skip: Tensor | None = None, shadow: Shadow | None = None, runs: Runs | None = None,
-) -> None:  # fmt: skip
-    """A step of the rows of W and v [n, d] float32 whose features ``first_feature`` .. + n have entries.  ``skip`` (0-d,
-    bool or integer): nothing happens unless it is 0.  ``shadow``: brought up to date with the rows that change."""
-    n, d = W.shape
-    state = W, v, last_step, adam, unit_rows, grad_scale, skip, shadow
-    if len(values) > 2:
+    rows: Rows, gradient: RowGradient, update: Update, first_feature: int = 0, runs: Runs | None = None
+) -> None:
+    """A step of the float32 rows whose features ``first_feature`` .. + n have entries.  Their Shadow is brought up to date
+    with the rows that change; unit rows have none."""
+    W, n, d = rows.W, *rows.W.shape
+    if len(gradient.values) > 2:
         grad = torch.empty(n, d, dtype=torch.float32, device=W.device)
-        outer(colptr, rows, perm, values, A, None, first_feature, grad, runs, accumulate=False)
-        _launch_step(*state, grad, (colptr, *6 * [None]), (None, None), self_coefficient, first_feature)
-        return
-    arguments = sources(colptr, rows, perm, values, A)
-    cuda = _cuda.takes("weight_step") and _cuda_steps(W, v, values, A, unit_rows)
-    split = partials(arguments, d, runs_for(A, colptr, rows, runs), first_feature, first_feature + n, cuda)
-    if cuda:
-        _cuda_step(*state, arguments, split, self_coefficient, first_feature)
-        return
-    _launch_step(*state, None, arguments, split, self_coefficient, first_feature)
+        outer(gradient, grad, first_feature=first_feature, runs=runs, accumulate=False)
+        walked = (gradient.csc.colptr, *6 * [None], None, None, gradient.self_coefficient)
+        return _launch_step(rows, update, grad, walked, first_feature)
+    entries = sources(gradient)
+    cuda = _cuda.takes("weight_step") and _cuda_steps(rows, gradient, update.unit_rows)
+    split = partials(entries, d, runs_for(gradient, runs), first_feature, first_feature + n, cuda)
+    walked = (*entries, *split, gradient.self_coefficient)
+    return (
+        _cuda_step(rows, update, walked, first_feature) if cuda else _launch_step(rows, update, None, walked, first_feature)
+    )
 
 
-def row_step(
-    W: Tensor, v: Tensor, last_step: Tensor, grad: Tensor, adam: Adam, unit_rows: bool, grad_scale: Tensor | None = None,
-    skip: Tensor | None = None, shadow: Shadow | None = None, colptr: Tensor | None = None,
-) -> None:  # fmt: skip
+def row_step(rows: Rows, grad: Tensor, update: Update, colptr: Tensor | None = None) -> None:
     """The same from a dense gradient [n, d]; of every row, or with colptr [n + 1] of those that have entries."""
-    state = W, v, last_step, adam, unit_rows, grad_scale, skip, shadow
-    _launch_step(*state, grad, (colptr, *6 * [None]), (None, None), None, 0)
+    _launch_step(rows, update, grad, (colptr, *9 * [None]), 0)
 
 
-def _launch_step(
-    W, v, last_step, adam, unit_rows, grad_scale, skip, shadow, grad, arguments, split, self_coefficient, first_feature
-):
+def _launch_step(rows: Rows, update: Update, grad: Tensor | None, walked: tuple, first_feature: int) -> None:
+    """``walked``: a gradient's sources, partial rows and coefficients, as the kernel takes them."""
+    (n, d), shadow, unit_rows = rows.W.shape, rows.shadow, update.unit_rows
     _check(unit_rows, shadow)
-    n, d = W.shape
     whole = triton.next_power_of_2(d)
     columns = whole if unit_rows else min(whole, config("weight_step")["columns"] if shadow is None else SLICE)
     if grad is None:
-        of_rows, tile = 1, walk(d, columns, config("weight_step")["entries"], W)
+        of_rows, tile = 1, walk(d, columns, config("weight_step")["entries"], rows.W)
     else:
         of_rows = max(1, 512 // columns)
         tile = {"ENTRIES": 1, "COLUMNS": columns, "num_warps": min(16, max(1, of_rows * columns // 128))}
-    decay = _decay(last_step, arguments[0], adam, skip, first_feature)
+    decay = _decay(rows.last_step, walked[0], update, first_feature)
     launch(
-        _step, (cdiv(n, of_rows), cdiv(d, columns)), W, v, decay, grad, *arguments, *split, self_coefficient,
-        adam.constants, grad_scale, skip, *(shadow or (None, None)), n, d, first_feature, *_widths(shadow), UNIT=unit_rows,
+        _step, (cdiv(n, of_rows), cdiv(d, columns)), rows.W, rows.v, decay, grad, *walked, update.adam.constants,
+        update.grad_scale, update.skip, *(shadow or (None, None)), n, d, first_feature, *_widths(shadow), UNIT=unit_rows,
         ROWS=of_rows, **tile,
     )  # fmt: skip
 
 
-def _cuda_steps(W: Tensor, v: Tensor, values: list[Tensor], A: list[Tensor], unit_rows: bool) -> bool:
+def _cuda_steps(rows: Rows, gradient: RowGradient, unit_rows: bool) -> bool:
     """Whether the CUDA kernel takes these arguments."""
-    d = W.shape[1]
-    aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (W, v, *A))
+    d = rows.W.shape[1]
+    aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (rows.W, rows.v, *gradient.A))
     fits = not unit_rows or d <= _cuda.module.unit_columns // (1 if aligned else 2)
-    return fits and {t.dtype for t in values} == {torch.float32} and len({t.dtype for t in A}) == 1
+    return fits and {t.dtype for t in gradient.values} == {torch.float32} and len({t.dtype for t in gradient.A}) == 1
 
 
-def _cuda_step(W, v, last_step, adam, unit_rows, grad_scale, skip, shadow, arguments, split, own, first_feature):
-    _check(unit_rows, shadow)
-    scale = None if grad_scale is None else grad_scale.float()
-    decay = _decay(last_step, arguments[0], adam, skip, first_feature)
+def _cuda_step(rows: Rows, update: Update, walked: tuple, first_feature: int) -> None:
+    _check(update.unit_rows, rows.shadow)
+    scale, skip = None if update.grad_scale is None else update.grad_scale.float(), update.skip
+    decay = _decay(rows.last_step, walked[0], update, first_feature)
     _cuda.call(
-        "weight_step", arguments[4].dtype, W, v, decay, *arguments, *split, own, adam.constants, scale, skip,
-        0 if skip is None else skip.element_size(), *(shadow or (None, None)), *W.shape, first_feature, *_widths(shadow),
-        unit_rows,
+        "weight_step", walked[4].dtype, rows.W, rows.v, decay, *walked, update.adam.constants, scale, skip,
+        0 if skip is None else skip.element_size(), *(rows.shadow or (None, None)), *rows.W.shape, first_feature,
+        *_widths(rows.shadow), update.unit_rows,
     )  # fmt: skip
 
 
@@ -207,14 +217,16 @@ def _check(unit_rows: bool, shadow: Shadow | None) -> None:
         )
 
 
-def _decay(last_step: Tensor, colptr: Tensor | None, adam: Adam, skip: Tensor | None, first_feature: int) -> Tensor:
+def _decay(last_step: Tensor, colptr: Tensor | None, update: Update, first_feature: int) -> Tensor:
     """[n]: what v is to be multiplied with where a row has entries, whose visit is noted."""
     n = last_step.shape[0]
     decay = torch.empty(n, dtype=torch.float32, device=last_step.device)
-    launch(_advance, (cdiv(n, 256),), last_step, decay, colptr, *adam, skip, n, first_feature, BLOCK=256, num_warps=4)
+    launch(
+        _advance, (cdiv(n, 256),), last_step, decay, colptr, *update.adam, update.skip, n, first_feature, BLOCK=256,
+        num_warps=4,
+    )  # fmt: skip
     return decay
 
 
 def _widths(shadow: Shadow | None) -> tuple[int, int]:
-    rows, norms = shadow or (None, None)
-    return (0, 0) if rows is None or norms is None else (rows.shape[1], norms.shape[1])
+    return (0, 0) if shadow is None else (shadow.rows.shape[1], shadow.norms.shape[1])

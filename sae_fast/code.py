@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -31,6 +31,10 @@ class Transposed:
     colptr: Tensor
     rows: Tensor
     perm: Tensor
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """An op's arguments."""
+        return self.colptr, self.rows, self.perm
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,6 +143,66 @@ class RowGradient:
     values: list[Tensor]
     A: list[Tensor]
     self_coefficient: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, colptr: Tensor, rows: Tensor, perm: Tensor, values: Iterable[Tensor], A: Iterable[Tensor],
+        own: Tensor | None = None,
+    ) -> RowGradient:  # fmt: skip
+        """From an op's arguments."""
+        return cls(Transposed(colptr, rows, perm), list(values), list(A), own)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
+        """An op's arguments."""
+        return *self.csc.parts(), self.values, self.A, self.self_coefficient
+
+    def contiguous(self) -> RowGradient:
+        """The same in plain memory."""
+        colptr, rows, perm = (t.contiguous() for t in self.csc.parts())
+        own = None if self.self_coefficient is None else self.self_coefficient.contiguous()
+        return RowGradient.of(
+            colptr, rows, perm, (v.contiguous() for v in self.values), (a.contiguous() for a in self.A), own
+        )
+
+    def of_rows(self, at: slice) -> RowGradient:
+        """For the weight rows at ``at``, whose features start there: the coefficients are theirs alone."""
+        return self if self.self_coefficient is None else replace(self, self_coefficient=self.self_coefficient[at])
+
+    def sizes(self) -> tuple[int, int, int]:
+        """nnz, B and F, by which a route is chosen."""
+        return self.csc.rows.shape[0], self.A[0].shape[0], self.csc.colptr.shape[0] - 1
+
+
+class Rows(NamedTuple):
+    """Weight rows W [n, d] and what is kept with them: Adam's v [n, d] as of last_step [n]; the Shadow, if there is one."""
+
+    W: Tensor
+    v: Tensor
+    last_step: Tensor
+    shadow: Shadow | None = None
+
+    def at(self, rows: slice) -> Rows:
+        """Views of some of the rows."""
+        shadow = None if self.shadow is None else Shadow(*(t[rows] for t in self.shadow))
+        return Rows(self.W[rows], self.v[rows], self.last_step[rows], shadow)
+
+
+class Adam(NamedTuple):
+    """Adam's settings in a step, which is counted from 1.  ``unit_rows``: project before, renormalise after.
+    ``grad_scale`` and ``skip`` are 0-d."""
+
+    step: int
+    lr: float
+    beta2: float
+    eps: float
+    unit_rows: bool = False
+    grad_scale: Tensor | None = None
+    skip: Tensor | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether the step is to be left out.  Synchronises on a GPU."""
+        return self.skip is not None and bool(self.skip)
 
 
 class Shadow(NamedTuple):

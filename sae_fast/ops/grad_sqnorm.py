@@ -13,25 +13,14 @@ from torch import Tensor
 from sae_fast.code import RowGradient
 from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, pick, triton_rejects
-from sae_fast.ops.native import _C, contiguous, threads
+from sae_fast.ops.native import _C, threads
 from sae_fast.ops.weight_step import dense_gradient, project_rows
 
 
 def grad_sqnorm(gradient: RowGradient, W: Tensor, *, first_feature: int = 0, project: bool = False) -> Tensor:
     """‖grad‖² of the rows of W [n, d], which are the features ``first_feature`` .. + n; with ``project``, after removing
     each row's component along W's row.  Returns a 0-d tensor in float64."""
-    csc = gradient.csc
-    return torch.ops.sae_fast.grad_sqnorm(
-        W,
-        csc.colptr,
-        csc.rows,
-        csc.perm,
-        gradient.values,
-        gradient.A,
-        gradient.self_coefficient,
-        first_feature,
-        project,
-    )
+    return torch.ops.sae_fast.grad_sqnorm(W, *gradient.parts(), first_feature, project)
 
 
 @torch.library.custom_op(
@@ -42,13 +31,13 @@ def grad_sqnorm(gradient: RowGradient, W: Tensor, *, first_feature: int = 0, pro
 )
 def _grad_sqnorm(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
     checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
+    gradient = RowGradient.of(colptr, rows, perm, values, A, self_coefficient)
     rejections = {
         "cpu": cpu_rejects(W, colptr, rows, perm),
-        "triton": triton_rejects(W, colptr, rows, perm)
-        or crossovers.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1),
+        "triton": triton_rejects(W, colptr, rows, perm) or crossovers.gpu_rejects(*gradient.sizes()),
     }
     body = pick("grad_sqnorm", {"cpu": _cpu, "triton": _triton, "reference": _reference}, rejections)
-    return body(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
+    return body(W, gradient, first_feature, project)
 
 
 @_grad_sqnorm.register_fake
@@ -56,39 +45,34 @@ def _(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project
     return W.new_empty((), dtype=torch.float64)
 
 
-def _cpu(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
-    W = W.contiguous()
-    if crossovers.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
+def _cpu(W: Tensor, gradient: RowGradient, first_feature: int, project: bool) -> Tensor:
+    W, (n, d) = W.contiguous(), W.shape
+    if crossovers.is_dense("outer", *gradient.sizes()):
         total = torch.zeros((), dtype=torch.float64)
-        for first, last in crossovers.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
-            coefficient = None if self_coefficient is None else self_coefficient[first:last]
-            total += _reference(W[first:last], colptr, rows, perm, values, A, coefficient, first_feature + first, project)
+        for first, last in crossovers.chunks(n, gradient.A[0].shape[0] + d):
+            at = slice(first, last)
+            total += _reference(W[at], gradient.of_rows(at), first_feature + first, project)
         return total
-    values, A = [v.contiguous() for v in values], [a.contiguous() for a in A]
-    colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
-    out = torch.empty(W.shape[0], dtype=torch.float64)
-    self_coefficient = None if self_coefficient is None else self_coefficient.contiguous()
+    gradient, out = gradient.contiguous(), torch.empty(n, dtype=torch.float64)
     _C.grad_sqnorm(
-        code=(colptr, rows, perm), sources=(values, A), d=W.shape[1], first=first_feature, n=W.shape[0], W=W,
-        self_coefficient=self_coefficient, project=project, out=out, threads=threads(),
+        code=gradient.csc.parts(), sources=(gradient.values, gradient.A), d=d, first=first_feature, n=n, W=W,
+        self_coefficient=gradient.self_coefficient, project=project, out=out, threads=threads(),
     )  # fmt: skip
     return out.sum()
 
 
-def _triton(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
+def _triton(W: Tensor, gradient: RowGradient, first_feature: int, project: bool) -> Tensor:
     from sae_fast.kernels import grad_sqnorm as kernels
 
-    if len(values) > 2:
-        return _reference(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project)
-    csc, values, A = contiguous(colptr, rows, perm), contiguous(*values), contiguous(*A)
-    own = None if self_coefficient is None else self_coefficient.contiguous()
+    if len(gradient.values) > 2:
+        return _reference(W, gradient, first_feature, project)
     out = torch.empty(W.shape[0], kernels.slices(W.shape[1], project), dtype=torch.float64, device=W.device)
-    kernels.grad_sqnorm(*csc, values, A, own, first_feature, W.contiguous(), project, out)
+    kernels.grad_sqnorm(gradient.contiguous(), W.contiguous(), project, out, first_feature)
     return out.sum()
 
 
-def _reference(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project):
-    grad = dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, W.shape[0])
+def _reference(W: Tensor, gradient: RowGradient, first_feature: int, project: bool) -> Tensor:
+    grad = dense_gradient(W, gradient, first_feature)
     if project:
         grad = project_rows(grad, W)
     return grad.double().pow(2).sum()

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sae_fast.code import Transposed
+from sae_fast.code import RowGradient, Transposed
 from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops.native import _C, contiguous, threads
+from sae_fast.ops.native import _C, threads
 
 
 def outer(
@@ -132,11 +132,11 @@ def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
 def _gpu(out, colptr, rows, perm, values, A, features, first_feature):
     from sae_fast.kernels.outer import outer
 
-    csc, values, A = contiguous(colptr, rows, perm), contiguous(*values), contiguous(*A)
+    gradient = RowGradient.of(colptr, rows, perm, values, A).contiguous()
     features = None if features is None else features.contiguous()
     # Sources are added two by two, and a 16-bit out would round in between.
     target = out if len(values) <= 2 else out.float()
-    outer(*csc, values, A, features, first_feature, target)
+    outer(gradient, target, features=features, first_feature=first_feature)
     if target is not out:
         out.copy_(target)
 

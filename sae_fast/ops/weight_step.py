@@ -8,14 +8,16 @@ dense, plain PyTorch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sae_fast.code import RowGradient, Shadow
+from sae_fast.code import Adam, RowGradient, Rows, Shadow
 from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops.encode.shadow import refresh_shadow
-from sae_fast.ops.native import _C, contiguous, threads
+from sae_fast.ops.native import _C, threads
 
 
 def weight_step(
@@ -42,10 +44,9 @@ def weight_step(
     ``grad_scale`` (0-d, for clipping) multiplies the gradient; ``skip`` (0-d bool) makes the call a no-op.  ``shadow``, of
     ``ops.make_shadow(W)``, is brought up to date with the rows that change.
     """
-    csc = gradient.csc
     torch.ops.sae_fast.weight_step(
-        W, v, last_step, csc.colptr, csc.rows, csc.perm, gradient.values, gradient.A, gradient.self_coefficient,
-        first_feature, step, lr, beta2, eps, unit_rows, grad_scale, skip, *_parts(shadow),
+        W, v, last_step, *gradient.parts(), first_feature, step, lr, beta2, eps, unit_rows, grad_scale, skip,
+        *_parts(shadow),
     )  # fmt: skip
 
 
@@ -87,20 +88,19 @@ def _weight_step(
 ):  # fmt: skip
     checks.row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature)
     checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
-    shadow = checks.shadow(W, shadow_rows, shadow_norms)
-    inputs = W, shadow, last_step, colptr, rows, perm
-    dense = crossovers.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1)
+    state = Rows(W, v, last_step, checks.shadow(W, shadow_rows, shadow_norms))
+    gradient = RowGradient.of(colptr, rows, perm, values, A, self_coefficient)
+    dense = crossovers.gpu_rejects(*gradient.sizes())
     body = pick(
         "weight_step",
         {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
         {
             "cpu": cpu_rejects(W, last_step, colptr, rows, perm),
-            "cuda": _gpu_rejects(*inputs) or cuda_rejects("weight_step") or dense,
-            "triton": _gpu_rejects(*inputs) or dense,
+            "cuda": _gpu_rejects(state, colptr, rows, perm) or cuda_rejects("weight_step") or dense,
+            "triton": _gpu_rejects(state, colptr, rows, perm) or dense,
         },
     )
-    body(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps, unit_rows,
-         grad_scale, skip, shadow)  # fmt: skip
+    body(state, gradient, Adam(step, lr, beta2, eps, unit_rows, grad_scale, skip), first_feature)
 
 
 @_weight_step.register_fake
@@ -116,31 +116,16 @@ def _(*args):
     " Tensor(e!)? shadow_norms) -> ()",
 )
 def _row_step(
-    W,
-    v,
-    last_step,
-    grad,
-    step,
-    lr,
-    beta2,
-    eps,
-    unit_rows,
-    grad_scale,
-    skip,
-    shadow_rows,
-    shadow_norms,
-):
+    W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow_rows, shadow_norms
+):  # fmt: skip
     checks.shape("W", W, "n", "d")
     checks.shape("grad", grad, *W.shape)
     checks.floating("grad", grad, W, "W")
     checks.adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip)
-    shadow = checks.shadow(W, shadow_rows, shadow_norms)
-    rejections = {
-        "cpu": cpu_rejects(W, last_step),
-        "triton": _gpu_rejects(W, shadow, last_step),
-    }
+    state = Rows(W, v, last_step, checks.shadow(W, shadow_rows, shadow_norms))
+    rejections = {"cpu": cpu_rejects(W, last_step), "triton": _gpu_rejects(state)}
     body = pick("row_step", {"cpu": _cpu_rows, "triton": _triton_rows, "reference": _reference_rows}, rejections)
-    body(W, v, last_step, grad.contiguous(), step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow)
+    body(state, grad.contiguous(), Adam(step, lr, beta2, eps, unit_rows, grad_scale, skip))
 
 
 @_row_step.register_fake
@@ -148,98 +133,75 @@ def _(*args):
     return None
 
 
-def _skips(skip: Tensor | None) -> bool:
-    return skip is not None and bool(skip)
+def _gpu_rejects(state: Rows, *indices: Tensor) -> str | None:
+    if state.W.dtype != torch.float32:
+        return f"W is {state.W.dtype}; the kernels step float32 weights"
+    return triton_rejects(state.W, state.last_step, *indices, *(state.shadow or ()))
 
 
-def _gpu_rejects(W, shadow, *indices) -> str | None:
-    if W.dtype != torch.float32:
-        return f"W is {W.dtype}; the kernels step float32 weights"
-    return triton_rejects(W, *indices, *(shadow or ()))
-
-
-def _cpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-         unit_rows, grad_scale, skip, shadow):  # fmt: skip
-    if _skips(skip):
+def _cpu(state: Rows, gradient: RowGradient, adam: Adam, first_feature: int) -> None:
+    if adam.skips:
         return
-    if crossovers.is_dense("weight_step", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
-        colptr = colptr.contiguous()
-        for first, last in crossovers.chunks(W.shape[0], A[0].shape[0] + W.shape[1]):
+    adam, (n, d) = adam._replace(skip=None), state.W.shape
+    if crossovers.is_dense("weight_step", *gradient.sizes()):
+        colptr = gradient.csc.colptr.contiguous()
+        for first, last in crossovers.chunks(n, gradient.A[0].shape[0] + d):
             at = slice(first, last)
-            coefficient = None if self_coefficient is None else self_coefficient[at]
-            grad = dense_gradient(W[at], colptr, rows, perm, values, A, coefficient, first_feature + first, last - first)
-            touched = colptr[first_feature + first : first_feature + last + 1]
-            part = None if shadow is None else Shadow(shadow.rows[at], shadow.norms[at])
-            _cpu_rows(W[at], v[at], last_step[at], grad, step, lr, beta2, eps, unit_rows, grad_scale, None, part, touched)
+            grad = dense_gradient(state.W[at], gradient.of_rows(at), first_feature + first)
+            _cpu_rows(state.at(at), grad, adam, colptr[first_feature + first : first_feature + last + 1])
         return
-    values, A = [x.contiguous() for x in values], [a.contiguous() for a in A]
-    colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
-    self_coefficient = None if self_coefficient is None else self_coefficient.contiguous()
+    gradient = gradient.contiguous()
     _C.weight_step(
-        code=(colptr, rows, perm), sources=(values, A), d=W.shape[1], first=first_feature, n=W.shape[0],
-        self_coefficient=self_coefficient, grad_scale=_scale(grad_scale), adam=_constants(step, lr, beta2, eps, unit_rows),
-        W=W, v=v, last_step=last_step, shadow=shadow, threads=threads(),
+        code=gradient.csc.parts(), sources=(gradient.values, gradient.A), d=d, first=first_feature, n=n,
+        self_coefficient=gradient.self_coefficient, grad_scale=_scale(adam), adam=_constants(adam), W=state.W, v=state.v,
+        last_step=state.last_step, shadow=state.shadow, threads=threads(),
     )  # fmt: skip
 
 
-def _cpu_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow, colptr=None):
+def _cpu_rows(state: Rows, grad: Tensor, adam: Adam, colptr: Tensor | None = None) -> None:
     """With colptr [n + 1], rows without entries are left alone."""
-    if _skips(skip):
+    if adam.skips:
         return
+    n, d = state.W.shape
     _C.row_step(
-        G=grad, colptr=colptr, d=W.shape[1], n=W.shape[0], grad_scale=_scale(grad_scale),
-        adam=_constants(step, lr, beta2, eps, unit_rows), W=W, v=v, last_step=last_step, shadow=shadow, threads=threads(),
+        G=grad, colptr=colptr, d=d, n=n, grad_scale=_scale(adam), adam=_constants(adam), W=state.W, v=state.v,
+        last_step=state.last_step, shadow=state.shadow, threads=threads(),
     )  # fmt: skip
 
 
-def _constants(step, lr, beta2, eps, unit_rows):
-    return _C.Adam(lr=lr, beta2=beta2, eps=eps, step=step, project=unit_rows, renormalise=unit_rows)
+def _constants(adam: Adam) -> Any:
+    return _C.Adam(
+        lr=adam.lr, beta2=adam.beta2, eps=adam.eps, step=adam.step, project=adam.unit_rows, renormalise=adam.unit_rows
+    )
 
 
-def _scale(grad_scale: Tensor | None) -> float:
-    return 1.0 if grad_scale is None else float(grad_scale)
+def _scale(adam: Adam) -> float:
+    return 1.0 if adam.grad_scale is None else float(adam.grad_scale)
 
 
-def _gpu(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-         unit_rows, grad_scale, skip, shadow):  # fmt: skip
-    from sae_fast.kernels.weight_step import weight_step
+def _gpu(state: Rows, gradient: RowGradient, adam: Adam, first_feature: int) -> None:
+    from sae_fast.kernels.weight_step import update_of, weight_step
 
-    csc, values, A = contiguous(colptr, rows, perm), contiguous(*values), contiguous(*A)
-    own = None if self_coefficient is None else self_coefficient.contiguous()
-    adam = _adam(W, step, lr, beta2, eps)
-    grad_scale, skip = _beside(W, grad_scale), _beside(W, skip)
-    followed = None if unit_rows else shadow
-    weight_step(W, v, last_step, *csc, values, A, own, first_feature, adam, unit_rows, grad_scale, skip, followed)
-    if followed is not shadow:
-        refresh_shadow(W, shadow)
+    followed = state._replace(shadow=None) if adam.unit_rows else state
+    weight_step(followed, gradient.contiguous(), update_of(adam, state.W.device), first_feature)
+    if followed is not state and state.shadow is not None:
+        refresh_shadow(state.W, state.shadow)
 
 
-def _triton_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow):
-    from sae_fast.kernels.weight_step import row_step
+def _triton_rows(state: Rows, grad: Tensor, adam: Adam) -> None:
+    from sae_fast.kernels.weight_step import row_step, update_of
 
-    grad_scale, skip = _beside(W, grad_scale), _beside(W, skip)
-    followed = None if unit_rows else shadow
-    row_step(W, v, last_step, grad, _adam(W, step, lr, beta2, eps), unit_rows, grad_scale, skip, followed)
-    if followed is not shadow:
-        refresh_shadow(W, shadow)
-
-
-def _beside(W, scalar):
-    return None if scalar is None else scalar.to(W.device)
+    followed = state._replace(shadow=None) if adam.unit_rows else state
+    row_step(followed, grad, update_of(adam, state.W.device))
+    if followed is not state and state.shadow is not None:
+        refresh_shadow(state.W, state.shadow)
 
 
-def _adam(W, step, lr, beta2, eps):
-    from sae_fast.kernels.weight_step import new_adam, set_adam
-
-    adam = new_adam(W.device)
-    set_adam(adam, step, lr, beta2, eps)
-    return adam
-
-
-def dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, n):
-    """The gradient [n, d] of the features first_feature .. + n."""
-    grad = torch.ops.sae_fast.outer(colptr, rows, perm, values, A, None, first_feature, n)
-    return grad if self_coefficient is None else grad + self_coefficient[:, None] * W
+def dense_gradient(W: Tensor, gradient: RowGradient, first_feature: int) -> Tensor:
+    """The gradient [n, d] of the rows of W, which are the features first_feature .. + n."""
+    *arguments, own = gradient.parts()
+    grad = torch.ops.sae_fast.outer(*arguments, None, first_feature, W.shape[0])
+    return grad if own is None else grad + own[:, None] * W
 
 
 def project_rows(grad: Tensor, W: Tensor) -> Tensor:
@@ -248,24 +210,24 @@ def project_rows(grad: Tensor, W: Tensor) -> Tensor:
     return grad - (grad * direction).sum(1, keepdim=True) * direction
 
 
-def _reference(W, v, last_step, colptr, rows, perm, values, A, self_coefficient, first_feature, step, lr, beta2, eps,
-               unit_rows, grad_scale, skip, shadow):  # fmt: skip
-    if _skips(skip):
+def _reference(state: Rows, gradient: RowGradient, adam: Adam, first_feature: int) -> None:
+    if adam.skips:
         return
-    n = W.shape[0]
-    grad = dense_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_feature, n)
-    range_ = colptr[first_feature : first_feature + n + 1]
-    at = (range_[1:] > range_[:-1]).nonzero()[:, 0]
-    W_at, v_at, last_at = W[at], v[at], last_step[at]
-    _reference_rows(W_at, v_at, last_at, grad[at], step, lr, beta2, eps, unit_rows, grad_scale, None, None)
-    W[at], v[at], last_step[at] = W_at, v_at, last_at
-    if shadow is not None:
-        refresh_shadow(W, shadow)
+    grad = dense_gradient(state.W, gradient, first_feature)
+    entries = gradient.csc.colptr[first_feature : first_feature + state.W.shape[0] + 1].diff()
+    at = entries.nonzero()[:, 0]
+    touched = Rows(state.W[at], state.v[at], state.last_step[at])
+    _reference_rows(touched, grad[at], adam._replace(skip=None))
+    for whole, part in zip(state[:3], touched[:3], strict=True):
+        whole[at] = part
+    if state.shadow is not None:
+        refresh_shadow(state.W, state.shadow)
 
 
-def _reference_rows(W, v, last_step, grad, step, lr, beta2, eps, unit_rows, grad_scale, skip, shadow):
-    if _skips(skip):
+def _reference_rows(state: Rows, grad: Tensor, adam: Adam) -> None:
+    if adam.skips:
         return
+    (W, v, last_step, shadow), (step, lr, beta2, eps, unit_rows, grad_scale, _) = state, adam
     if grad_scale is not None:
         grad = grad * grad_scale
     if unit_rows:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_fast import gradients, nn
-from sae_fast.code import Layer, RowGradient, Shadow, Transposed
+from sae_fast.code import Layer, RowGradient, Rows, Shadow, Transposed
 from sae_fast.gradients import Decoder, Entries, Objective
 from sae_fast.kernels.compact import Gapped
 from sae_fast.kernels.decode_loss import StepOutputs, decode_loss
@@ -21,7 +21,7 @@ from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
 from sae_fast.kernels.outer import Runs, outer, runs
 from sae_fast.kernels.transpose import scratch as transpose_scratch
 from sae_fast.kernels.transpose import transpose
-from sae_fast.kernels.weight_step import new_adam, row_step, set_adam, weight_step
+from sae_fast.kernels.weight_step import Update, new_adam, row_step, set_adam, weight_step
 from sae_fast.ops.dispatch import without_autocast
 from sae_fast.optim import RowAdam
 
@@ -59,7 +59,8 @@ class DeviceKernels:
         found: list[Tensor] = []
         for A in (columns, *(() if also is None else (also[:, None].contiguous(),))):
             out = self.ones.new_empty(self.features, A.shape[1])
-            outer(csc.colptr, csc.perm.int(), csc.perm, [self.ones], [A], None, 0, out, self.runs, accumulate=False)
+            by_entry = RowGradient.of(csc.colptr, csc.perm.int(), csc.perm, [self.ones], [A])
+            outer(by_entry, out, runs=self.runs, accumulate=False)
             found += out.T.contiguous()
         return found
 
@@ -121,8 +122,7 @@ class DeviceStep:
         def sqnorm(name: str, g: RowGradient) -> Tensor:
             W = self.sae.get_parameter(name)
             squares = torch.empty(W.shape[0], slices(W.shape[1], False), dtype=torch.float64, device=W.device)
-            csc = g.csc.colptr, g.csc.rows, g.csc.perm
-            grad_sqnorm(*csc, g.values, g.A, g.self_coefficient, 0, W, False, squares, split)
+            grad_sqnorm(g, W, False, squares, runs=split)
             return squares.sum()
 
         scale = gradients.clip(self.grad_clip, by_name, sqnorm)
@@ -131,12 +131,8 @@ class DeviceStep:
             W = self.sae.get_parameter(name)
             v, last = (self.optimizer.state[W][key] for key in ("exp_avg_sq", "last_step"))
             if isinstance(g, Tensor):
-                as_rows = W.detach().view(-1, 1), v.view(-1, 1)
-                row_step(*as_rows, last, g.view(-1, 1), self.adam, False, scale, self.flag)
+                vector = Rows(W.detach().view(-1, 1), v.view(-1, 1), last)
+                row_step(vector, g.view(-1, 1), Update(self.adam, False, scale, self.flag))
                 continue
             unit, shadow = (False, self.shadow) if name == "W_enc" else (self.dialect == "paper", None)
-            csc = g.csc.colptr, g.csc.rows, g.csc.perm
-            weight_step(
-                W.detach(), v, last, *csc, g.values, g.A, g.self_coefficient, 0, self.adam, unit, scale, self.flag, shadow,
-                split,
-            )  # fmt: skip
+            weight_step(Rows(W.detach(), v, last, shadow), g, Update(self.adam, unit, scale, self.flag), runs=split)

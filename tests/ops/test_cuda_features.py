@@ -29,7 +29,7 @@ from problems.triton_features import (
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
-from sae_fast.code import Shadow
+from sae_fast.code import RowGradient, Rows, Shadow
 from sae_fast.kernels import _config, _cuda
 from sae_fast.kernels import round as round_kernels
 from sae_fast.kernels import weight_step as step_kernels
@@ -209,7 +209,7 @@ def launched(step, csc, values, A, unit_rows, shadow=None) -> State:
     state, adam = State(*there(*step.state.tensors())), step_kernels.new_adam(DEVICE)
     step_kernels.set_adam(adam, **ADAM)
     step_kernels.weight_step(
-        *state.tensors(), csc.colptr, csc.rows, csc.perm, values, A, None, 0, adam, unit_rows, shadow=shadow
+        Rows(*state.tensors(), shadow), RowGradient(csc, values, A), step_kernels.Update(adam, unit_rows)
     )
     return state
 

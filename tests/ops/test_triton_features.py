@@ -11,7 +11,7 @@ from helpers import Judge, assert_same_bits, code_of, randn, same_bits
 from problems.weight_step import ADAM, State
 
 from sae_fast import ops, use_backend
-from sae_fast.code import Shadow, SparseCode
+from sae_fast.code import RowGradient, Rows, Shadow, SparseCode
 
 pytest.importorskip("triton")
 
@@ -224,10 +224,8 @@ def test_weight_step_does_not_depend_on_gaps_or_capacity():
     for unit_rows in (False, True):
         state, adam = State(*there(*step.state.tensors())), step_kernels.new_adam(DEVICE)
         step_kernels.set_adam(adam, **ADAM)
-        step_kernels.weight_step(
-            *state.tensors(), roomy.colptr, roomy.rows, roomy.perm, there(list(gapped.values)), there(list(step.A)), None,
-            0, adam, unit_rows,
-        )  # fmt: skip
+        gradient = RowGradient(roomy, there(list(gapped.values)), there(list(step.A)))
+        step_kernels.weight_step(Rows(*state.tensors()), gradient, step_kernels.Update(adam, unit_rows))
         assert_same_bits(stepped(step, unit_rows).tensors(), [t.cpu() for t in state.tensors()])
 
 
@@ -249,7 +247,7 @@ def test_what_the_kernels_cannot_step_says_why():
     state, adam = there(*step.state.tensors()), step_kernels.new_adam(DEVICE)
     shadow = Shadow(*round_kernels.rounded(state[0]))
     with pytest.raises(NotImplementedError, match="unit_rows"):
-        step_kernels.row_step(*state, state[0], adam, True, shadow=shadow)
+        step_kernels.row_step(Rows(*state, shadow), state[0], step_kernels.Update(adam, True))
 
 
 # ---- row_step --------------------------------------------------------------------------------------------------------
@@ -276,7 +274,7 @@ def test_row_step_with_offsets_leaves_rows_without_entries_alone():
     state, adam = State(*there(*step.state.tensors())), step_kernels.new_adam(DEVICE)
     step_kernels.set_adam(adam, **ADAM)
     grad = there(step.dense_gradient(torch.float32))
-    step_kernels.row_step(*state.tensors(), grad, adam, False, colptr=csc_of(step.code).colptr)
+    step_kernels.row_step(Rows(*state.tensors()), grad, step_kernels.Update(adam), colptr=csc_of(step.code).colptr)
     judge_state(State(*(t.cpu() for t in state.tensors())), step, False)
 
 
@@ -294,11 +292,10 @@ def test_a_shadow_follows_the_rows_that_change(whole):
     csc, values, A = arguments(step, torch.float32)
     if whole:
         grad = there(step.dense_gradient(torch.float32))
-        step_kernels.row_step(*state.tensors(), grad, adam, False, shadow=shadow, colptr=csc.colptr)
+        step_kernels.row_step(Rows(*state.tensors(), shadow), grad, step_kernels.Update(adam), colptr=csc.colptr)
     else:
-        step_kernels.weight_step(
-            *state.tensors(), csc.colptr, csc.rows, csc.perm, values, A, None, 0, adam, False, shadow=shadow
-        )
+        gradient = RowGradient(csc, values, A)
+        step_kernels.weight_step(Rows(*state.tensors(), shadow), gradient, step_kernels.Update(adam))
     judge_state(State(*(t.cpu() for t in state.tensors())), step, False)
 
     scaled = state.W * shadow.norms[:, :1]

@@ -125,8 +125,7 @@ def outer_with_gaps(step, A) -> torch.Tensor:
     gapped = Gapped(step.code, step.values)
     roomy = gapped.transposed(F)
     out = torch.full((F, A[0].shape[1]), float("nan"), dtype=A[0].dtype, device=A[0].device)
-    outer_kernels.outer(
-        roomy.colptr, roomy.rows, roomy.perm, there(list(gapped.values)), A, None, 0, out,
-        outer_kernels.runs(roomy.colptr, gapped.capacity), accumulate=False,
-    )  # fmt: skip
+    gradient = RowGradient(roomy, there(list(gapped.values)), A)
+    runs = outer_kernels.runs(roomy.colptr, gapped.capacity)
+    outer_kernels.outer(gradient, out, runs=runs, accumulate=False)
     return out
