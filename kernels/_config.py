@@ -19,8 +19,10 @@ from sae_fast.kernels._generations import GENERATIONS, nearest
 _target: int | None = None
 _log = logging.getLogger("sae_fast")
 
-# columns: of a row that a program holds at once; entries: gathered rows at once; run: entries of a feature that are
-# summed in one go; finish: entries whose slices are summed at once.
+# columns     of a row, that a program holds at once
+# entries     gathered rows at once
+# run         entries of a feature that are summed in one go
+# finish      entries whose slices are summed at once
 _TILE = {"rows": 128, "features": 128, "depth": 64, "warps": 8, "stages": 3, "group": 8, "persistent": 0, "library": 0}
 _BASE = {
     "round": {"warps": 4},

@@ -21,7 +21,7 @@ FASTER = {generation: it.faster for generation, it in GENERATIONS.items()}
 
 
 def takes(op: str) -> bool:
-    """Whether the op's CUDA kernels run."""
+    """True if the op's CUDA kernels run."""
     if module is None or _launch.is_recording():
         return False
     return backend.forced[-1] == "cuda" if backend.forced else op in FASTER[_config.generation()]

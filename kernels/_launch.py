@@ -1,4 +1,4 @@
-"""How every kernel is launched: on its tensors' device; or only recorded, for compilation without a GPU (aot.py)."""
+"""The launch of every kernel: on its tensors' device; or only recorded, for compilation without a GPU (aot.py)."""
 
 from __future__ import annotations
 

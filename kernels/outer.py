@@ -20,7 +20,7 @@ from sae_fast.kernels._launch import cdiv, launch
 
 
 class Runs(NamedTuple):
-    """Where the runs of long features are.  Feature i owns the runs first[i] .. first[i + 1], none if it has no more than
+    """The runs of long features.  Feature i owns the runs first[i] .. first[i + 1], none if it has no more than
     one; run p is of feature owner[p], which is F past the last run."""
 
     first: Tensor  # [F + 1] int64
@@ -28,7 +28,7 @@ class Runs(NamedTuple):
 
 
 def runs(colptr: Tensor, capacity: int) -> Runs:
-    """Of a code with at most ``capacity`` entries."""
+    """The runs of a code with at most ``capacity`` entries: features with more than ``run`` are cut into several."""
     length = config("outer")["run"]
     entries = colptr.diff()
     first = torch.zeros_like(colptr)
@@ -154,7 +154,7 @@ def sources(gradient: RowGradient, first: int = 0) -> tuple:
 
 
 def walk(d: int, columns: int, entries: int, A: Tensor) -> dict[str, Any]:
-    """How a program walks the rows of A: 16 bytes a thread at a time; of narrow rows, more of them."""
+    """The way a program walks the rows of A: 16 bytes a thread at a time; of narrow rows, more of them."""
     warps = min(16, max(1, columns * A.element_size() // 512))
     return {"ENTRIES": max(entries, min(64, 256 // columns)), "COLUMNS": columns, "num_warps": warps}
 

@@ -84,7 +84,7 @@ def round_rows(
 
 
 def rounded(A: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`round_rows` writes, in fresh memory: also a Shadow of a weight."""
+    """The output of :func:`round_rows`, in fresh memory: also a Shadow of a weight."""
     n, d = A.shape
     out = torch.empty(n, padded(d), dtype=torch.float16, device=A.device)
     norms = torch.empty(n, norm_columns(d), dtype=torch.float32, device=A.device)
@@ -167,7 +167,7 @@ def feature_terms(norms: Tensor, bias: Tensor, cut: Tensor | None, K: int, out: 
 
 
 def accumulation(K: int) -> float:
-    """What summing loses at most, by the product of K terms and by the dot that decides (Γ of docs/screen.md)."""
+    """The most that summing can lose, by the product of K terms and by the dot that decides (Γ of docs/screen.md)."""
     return (K + K // 32 + 80) * 2.0**-23
 
 

@@ -24,7 +24,7 @@ from sae_fast.kernels.round import SLICE
 
 
 class Constants(NamedTuple):
-    """What a step is taken with, on the device: a captured graph is replayed with whatever :func:`set_adam` last wrote."""
+    """The constants of a step, on the device: a captured graph is replayed with whatever :func:`set_adam` last wrote."""
 
     constants: Tensor  # float32 [8]: lr, eps, β2, 1 − β2, 1 / √(1 − β2^step), log2 β2 in two parts
     step: Tensor  # int64, 0-d
@@ -192,7 +192,7 @@ def _launch_step(rows: Rows, update: Update, grad: Tensor | None, walked: tuple,
 
 
 def _cuda_steps(rows: Rows, gradient: RowGradient, unit_rows: bool) -> bool:
-    """Whether the CUDA kernel takes these arguments."""
+    """True if the CUDA kernel takes these arguments."""
     d = rows.W.shape[1]
     aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (rows.W, rows.v, *gradient.A))
     fits = not unit_rows or d <= _cuda.module.unit_columns // (1 if aligned else 2)

@@ -1,4 +1,4 @@
-"""Which backend ``use_backend`` forces, innermost last; read by the ops and by the kernels' launchers.
+"""The backends that ``use_backend`` forces, innermost last; read by the ops and by the kernels' launchers.
 
 Process-wide on purpose: autograd runs backward passes in threads of its own, which see no context variable.
 """

@@ -201,12 +201,12 @@ class Adam(NamedTuple):
 
     @property
     def skips(self) -> bool:
-        """Whether the step is to be left out.  Synchronises on a GPU."""
+        """True if the step is to be left out.  Synchronises on a GPU."""
         return self.skip is not None and bool(self.skip)
 
 
 class Shadow(NamedTuple):
-    """What the screen needs of a weight [F, d]: ``rows``, its rows in 16 bits, and ``norms``, of the rows and of what
+    """A weight [F, d] as the screen takes it: ``rows``, its rows in 16 bits, and ``norms``, of the rows and of what
     rounding took from them.
 
     Of the C++ engine: rows [F, d] bfloat16 (subnormals to 0), norms [F, 2] float64.  Of a GPU: rows [F, K] float16, each

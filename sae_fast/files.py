@@ -252,7 +252,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def lfs_pointer(file: Path) -> str | None:
-    """What to say of a file whose contents are still on a Git LFS server, or None."""
+    """The complaint about a file whose contents are still on a Git LFS server; None about any other."""
     with file.open("rb") as stream:
         pointer = stream.read(len(LFS)) == LFS
     return "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`" if pointer else None

@@ -102,9 +102,9 @@ def weighted_rows(weights: Tensor, W: Tensor) -> Tensor:
 
 
 class Entries(NamedTuple):
-    """What a code's entries give.  losses [3]; residuals: a [B, d_out] for each value set; delta [nnz], the gradient of u;
-    columns [nnz, 2 + P]: delta and the gradients of the bias and the activation's parameters; decoder [nnz]: the
-    magnitudes times 2/B, the weights of the residuals in W_dec's gradient."""
+    """Losses and gradients on the entries of a code.  losses [3]; residuals: a [B, d_out] for each value set; delta
+    [nnz], the gradient of u; columns [nnz, 2 + P]: delta and the gradients of the bias and the activation's parameters;
+    decoder [nnz]: the magnitudes times 2/B, the weights of the residuals in W_dec's gradient."""
 
     losses: Tensor
     residuals: tuple[Tensor, ...]

@@ -1,4 +1,4 @@
-"""How good a reconstruction is, and how sparse its code.
+"""Measures of how good a reconstruction is, and how sparse its code.
 
 Each metric is a function of a few sums over tokens. `Metrics` keeps those sums: in float64, mergeable over
 batches and ranks in any order. The functions below it are the same numbers for one batch.

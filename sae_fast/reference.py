@@ -27,7 +27,7 @@ class Loss(NamedTuple):
 
 
 class GatedCode(NamedTuple):
-    """What a Gated SAE's encoder computes, dense, [..., F] each."""
+    """The results of a Gated SAE's encoder, dense, [..., F] each."""
 
     f: Tensor  # f̃ = gate ⊙ ReLU(π_mag): the features
     gate: Tensor  # 1[π_gate > 0]

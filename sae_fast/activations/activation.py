@@ -26,7 +26,7 @@ class Activation(ABC):
     scaled_by_norm: tuple[str, ...] = ()  # of the parameters: those that are multiplied by n where w and bias are
 
     def vectors(self, parameters: Mapping[str, Tensor]) -> Vectors:
-        """What the kernels take of each parameter, in their order; other entries of the mapping are ignored."""
+        """The tensors that the kernels take for the parameters, in their order; others of the mapping are ignored."""
         return tuple(parameters[name] for name in self.parameters)
 
     def cut(self, vectors: Vectors) -> Tensor | None:

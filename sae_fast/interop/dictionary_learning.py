@@ -97,7 +97,7 @@ def _dict_class(package: type, *args: Any, **kwargs: Any) -> Any:
 
 
 class _OnEngine:
-    """What the trainers share; mixed in before the package's class, whose __init__ has run."""
+    """The part that the trainers share; mixed in before the package's class, whose __init__ has run."""
 
     device: Any
     engine: Engine | None = None
@@ -156,7 +156,7 @@ class _OnEngine:
             return LossLog(x, x_hat, code.to_dense(), {name: value.item() for name, value in losses.items()})
 
     def _count(self, x: Tensor) -> None:
-        """What a trainer counts in every evaluation of its loss."""
+        """Counts what the package's trainer counts in every evaluation of its loss."""
 
     def _sparsity(self, code: Any) -> Tensor:
         """Σ of the last value set, λ left out, as a mean over the examples."""

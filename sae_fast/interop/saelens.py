@@ -49,7 +49,7 @@ FORMULAS = ("process_sae_in", "encode_with_hidden_pre", "encode", "decode", "cal
 
 
 class _Step(NamedTuple):
-    """What a step is, besides its tensors: vectors are the bias and the activation's parameters, in its order."""
+    """The settings of a step, besides its tensors: vectors are the bias and the activation's parameters, in its order."""
 
     activation: Activation
     centred: bool  # apply_b_dec_to_input
@@ -122,8 +122,8 @@ class _Forward(torch.autograd.Function):
 
 
 def _precision(x: Tensor) -> str:
-    """Of ops.encode.  SAELens takes torch's fp32 product; so is it done here by a processor that has no bfloat16 product to
-    screen with, where ``exact`` would take half as long again."""
+    """The precision for ops.encode.  SAELens takes torch's fp32 product, and so does a processor that has no bfloat16
+    product to screen with, where ``exact`` would take half as long again."""
     return "fp32" if x.device.type == "cpu" and screen.unavailable() else "exact"
 
 
@@ -158,7 +158,7 @@ def _dense(gradient: RowGradient | Tensor, W: Tensor) -> Tensor:
 
 
 def _listed(code: SparseCode) -> bool:
-    """Whether the trainer gets a code's entries rather than a dense matrix: it sorts them twice a step for its statistics,
+    """True if the trainer gets a code's entries rather than a dense matrix: it sorts them twice a step for its statistics,
     which costs as much as its passes over 64 zeros each."""
     return 64 * code.nnz <= code.batch * code.d_sae
 
@@ -185,7 +185,7 @@ def _coo(indptr: Tensor, indices: Tensor, values: Tensor, shape: torch.Size) -> 
 
 
 class OnTheEngine:
-    """What both classes put in front of SAELens' own.
+    """The methods that both classes put in front of SAELens' own.
 
     W_enc keeps its shape [d_in, d_sae] and has the memory of its transpose: the engine reads a feature's row in one run,
     its gradient comes so laid out, and torch's optimizers follow.
@@ -216,7 +216,7 @@ class OnTheEngine:
         state_dict.update({name: t.contiguous() for name, t in state_dict.items() if isinstance(t, Tensor)})
 
     def why_dense(self) -> str | None:
-        """Why a training step would take SAELens' own dense pass now; None when the engine takes it."""
+        """The reason why a training step would take SAELens' own dense pass now; None when the engine takes it."""
         sae: Any = self
         for name in sae.hook_dict:
             point = getattr(sae, name)  # an Identity while SAELens keeps its hooks out
@@ -244,7 +244,7 @@ class OnTheEngine:
         return f"{replaced[0]} is not SAELens' own" if replaced else None
 
     def _takes(self, x: Tensor) -> bool:
-        """Whether the engine takes a training step on x; if not, says why, once for each reason."""
+        """True if the engine takes a training step on x; if not, logs why, once for each reason."""
         why = self.why_dense()
         if why is None and not (x.dim() == 2 and x.shape[0] > 0 and x.dtype in INPUT_DTYPES):
             why = f"sae_in is {x.dtype} {tuple(x.shape)}, not a batch [B, d_in] of float32, bfloat16 or float16"

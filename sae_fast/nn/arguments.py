@@ -1,4 +1,4 @@
-"""What a layer's constructor is given, checked in one place: plain values come out, or a ``ValueError`` that names it."""
+"""Checks of what a layer's constructor is given: plain values come out, or a ``ValueError`` that names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every SAE layer shares: parameters, input checks, encode and decode, calibration."""
+"""The base of every SAE layer: parameters, input checks, encode and decode, calibration."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"sae: got {said}, want one floating-point dtype")
 
     def not_finite(self) -> dict[str, int]:
-        """Of each parameter and buffer that has NaNs or infinities, how many."""
+        """The number of NaNs and infinities in each parameter and buffer that has any."""
         bad = {name: t.numel() - int(torch.isfinite(t).sum()) for name, t in self.state_dict().items()}
         return {name: n for name, n in bad.items() if n}
 
@@ -183,7 +183,7 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode_sparse(x)).to(x.dtype)
 
     def centred(self, x: Tensor) -> Tensor:
-        """What the encoder's product takes of x."""
+        """x − b_dec, or x where ``apply_b_dec_to_input`` is off: the encoder's input."""
         return x - self.b_dec if self.apply_b_dec_to_input else x
 
     def check_input(self, x: Tensor, name: str = "x") -> Tensor:

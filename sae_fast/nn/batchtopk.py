@@ -44,7 +44,7 @@ class BatchTopKSAE(GroupedSAE):
         return self.encode_sparse(x, use_threshold).to_dense()
 
     def has_threshold(self) -> bool:
-        """Whether a threshold is set.  Synchronises on a GPU."""
+        """True if a threshold is set.  Synchronises on a GPU."""
         return bool(self.threshold >= 0)
 
     # A trace cannot ask for a tensor's value.  This is torch.compiler.assume_constant_result, but for its heavy imports.

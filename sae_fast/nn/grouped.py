@@ -63,8 +63,8 @@ class GroupedSAE(SparseAutoencoder):
 
     @property
     def active_groups(self) -> int:
-        """Of G groups, by default all.  The features of the others are off: they take part in the selection, and are then
-        set to 0 (as in dictionary_learning), so that an example may have fewer than k."""
+        """The number of groups in use, by default all.  The features of the others are off: they take part in the
+        selection, and are then set to 0 (as in dictionary_learning), so that an example may have fewer than k."""
         return self._active
 
     @active_groups.setter

@@ -1,4 +1,4 @@
-"""How a differentiable op is called.
+"""Calls of differentiable ops.
 
 ``custom_op`` gives an op an autograd function that torch.func refuses and that drops the tangents of forward-mode
 derivatives without a word.  So outside a compiled region an op is called through an autograd function of its own, with the

@@ -64,7 +64,7 @@ def ascending(indptr: Tensor, indices: Tensor) -> None:
 
 
 def _native(*tensors: Tensor) -> bool:
-    """Whether one pass of the engine can find them sound; what is wrong is said by the checks in torch."""
+    """True if one pass of the engine can find them sound; what is wrong is said by the checks in torch."""
     return _C is not None and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 

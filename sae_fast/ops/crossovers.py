@@ -25,7 +25,7 @@ def is_dense(op: str, nnz: int, rows: int, features: int) -> bool:
 
 
 def gpu_rejects(nnz: int, rows: int, features: int) -> str | None:
-    """Why a GPU should not gather rows for this many entries, or None; a forced body takes any number."""
+    """The reason why a GPU should not gather rows for this many entries, or None; a forced body takes any number."""
     if nnz <= GPU_DENSE * rows * features or not may_run("reference"):
         return None
     return f"the code is dense: {nnz} entries of {rows} × {features}"

@@ -22,7 +22,7 @@ PARTS = 16  # runs of rows by which a chunk's sums are taken: fixed, so that the
 
 
 def dense_step_pays(code: SparseCode, W: Tensor) -> bool:
-    """Whether the engine takes this way for a code with the weight W [F, d]."""
+    """True if the engine takes this way for a code with the weight W [F, d]."""
     if triton_rejects(W) is None:
         return crossovers.gpu_rejects(code.nnz, code.batch, code.d_sae) is not None
     return cpu_rejects(W) is None and may_run("cpu") and crossovers.is_dense("step", code.nnz, code.batch, code.d_sae)

@@ -1,4 +1,4 @@
-"""Which body of an op runs, and why.
+"""The choice of the body of an op that runs, and its reasons.
 
 An op has up to four bodies: ``reference`` (plain PyTorch, any device and dtype), ``cpu`` (C++), ``triton`` and ``cuda``.
 Each op's file lists the ones that it has, fastest first; the first whose conditions hold is taken.  A rejection has a
@@ -38,8 +38,8 @@ except ImportError as error:  # an unbuilt checkout: the reference serves, slowl
 def use_backend(name: str) -> Iterator[None]:
     """Forces one body for every op in the ``with`` block: "reference", "cpu", "triton" or "cuda".
 
-    For tests and for doubt.  It holds for the whole process.  An op that has no such body, or whose arguments that body
-    cannot take, raises ``ValueError`` with the reason.
+    For tests, and to check a result that you doubt.  It holds for the whole process.  An op that has no
+    such body, or whose arguments that body cannot take, raises ``ValueError`` with the reason.
     """
     if name not in BACKENDS:
         raise ValueError(f"name: got {name!r}, want one of {BACKENDS}")
@@ -61,7 +61,7 @@ def without_autocast() -> Iterator[None]:
 
 
 def cpu_rejects(*tensors: Tensor | None) -> str | None:
-    """Why the C++ engine cannot take these tensors, or None."""
+    """The reason why the C++ engine cannot take these tensors, or None."""
     if _C is None:
         return "the extension sae_fast._C is not built"
     for tensor in tensors:
@@ -84,8 +84,8 @@ def _no_triton() -> str | None:
 
 
 def triton_rejects(*tensors: Tensor | None) -> str | None:
-    """Why the Triton kernels cannot take these tensors, or None.  Triton's interpreter (TRITON_INTERPRET=1, for tests)
-    takes tensors on the CPU, where ``use_backend("triton")`` asks for it."""
+    """The reason why the Triton kernels cannot take these tensors, or None.  Triton's interpreter (TRITON_INTERPRET=1,
+    for tests) takes tensors on the CPU, where ``use_backend("triton")`` asks for it."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _forced[-1:] in (["triton"], ["cuda"])
     device = "cpu" if interpreted else "cuda"
     for tensor in tensors:
@@ -99,7 +99,7 @@ def triton_rejects(*tensors: Tensor | None) -> str | None:
 
 
 def cuda_rejects(op: str, *tensors: Tensor | None) -> str | None:
-    """Why the CUDA C++ kernels of an op cannot take these tensors, or should not, or None."""
+    """The reason why the CUDA C++ kernels of an op cannot take these tensors, or should not, or None."""
     reason = triton_rejects(*tensors)  # whose helpers they share
     if reason is not None:
         return reason
@@ -118,7 +118,7 @@ def log_once(op: str, message: str) -> None:
 
 
 def may_run(name: str) -> bool:
-    """Whether no other body is forced."""
+    """True if no other body is forced."""
     return not _forced or _forced[-1] == name
 
 

@@ -21,7 +21,7 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def in_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's values are in its memory, as they are, and what is made of them is no constant of a graph: False
+    """True if a tensor's values are in its memory, as they are, and what is made of them is no constant of a graph: False
     for what torch.func, a FakeTensorMode, make_fx, torch.jit.trace or a mesh of devices wraps or records."""
     keys = torch._C._dispatch_keys(tensor)
     recorder = torch._C._get_dispatch_mode(_PROXY) or torch._ops._get_dispatch_mode_pre_dispatch(_PROXY)

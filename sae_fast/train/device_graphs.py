@@ -43,11 +43,11 @@ class DeviceGraphs:
         self.stream = torch.cuda.Stream() if x.is_cuda else None
 
     def slot(self, index: int) -> Tensor:
-        """Where the batch of step ``index`` is, until the step that needs its place."""
+        """The memory that holds the batch of step ``index`` is, until the step that needs its place."""
         return self._slots[index % len(self._slots)]
 
     def report(self, index: int) -> Tensor:
-        """Where step ``index`` reports, once its event has happened."""
+        """The report of step ``index``, to be read once its event has happened."""
         return self._reports[index % len(self._reports)]
 
     def enqueue(self, index: int, rates: Rates) -> torch.cuda.Event | None:

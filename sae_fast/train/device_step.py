@@ -82,7 +82,7 @@ class DeviceStep:
         self.ones = self.l1.new_ones(capacity)
 
     def set(self, step: int, lr: float, l1: float) -> None:
-        """What the next run is made with; ``step`` counts from 1."""
+        """Sets the constants of the next run; ``step`` counts from 1."""
         set_adam(self.adam, step, lr, self.beta2, self.eps)
         self.l1.fill_(l1)
 

@@ -1,9 +1,10 @@
 """The house: each floor imports only floors below, nothing imports in a circle, private is private, files and functions are
-short.  Lazy and typing imports count."""
+short, docstrings name a result.  Lazy and typing imports count."""
 
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -32,6 +33,7 @@ FLOORS = """
 """  # "sae_fast" is the package's own face, its __init__; rooms on one floor do not import each other
 FLOOR = {room: n for n, line in enumerate(FLOORS.strip().splitlines()) for room in line.split()}
 LINES, FUNCTION = 400, 60  # docstrings apart
+NO_NAME = set("How Of What When Where Whether Which Who Whose Why".split())  # with which no docstring begins
 TO_MEND = {"sae_fast.ops.dispatch: imports sae_fast.kernels._cuda"}
 
 
@@ -107,6 +109,15 @@ class House:
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _lines(node) > FUNCTION:
                     yield f"{module}.{node.name}: over {FUNCTION} lines"
 
+    def docstrings_that_name_nothing(self) -> Iterator[str]:
+        """Those that begin with none of a verb and a noun phrase for the result."""
+        for module, tree in self.trees.items():
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    words = re.findall(r"\w+", ast.get_docstring(node) or "")
+                    if set(words[:1]) & NO_NAME:
+                        yield f"{'.'.join([module, *filter(None, [getattr(node, 'name', None)])])}: begins with {words[0]}"
+
 
 def _room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
@@ -118,6 +129,7 @@ def _lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 RULES = [House.on_no_floor_or_upwards, House.circles, House.private_from_outside, House.too_long]
+RULES += [House.docstrings_that_name_nothing]
 rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 
 
@@ -154,6 +166,10 @@ PLANTED = {  # a module, and what the rules say of it
     "interop/__init__.py": (
         "import pkgutil\nall = pkgutil.iter_modules(__path__)\n",
         ["sae_fast.interop, sae_fast.interop.found: in a circle"],
+    ),
+    "nn/vague.py": (
+        "'''Whether.'''\nclass A:\n    '''A.'''\n    def b(self):\n        '''What b is.'''\n",
+        ["sae_fast.nn.vague: begins with Whether", "sae_fast.nn.vague.b: begins with What"],
     ),
     "interop/found.py": ("from sae_fast.interop import all\n", []),
 }

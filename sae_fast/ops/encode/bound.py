@@ -1,5 +1,5 @@
-"""torch's fp32 product as the bound, where there is no bfloat16 product: so near to the dots that few entries more than
-there are members have to be dotted.  docs/screen.md, "Without a bfloat16 product"."""
+"""torch's fp32 product as the bound, where there is no bfloat16 product: close enough that hardly any entry that
+is no member needs an exact dot.  docs/screen.md, "Without a bfloat16 product"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARGIN = 1.0  # times what a product may be off by: a test puts less there
 
 
 def unavailable() -> str | None:
-    """Why torch's fp32 product is no bound, or None."""
+    """The reason why torch's fp32 product is no bound, or None."""
     try:
         highest = torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # the program has used the newer names, after which the older one raises
@@ -25,8 +25,8 @@ def unavailable() -> str | None:
 
 
 class Bound:
-    """What a product with the rows of W [F, d] may be off by.  ``open`` [F]: bias, or NaN for a feature that has no bound,
-    which passes any test."""
+    """The error that a product with the rows of W [F, d] can have.  ``open`` [F]: bias, or NaN for a feature that has no
+    bound, which passes any test."""
 
     def __init__(self, W: Tensor, bias: Tensor, cut: Tensor | None, shadow: Shadow | None):
         self.W = W

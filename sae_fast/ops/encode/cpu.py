@@ -32,7 +32,7 @@ DENSE_ABOVE = 0.2  # candidates ÷ entries of a block of rows above which all en
 
 
 def route(precision: str, rows: int, shadow: Shadow | None) -> str:
-    """Which way a batch of ``rows`` rows takes."""
+    """The way that a batch of ``rows`` rows takes."""
     if precision in ("fp32", "tf32"):  # a processor has no TF32
         return "product"
     if rows < FEW_ROWS["no shadow" if shadow is None else "shadow"]:

@@ -55,7 +55,7 @@ def screened_code(x: Tensor, layer: Layer, precision: str) -> dense.Found:
 
 @contextmanager
 def _tf32(allowed: bool):
-    """Whether CUDA's products of float32 may round their operands."""
+    """True if CUDA's products of float32 may round their operands."""
     matmul: Any = torch.backends.cuda.matmul
     name, value = "allow_tf32", allowed  # type: tuple[str, str | bool]
     try:

@@ -17,14 +17,14 @@ from sae_fast.ops.native import _C, threads
 MARGINS = 7  # columns for the bias and the error bound
 OUTLIERS = 16  # columns, at most, that enter as high and low parts
 OPEN = {"sign": 1.0, "floor": float("nan")}  # the bound of rows and features out of range: passes the test
-EXCESS = 2.0  # times its margins, by which a bound exceeds what it bounds at most: a test puts less there
+EXCESS = 2.0  # a bound is at most this many margins above the true value; a test lowers it, to show the need
 FAR_MORE = 16.0  # times the median column's residual energy makes an outlier
 PARTS = 16  # runs of rows over which column residuals are summed: fixed, so that the choice of outliers is
 TERMS = torch.ones(7, dtype=torch.float64)  # factors of the bound's terms (Screen::Term): a test removes one at a time
 
 
 def unavailable() -> str | None:
-    """Why there is no screening product here, or None."""
+    """The reason why there is no screening product here, or None."""
     if not _C.has_bf16_product():
         return "this processor has no bfloat16 product"
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
@@ -108,7 +108,7 @@ def round_rows(A: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
 
 def _bits(value: float) -> int:
-    """A bfloat16's."""
+    """The 16 bits of a value as bfloat16."""
     return int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16))
 
 

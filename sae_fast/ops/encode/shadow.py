@@ -38,7 +38,7 @@ def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
 
 
 def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
-    """How many rows of W[first:last] are no longer what the Shadow was made from.  Synchronises on a GPU."""
+    """The number of rows of W[first:last] are no longer what the Shadow was made from.  Synchronises on a GPU."""
     checks.memory("W", W)
     checks.shadow(W, *shadow)
     part = Shadow(*(t[first:last] for t in shadow))
@@ -90,7 +90,7 @@ class KeptShadow:
         return self.shadow
 
     def serves(self, W: Tensor) -> bool:
-        """Whether what is kept is W's, as far as torch counts changes, and of the form that its kernels take."""
+        """True if what is kept is W's, as far as torch counts changes, and of the form that its kernels take."""
         if self.shadow is None or self._made_from is None or W.is_inference():  # of which torch counts no changes
             return False
         memory, version = self._made_from
