@@ -33,7 +33,7 @@ FLOORS = """
 """  # "sae_fast" is the package's own face, its __init__; rooms on one floor do not import each other
 FLOOR = {room: n for n, line in enumerate(FLOORS.strip().splitlines()) for room in line.split()}
 LINES, FUNCTION = 400, 60  # docstrings apart
-NO_NAME = set("How Of What When Where Whether Which Who Whose Why".split())  # with which no docstring begins
+NO_NAME = re.compile(r"(How|Of|What|When|Where|Whether|Which|Who|Whose|Why)\b")  # with which no docstring begins
 TO_MEND = {"sae_fast.ops.dispatch: imports sae_fast.kernels._cuda"}
 
 
@@ -114,9 +114,8 @@ class House:
         for module, tree in self.trees.items():
             for node in ast.walk(tree):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    words = re.findall(r"\w+", ast.get_docstring(node) or "")
-                    if set(words[:1]) & NO_NAME:
-                        yield f"{'.'.join([module, *filter(None, [getattr(node, 'name', None)])])}: begins with {words[0]}"
+                    if begins := NO_NAME.match(ast.get_docstring(node) or ""):
+                        yield f"{'.'.join([module, *filter(None, [getattr(node, 'name', None)])])}: begins with {begins[0]}"
 
 
 def _room(module: str) -> str:
