@@ -110,12 +110,13 @@ class House:
                     yield f"{module}.{node.name}: over {FUNCTION} lines"
 
     def docstrings_that_name_nothing(self) -> Iterator[str]:
-        """Those that begin with none of a verb and a noun phrase for the result."""
+        """Those that begin with neither a verb nor a noun phrase for the result."""
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         for module, tree in self.trees.items():
-            for node in ast.walk(tree):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    if begins := NO_NAME.match(ast.get_docstring(node) or ""):
-                        yield f"{'.'.join([module, *filter(None, [getattr(node, 'name', None)])])}: begins with {begins[0]}"
+            for node in (node for node in ast.walk(tree) if isinstance(node, documented)):
+                if begins := NO_NAME.match(ast.get_docstring(node) or ""):
+                    name = ".".join([module, *filter(None, [getattr(node, "name", None)])])
+                    yield f"{name}: begins with {begins[0]}"
 
 
 def _room(module: str) -> str:
