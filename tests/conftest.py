@@ -111,6 +111,29 @@ def route(request, monkeypatch):
 
 
 @pytest.fixture
+def body(request, monkeypatch):
+    """Forces the body of an op that the test is given by one of the marks of problems/bodies.py."""
+    from problems.bodies import TILES
+
+    taken = request.param
+    if taken.backend == "cuda":
+        request.getfixturevalue("cuda_calls")
+    if taken.isa:
+        dispatch._C.set_isa(taken.isa)
+    for op in crossovers.CROSSOVER if taken.route else ():
+        monkeypatch.setitem(crossovers.CROSSOVER, op, {"sparse": float("inf"), "dense": -1.0}[taken.route])
+    if taken.of_gpu:
+        pytest.importorskip("triton")
+        from sae_fast.kernels import _config
+
+        for generation in _config.SHIPPED.values():
+            for op, tiles in TILES.items():
+                monkeypatch.setitem(generation, op, {**generation[op], **tiles})
+    with dispatch.use_backend(taken.backend):
+        yield taken
+
+
+@pytest.fixture
 def screened(monkeypatch):
     """A bfloat16 product, whatever the processor: where there is a shadow it is used."""
     ways.take_product(monkeypatch, "screen")

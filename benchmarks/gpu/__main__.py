@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def command(part: str, out: Path, seconds: float) -> list[str]:
     files = [
         str(path.relative_to(environment.ROOT))
         for path in sorted((environment.ROOT / "tests").rglob("test_*.py"))
-        if is_of_kernels(path.name) or "mark.gpu" in path.read_text(encoding="utf-8")
+        if is_of_kernels(path.name) or re.search(r"mark\.gpu|@bodies\.", path.read_text(encoding="utf-8"))
     ]
     if importlib.util.find_spec("xdist"):  # most of a first run is compilation, on one core a process
         files += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]

@@ -30,10 +30,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The tests marked ``gpu``, and all of the kernels' own."""
+    """The tests marked ``gpu`` or ``kernels``, and all of the kernels' own."""
     if config.getoption("--all-tests"):
         return
-    kept = [item for item in items if item.get_closest_marker("gpu") or is_of_kernels(item.path.name)]
+    marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("kernels")]
+    kept = [item for item in items if item in set(marked) or is_of_kernels(item.path.name)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from helpers import (
-    FEW_SHAPES,
-    SHAPES,
     Judge,
     assert_repeats,
     assert_same_bits,
@@ -28,6 +27,8 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import bodies
+from problems.bodies import moved
 from problems.decode import groups_of, plain
 
 from sae_fast import ops, use_backend
@@ -35,11 +36,11 @@ from sae_fast.ops import crossovers
 
 
 @cache
-def trials_of(B: int, d: int, F: int, V: int, bounds: tuple[int, ...]) -> list:
+def trials_of(shape: tuple, V: int, bounds: tuple[int, ...], dtype: torch.dtype) -> list:
     """(code, W_dec, torch's result, float64's result), several of them for a small shape."""
-    trials = []
+    trials, (B, d, F) = [], shape
     for seed in seeds(B * d):
-        code, W = random_code(B, F, V, seed=seed), randn(F, d, seed=seed)
+        code, W = moved(random_code(B, F, V, seed=seed), "cpu", dtype), randn(F, d, seed=seed, dtype=dtype)
         if bounds == (0, F):
             expected = both(lambda values, W: decoded(code, values, W)[:, None], code.values, W)  # noqa: B023
         else:
@@ -48,37 +49,27 @@ def trials_of(B: int, d: int, F: int, V: int, bounds: tuple[int, ...]) -> list:
     return trials
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_near_to_float64_as_torchs(shape, route, monkeypatch):
-    B, d, F = shape
-    monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))  # 257 rows: blocks of 64 and a last one of 1
-    judge = Judge()
-    for code, W, *expected in trials_of(B, d, F, 2, (0, F)):
-        judge.add("x_hat", ops.decode(code, W, code.values)[:, None], *expected)
-    judge.verdict()
+def judge_decode(body: bodies.Body, shapes: list, V: int, bounds_of, monkeypatch) -> None:
+    for shape, dtype in product(shapes, body.dtypes):
+        B, _, F = shape
+        monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))  # 257 rows: blocks of 64 and a last one of 1
+        bounds, judge = bounds_of(F), Judge()
+        for code, W, *expected in trials_of(shape, V, tuple(bounds), dtype):
+            out = body.run(ops.decode, code, W, code.values, groups=bounds)
+            assert out.dtype == dtype and not out[:, bounds.index(bounds[-1]) :].any(), "a group without features"
+            judge.add(f"{shape} {dtype}", out, *expected)
+        judge.verdict()
 
 
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+@bodies.but_cuda
+def test_as_near_to_float64_as_torchs(body, monkeypatch):
+    judge_decode(body, body.shapes, 2, lambda F: [0, F], monkeypatch)
+
+
+@bodies.but_cuda
 @pytest.mark.parametrize("V", [1, 2, 3])
-def test_groups_of_every_value_set(V, shape, route, isa, monkeypatch):
-    B, d, F = shape
-    monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))
-    bounds, judge = groups_of(F), Judge()
-    for code, W, *expected in trials_of(B, d, F, V, tuple(bounds)):
-        out = ops.decode(code, W, code.values, groups=bounds)
-        assert out.shape == (V, len(bounds) - 1, B, d)
-        assert not out[:, -1].any(), "a group without features decodes to 0"
-        judge.add("groups", out, *expected)
-    judge.verdict()
-
-
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
-def test_reference_body_meets_the_same_contract(shape):
-    B, d, F = shape
-    code, W, bounds = random_code(B, F), randn(F, d), groups_of(F)
-    with use_backend("reference"):
-        out = ops.decode(code, W, code.values, groups=bounds)
-    judge(out, plain(bounds), dense(code, code.values), W)
+def test_groups_of_every_value_set(V, body, monkeypatch):
+    judge_decode(body, body.few_shapes, V, groups_of, monkeypatch)
 
 
 def test_prefixes_are_a_cumulative_sum_over_groups(route):
@@ -101,41 +92,38 @@ def test_shape_follows_the_arguments(route):
     assert ops.decode(code, W, code.values, groups=[0, 33]).shape == (2, 1, 9, 5)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_code_without_rows_or_without_entries_decodes_to_zeros(backend, isa):
-    with use_backend(backend):
-        assert ops.decode(random_code(0, 33), randn(33, 5)).shape == (0, 5)
-        empty = random_code(9, 33)
-        empty = replace(empty, indptr=empty.indptr * 0, indices=empty.indices[:0], values=empty.values[:, :0])
-        assert_same_bits(ops.decode(empty, randn(33, 5), empty.values), torch.zeros(2, 9, 5))
+@bodies.but_cuda
+def test_a_code_without_rows_or_without_entries_decodes_to_zeros(body):
+    assert body.run(ops.decode, random_code(0, 33), randn(33, 5)).shape == (0, 5)
+    empty = random_code(9, 33)
+    empty = replace(empty, indptr=empty.indptr * 0, indices=empty.indices[:0], values=empty.values[:, :0])
+    assert_same_bits(body.run(ops.decode, empty, randn(33, 5), empty.values), torch.zeros(2, 9, 5))
 
 
-def test_a_nan_value_reaches_its_row_only(route):
+@bodies.but_cuda
+def test_a_nan_value_reaches_its_row_only(body):
     code = random_code(9, 33)
     values = code.magnitudes.clone()
     values[code.indptr[4]] = float("nan")
-    out = ops.decode(code, randn(33, 63), values)
+    out = body.run(ops.decode, code, randn(33, 63), values)
     assert bool(out[4].isnan().all()) and not out[[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
 
 
-def test_strides_do_not_matter(route):
-    code, W = random_code(57, 100), randn(100, 63)
+@bodies.but_cuda
+def test_strides_do_not_matter(body):
+    code, W = (random_code(9, 33), randn(33, 19)) if body.of_gpu else (random_code(57, 100), randn(100, 63))
     apart = replace(code, indptr=strided(code.indptr), indices=strided(code.indices), values=strided(code.values))
     assert not apart.values.is_contiguous() and not apart.indices.is_contiguous()
-    expected = ops.decode(code, W, code.values, groups=(0, 9, 100))
-    assert_same_bits(expected, ops.decode(apart, strided(W), apart.values, groups=(0, 9, 100)))
-    assert_same_bits(expected, ops.decode(apart, W.T.contiguous().T, apart.values, groups=(0, 9, 100)))
+    groups = (0, 9, W.shape[0])
+    expected = body.run(ops.decode, code, W, code.values, groups=groups)
+    assert_same_bits(expected, body.run(ops.decode, apart, strided(W), apart.values, groups=groups))
+    assert_same_bits(expected, body.run(ops.decode, apart, W.T.contiguous().T, apart.values, groups=groups))
 
 
-def test_repeats_bit_for_bit_at_every_thread_count(isa):
-    code, W = random_code(257, 1000), randn(1000, 100)
-    assert_repeats(lambda: ops.decode(code, W, code.values, groups=(0, 100, 1000)))
-
-
-def test_dense_route_repeats_bit_for_bit(monkeypatch):
-    monkeypatch.setitem(crossovers.CROSSOVER, "decode", -1.0)
-    code, W = random_code(257, 1000), randn(1000, 100)
-    assert_repeats(lambda: ops.decode(code, W, code.values, groups=(0, 100, 1000)), threads=())
+@bodies.but_cuda
+def test_repeats_bit_for_bit_at_every_thread_count(body):
+    code, W = (random_code(9, 33), randn(33, 43)) if body.of_gpu else (random_code(257, 1000), randn(1000, 100))
+    assert_repeats(lambda: body.run(ops.decode, code, W, code.values, groups=(0, 30, W.shape[0])), body.threads)
 
 
 @given(

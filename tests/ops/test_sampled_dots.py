@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from helpers import (
-    FEW_SHAPES,
-    SHAPES,
     Judge,
     assert_repeats,
     assert_same_bits,
@@ -26,6 +25,7 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import bodies
 
 from sae_fast import ops, use_backend
 from sae_fast.ops import crossovers
@@ -36,73 +36,63 @@ def plain(code):
 
 
 @cache
-def trials_of(B: int, d: int, F: int) -> list:
+def trials_of(shape: tuple, dtype: torch.dtype) -> list:
     """(code, A, W, torch's result, float64's result), several of them for a small shape."""
-    trials = []
+    trials, (B, d, F) = [], shape
     for seed in seeds(random_code(B, F).nnz):
-        code, A, W = random_code(B, F, seed=seed), randn(B, d, seed=seed), randn(F, d, seed=seed + 1)
+        code, A = random_code(B, F, seed=seed), randn(B, d, seed=seed, dtype=dtype)
+        W = randn(F, d, seed=seed + 1, dtype=dtype)
         trials.append((code, A, W, *both(plain(code), A, W)))
     return trials
 
 
-def judge_shape(B: int, d: int, F: int) -> None:
-    judge = Judge()
-    for code, A, W, *expected in trials_of(B, d, F):
-        judge.add("dots", ops.sampled_dots(code, A, W), *expected)
-    judge.verdict()
+@bodies.but_cuda
+def test_as_near_to_float64_as_torchs(body, monkeypatch):
+    for shape, dtype in product(body.shapes, body.dtypes):
+        B, _, F = shape
+        monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))
+        judge = Judge()
+        for code, A, W, *expected in trials_of(shape, dtype):
+            judge.add(f"{shape} {dtype}", body.run(ops.sampled_dots, code, A, W), *expected)
+        judge.verdict()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_near_to_float64_as_torchs(shape, route, monkeypatch):
-    B, _, F = shape
-    monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))
-    judge_shape(*shape)
+@bodies.but_cuda
+def test_a_code_without_rows_or_without_entries_has_no_dots(body):
+    assert body.run(ops.sampled_dots, random_code(0, 33), torch.zeros(0, 5), randn(33, 5)).shape == (0,)
+    empty = random_code(9, 33)
+    empty = replace(empty, indptr=empty.indptr * 0, indices=empty.indices[:0])
+    assert body.run(ops.sampled_dots, empty, randn(9, 5), randn(33, 5)).shape == (0,)
 
 
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
-def test_on_every_instruction_set(shape, route, isa):
-    judge_shape(*shape)
-
-
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
-def test_reference_body_meets_the_same_contract(shape):
-    with use_backend("reference"):
-        judge_shape(*shape)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_code_without_rows_or_without_entries_has_no_dots(backend):
-    with use_backend(backend):
-        assert ops.sampled_dots(random_code(0, 33), torch.zeros(0, 5), randn(33, 5)).shape == (0,)
-        empty = random_code(9, 33)
-        empty = replace(empty, indptr=empty.indptr * 0, indices=empty.indices[:0])
-        assert ops.sampled_dots(empty, randn(9, 5), randn(33, 5)).shape == (0,)
-
-
-def test_a_nan_reaches_the_dots_of_its_row_only(route):
+@bodies.but_cuda
+def test_a_nan_reaches_the_dots_of_its_row_only(body):
     code, A = random_code(9, 33), randn(9, 63)
     A[4, 62] = float("nan")
-    out = ops.sampled_dots(code, A, randn(33, 63))
+    out = body.run(ops.sampled_dots, code, A, randn(33, 63))
     row = slice(int(code.indptr[4]), int(code.indptr[5]))
     assert bool(out[row].isnan().all()) and int(out.isnan().sum()) == row.stop - row.start > 0
 
 
-def test_strides_do_not_matter(route):
-    code, A, W = random_code(57, 100), randn(57, 63), randn(100, 63, seed=1)
+def operands(body: bodies.Body, B: int, d: int, F: int) -> tuple:
+    """code, A and W of these sizes, or of the interpreter's."""
+    B, d, F = bodies.NINE if body.of_gpu else (B, d, F)
+    return random_code(B, F), randn(B, d), randn(F, d, seed=1)
+
+
+@bodies.but_cuda
+def test_strides_do_not_matter(body):
+    code, A, W = operands(body, 57, 63, 100)
     apart = replace(code, indptr=strided(code.indptr), indices=strided(code.indices))
-    assert_same_bits(ops.sampled_dots(code, A, W), ops.sampled_dots(apart, strided(A), strided(W)))
-    assert_same_bits(ops.sampled_dots(code, A, W), ops.sampled_dots(code, A.T.contiguous().T, W.T.contiguous().T))
+    expected = body.run(ops.sampled_dots, code, A, W)
+    assert_same_bits(expected, body.run(ops.sampled_dots, apart, strided(A), strided(W)))
+    assert_same_bits(expected, body.run(ops.sampled_dots, code, A.T.contiguous().T, W.T.contiguous().T))
 
 
-def test_repeats_bit_for_bit_at_every_thread_count(isa):
-    code, A, W = random_code(257, 1000), randn(257, 100), randn(1000, 100, seed=1)
-    assert_repeats(lambda: ops.sampled_dots(code, A, W))
-
-
-def test_dense_route_repeats_bit_for_bit(monkeypatch):
-    monkeypatch.setitem(crossovers.CROSSOVER, "sampled_dots", -1.0)
-    code, A, W = random_code(257, 1000), randn(257, 100), randn(1000, 100, seed=1)
-    assert_repeats(lambda: ops.sampled_dots(code, A, W), threads=())
+@bodies.but_cuda
+def test_repeats_bit_for_bit_at_every_thread_count(body):
+    code, A, W = operands(body, 257, 100, 1000)
+    assert_repeats(lambda: body.run(ops.sampled_dots, code, A, W), body.threads)
 
 
 @given(
