@@ -55,7 +55,7 @@ def dense_gradients(
 def _by_engine(code, x_c, target, layer, W_dec, b_dec, sparsity_weight, stop_auxiliary):
     (n, d), features = x_c.shape, W_dec.shape[0]
     two = layer.activation.value_sets == 2
-    scale = layer.vectors[0].contiguous() if two else None
+    vector = layer.vectors[0].contiguous() if layer.vectors else None
     dW_enc, dW_dec = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
     sums = W_dec.new_zeros(PARTS, 5, features)
     squares = W_dec.new_zeros(2, dtype=torch.float64)
@@ -77,9 +77,9 @@ def _by_engine(code, x_c, target, layer, W_dec, b_dec, sparsity_weight, stop_aux
             blocks.append(torch.mm(r, W_dec.T, out=block))
         u_gradients = blocks[0]
         _C.value_gradients(
-            gated=two, code=(code.indptr[first : last + 1], code.indices), nnz=code.nnz, u=code.u, values=code.values,
-            scale=scale, sparsity_weight=sparsity_weight, normaliser=float(n), features=features, parts=PARTS,
-            dots=u_gradients, dots_aux=blocks[1] if two else None, sums=sums, threads=threads(),
+            kind=layer.activation.native, code=(code.indptr[first : last + 1], code.indices), nnz=code.nnz, u=code.u,
+            values=code.values, first=vector, sparsity_weight=sparsity_weight, normaliser=float(n), features=features,
+            parts=PARTS, dots=u_gradients, dots_aux=blocks[1] if two else None, sums=sums, threads=threads(),
         )  # fmt: skip
         dW_enc.addmm_(u_gradients.T, x_c[rows])
     return _finish(n, squares, sparsity_weight, sums.sum(0), dW_enc, dW_dec, residual_sum, errors)

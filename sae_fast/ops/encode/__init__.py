@@ -152,17 +152,12 @@ def _cpu(x, layer, support, k, precision):
     else:
         indptr, indices, u = largest.largest_support(x, layer, k, support == "batch_topk", precision)
     values = u.new_empty(layer.activation.value_sets, u.shape[0])
-    scale, b_mag, threshold = _by_kind(layer)
+    first, second = layer.vector_slots()
     _C.activate(
-        kind=layer.activation.native, nnz=u.shape[0], indices=indices, u=u, bias=layer.bias, scale=scale, b_mag=b_mag,
-        threshold=threshold, values=values, threads=threads(),
+        kind=layer.activation.native, nnz=u.shape[0], indices=indices, u=u, bias=layer.bias, first=first,
+        second=second, values=values, threads=threads(),
     )  # fmt: skip
     return indptr, indices, u, values
-
-
-def _by_kind(layer):
-    scale, b_mag = layer.vectors if layer.activation.name == "gated" else (None, None)
-    return scale, b_mag, (layer.vectors[0] if layer.activation.name == "jumprelu" else None)
 
 
 def _triton(x, layer, _support, _k, precision):

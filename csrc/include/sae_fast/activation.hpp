@@ -1,0 +1,77 @@
+// The activations, for host and device, by their numbers in sae_fast/activations: a struct each, and its line in
+// with_activation.  pi = u + bias; `first` and `second` give an entry's element of the activation's vectors.
+#pragma once
+#include "sae_fast/types.hpp"
+
+#ifdef __CUDACC__
+#define SAE_FAST_INLINE __device__ __forceinline__
+#else
+#define SAE_FAST_INLINE inline
+#endif
+
+namespace sae_fast {
+namespace {  // an instruction set's, or the GPU's, own
+
+struct Values {
+  float magnitude, gate;  // no gate: 0
+};
+struct Pulled {  // gradients of u, of the bias and of what the vectors are made from
+  float u, bias, first, second;
+};
+
+// Keeps a NaN, so that nothing non-finite vanishes before the loss is checked.
+SAE_FAST_INLINE float relu(float a) { return a <= 0.0f ? 0.0f : a; }
+
+// a b + c, with one rounding where the processor has that; a GPU's compiler decides for itself.
+SAE_FAST_INLINE float fused(float a, float b, float c) {
+#if defined(__FP_FAST_FMAF) && !defined(__CUDACC__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return c + a * b;
+#endif
+}
+
+struct Gated {  // first: exp(r_mag), second: b_mag
+  static constexpr int value_sets = 2, parameters = 2;
+  template <class First, class Second>
+  static SAE_FAST_INLINE Values values(float u, float pi, const First& first, const Second& second) {
+    return {pi <= 0.0f ? 0.0f : relu(first() * u + second()), relu(pi)};
+  }
+  template <class First>
+  static SAE_FAST_INLINE Pulled pullback(float u, float g_mag, float g_gate, const First& first) {
+    const float scaled = first() * g_mag;
+    return {fused(first(), g_mag, g_gate), g_gate, scaled * u, g_mag};
+  }
+};
+
+struct Relu {
+  static constexpr int value_sets = 1, parameters = 0;
+  template <class First, class Second>
+  static SAE_FAST_INLINE Values values(float, float pi, const First&, const Second&) {
+    return {relu(pi), 0.0f};
+  }
+  template <class First>
+  static SAE_FAST_INLINE Pulled pullback(float, float g_mag, float, const First&) {
+    return {g_mag, g_mag, 0.0f, 0.0f};
+  }
+};
+
+struct JumpRelu : Relu {  // first: the threshold
+  template <class First, class Second>
+  static SAE_FAST_INLINE Values values(float, float pi, const First& first, const Second&) {
+    return {pi <= first() ? 0.0f : relu(pi), 0.0f};
+  }
+};
+
+// use(the activation of a kind)
+template <class Use>
+SAE_FAST_INLINE void with_activation(Activation kind, const Use& use) {
+  switch (kind) {
+    case Activation::gated: return use(Gated());
+    case Activation::relu: return use(Relu());
+    case Activation::jumprelu: return use(JumpRelu());
+  }
+}
+
+}  // namespace
+}  // namespace sae_fast
