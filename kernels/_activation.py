@@ -15,18 +15,24 @@ def _relu(a):
 
 
 @triton.jit
-def values_of(KIND: tl.constexpr, u, pi, first_ptr, second_ptr, i, inside):
-    """(magnitudes, gates) of entries; where there is one value set, it twice."""
+def magnitude_of(KIND: tl.constexpr, u, pi, first_ptr, second_ptr, i, inside):
+    """The magnitudes of entries."""
     if KIND == 0:  # gated
         scale = tl.load(first_ptr + i, mask=inside, other=0.0).to(tl.float32)
         b_mag = tl.load(second_ptr + i, mask=inside, other=0.0).to(tl.float32)
-        magnitude, gate = tl.where(pi <= 0, 0.0, _relu(scale * u + b_mag)), _relu(pi)
+        magnitude = tl.where(pi <= 0, 0.0, _relu(scale * u + b_mag))
     elif KIND == 1:  # relu
-        magnitude, gate = _relu(pi), _relu(pi)
+        magnitude = _relu(pi)
     else:  # jumprelu
         threshold = tl.load(first_ptr + i, mask=inside, other=0.0).to(tl.float32)
-        magnitude, gate = tl.where(pi <= threshold, 0.0, _relu(pi)), pi
-    return magnitude, gate
+        magnitude = tl.where(pi <= threshold, 0.0, _relu(pi))
+    return magnitude
+
+
+@triton.jit
+def gate_of(pi):
+    """The gates of entries, where the activation has two value sets."""
+    return _relu(pi)
 
 
 @triton.jit

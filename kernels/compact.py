@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_fast.code import Layer
 from sae_fast.kernels import _cuda
-from sae_fast.kernels._activation import values_of
+from sae_fast.kernels._activation import gate_of, magnitude_of
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import launch
 from sae_fast.kernels.flag import overflow
@@ -126,10 +126,9 @@ def _verify(
             else:
                 member = member & ((pi <= 0) == 0)
         slot = members + tl.cumsum(member.to(tl.int32), 0) - 1
-        magnitude, gate = values_of(KIND, u, pi, first_ptr, second_ptr, i, member)
-        tl.store(values_ptr + slot, magnitude, mask=member)
+        tl.store(values_ptr + slot, magnitude_of(KIND, u, pi, first_ptr, second_ptr, i, member), mask=member)
         if V == 2:
-            tl.store(values_ptr + capacity + slot, gate, mask=member)
+            tl.store(values_ptr + capacity + slot, gate_of(pi), mask=member)
         tl.store(indices_ptr + slot, i, mask=member)
         tl.store(u_ptr + slot, u, mask=member)
         members += tl.sum(member.to(tl.int32), 0)
