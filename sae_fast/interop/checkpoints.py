@@ -14,9 +14,8 @@ import torch
 
 from sae_fast.interop import _norms, hub
 from sae_fast.interop.formats import FORMATS, Loaded, config_of, format_of
-from sae_fast.nn import GatedSAE, SparseAutoencoder, arguments
+from sae_fast.nn import KINDS, GatedSAE, SparseAutoencoder, arguments
 from sae_fast.nn.scale import scale_input_, unscale_
-from sae_fast.train.checkpoint import CLASSES
 
 
 def load(
@@ -145,8 +144,8 @@ def _write(
         raise FileExistsError(f"path: {path} holds an SAE of {', '.join(sorted(others))}; want a folder of its own")
     if overwrite and (Path(path) / files.CONFIG).exists() and not files.finds(Path(path)):
         raise FileExistsError(f"path: the {files.CONFIG} in {path} is not of such an SAE; want a folder of its own")
-    if type(sae) not in CLASSES.values():  # a subclass may compute anything
-        raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(CLASSES)} itself")
+    if type(sae) not in KINDS.values():  # a subclass may compute anything
+        raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(KINDS)} itself")
     sae.check_dtypes()
     sae = copy.deepcopy(sae)
     unscale_(sae)

@@ -7,4 +7,6 @@ from sae_fast.nn.jumprelu import JumpReluSAE
 from sae_fast.nn.relu import ReluSAE
 from sae_fast.nn.topk import TopKSAE
 
-__all__ = ["BatchTopKSAE", "GatedSAE", "JumpReluSAE", "ReluSAE", "SparseAutoencoder", "TopKSAE"]
+KINDS = {kind.__name__: kind for kind in (GatedSAE, ReluSAE, JumpReluSAE, TopKSAE, BatchTopKSAE)}  # by a checkpoint's word
+
+__all__ = ["KINDS", "BatchTopKSAE", "GatedSAE", "JumpReluSAE", "ReluSAE", "SparseAutoencoder", "TopKSAE"]

@@ -25,7 +25,6 @@ FORMAT, VERSION, MANIFEST = "sae_fast", 1, "config.json"
 OWN_NAME = re.compile(r"(weights|optimizer)-[0-9a-f]{8}\.safetensors")
 MARK = {"format": "pt", "program": FORMAT}  # in the header of each tensor file
 OTHERS: dict[str, Callable[[Path], bool]] = {}  # other packages' formats, by which their folders are known: interop's
-CLASSES = {cls.__name__: cls for cls in (nn.GatedSAE, nn.ReluSAE, nn.JumpReluSAE, nn.TopKSAE, nn.BatchTopKSAE)}
 
 
 def save(sae: nn.SparseAutoencoder, path: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -57,8 +56,8 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Spar
 
 def describe(sae: nn.SparseAutoencoder) -> dict[str, Any]:
     """All of a layer that is not tensors; ``ValueError`` for one that :func:`rebuild` would not make again."""
-    if type(sae) not in CLASSES.values():
-        raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(CLASSES)} itself")
+    if type(sae) not in nn.KINDS.values():
+        raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(nn.KINDS)} itself")
     sae.check_dtypes()
     dtype = str(sae.W_enc.dtype).removeprefix("torch.")
     about = {"class": type(sae).__name__, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": dtype}
@@ -69,8 +68,8 @@ def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAu
     name, d_in, d_sae, dtype_name = (
         entry(manifest, kind, "sae", key) for key, kind in (("class", str), ("d_in", int), ("d_sae", int), ("dtype", str))
     )
-    if name not in CLASSES:
-        raise ValueError(f"{MANIFEST}: sae.class: got {name!r}, want one of {sorted(CLASSES)}")
+    if name not in nn.KINDS:
+        raise ValueError(f"{MANIFEST}: sae.class: got {name!r}, want one of {sorted(nn.KINDS)}")
     dtype = getattr(torch, dtype_name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{MANIFEST}: sae.dtype: got {dtype_name!r}, want a dtype of torch")
@@ -79,7 +78,7 @@ def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAu
     )
     precision = entry(manifest, str, "sae", "precision") if "precision" in manifest["sae"] else "exact"
     try:
-        sae = CLASSES[name].of_state("weights", d_in, d_sae, dtype, weights, **{"precision": precision, **options})
+        sae = nn.KINDS[name].of_state("weights", d_in, d_sae, dtype, weights, **{"precision": precision, **options})
     except TypeError as error:
         raise ValueError(f"{MANIFEST}: sae.options: got {sorted(options)}: {error}") from error
     sae.metadata = metadata
