@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sae_fast import activations
-from sae_fast.nn import BatchTopKSAE, SparseAutoencoder, TopKSAE
+from sae_fast.nn import SparseAutoencoder
+from sae_fast.nn.grouped import GroupedSAE
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of an element's size
 
@@ -33,7 +34,7 @@ def norms(sae: SparseAutoencoder) -> Tensor:
 
 def chooses(sae: SparseAutoencoder) -> bool:
     """True where features are compared with each other, or with one threshold."""
-    return isinstance(sae, (TopKSAE, BatchTopKSAE))
+    return isinstance(sae, GroupedSAE)
 
 
 def is_unit(sae: SparseAutoencoder) -> bool:
