@@ -290,13 +290,6 @@ def test_transpose_of_full_rows():
     assert_is_stable_sort(code_of(torch.arange(130) < torch.arange(130)[:, None], 1, g))
 
 
-def test_transpose_of_no_rows_or_no_entries():
-    for rows in (0, 9):
-        indptr, indices = on(torch.zeros(rows + 1, dtype=torch.int64)), on(torch.zeros(0, dtype=torch.int32))
-        csc = ops.transpose(SparseCode(torch.Size((rows, 9)), indptr, indices, indices.float(), indices[None].float()))
-        assert not csc.colptr.any() and csc.colptr.shape == (10,) and csc.rows.shape == csc.perm.shape == (0,)
-
-
 def gapped_transpose(code: SparseCode) -> tuple[Transposed, Tensor]:
     """Of the same code with garbage between its rows, and the position of each of its entries there."""
     counts = code.indptr.diff()

@@ -10,6 +10,7 @@ from helpers import (
     SHAPES,
     assert_repeats,
     assert_same_bits,
+    code_of,
     corrupt_codes,
     opcheck,
     raises_and_changes_nothing,
@@ -18,19 +19,20 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import bodies
 
 from sae_fast import ops, use_backend
 from sae_fast.code import SparseCode
 
 
-def assert_transposed(code: SparseCode) -> None:
+def assert_transposed(code: SparseCode, run=lambda op, *given: op(*given)) -> None:
     """Entry by entry, in Python: feature by feature, rows ascending, perm pointing back."""
     by_feature: list[list[tuple[int, int]]] = [[] for _ in range(code.d_sae)]
     offsets = code.indptr.tolist()
     for row in range(code.batch):
         for j in range(offsets[row], offsets[row + 1]):
             by_feature[int(code.indices[j])].append((row, j))
-    csc = ops.transpose(code)
+    csc = run(ops.transpose, code)
     assert (csc.colptr.dtype, csc.rows.dtype, csc.perm.dtype) == (torch.int64, torch.int32, torch.int64)
     assert csc.colptr.diff().tolist() == [len(entries) for entries in by_feature] and csc.colptr[0] == 0
     flat = [entry for entries in by_feature for entry in entries]
@@ -40,15 +42,29 @@ def assert_transposed(code: SparseCode) -> None:
 SIZES = sorted({(B, F) for B, _, F in SHAPES if B * F < 30_000})
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+FEW = [(1, 6), (3, 9), (33, 1), (64, 5), (70, 21)]  # words of 32 rows, tiles of 4 features; each with a ragged last one
+
+
+def columns(rows: int, features: int) -> SparseCode:
+    """Empty rows; one feature in every other row, the last feature in none."""
+    g = torch.Generator().manual_seed(rows + features)
+    member = torch.rand(rows, features, generator=g) < 0.3
+    member[:, -1] = False
+    member[:, features // 2] = True
+    member[1::7] = False
+    return code_of(member, 1, g)
+
+
+@bodies.every
+def test_orders_entries_by_feature(body):
+    for size in FEW if body.of_gpu or body.isa else SIZES:
+        assert_transposed(random_code(*size), body.run)
+        assert_transposed(columns(*size), body.run)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_orders_entries_by_feature(size, backend):
-    with use_backend(backend):
-        assert_transposed(random_code(*size))
-
-
-def test_on_every_instruction_set(isa):
-    assert_transposed(random_code(57, 100))
+def test_orders_entries_by_feature_at_any_size(size):
+    assert_transposed(random_code(*size))
 
 
 def test_a_large_code_as_a_stable_sort_has_it(isa):
@@ -76,21 +92,23 @@ def test_one_feature_may_own_every_entry(isa):
     assert torch.equal(csc.perm, torch.arange(code.nnz))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_code_without_rows_or_entries(backend):
-    with use_backend(backend):
-        for code in (random_code(0, 33), replace(random_code(9, 33), indptr=torch.zeros(10, dtype=torch.int64),
-                                                 indices=torch.zeros(0, dtype=torch.int32))):  # fmt: skip
-            csc = ops.transpose(code)
-            assert_same_bits(csc.colptr, torch.zeros(34, dtype=torch.int64))
-            assert csc.rows.shape == csc.perm.shape == (0,)
+@bodies.every
+def test_a_code_without_rows_or_entries(body):
+    for rows in (0, 9):
+        empty = torch.zeros(rows + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
+        csc = body.run(
+            ops.transpose, replace(random_code(0, 33), shape=torch.Size((rows, 33)), indptr=empty[0], indices=empty[1])
+        )
+        assert_same_bits(csc.colptr, torch.zeros(34, dtype=torch.int64))
+        assert csc.rows.shape == csc.perm.shape == (0,)
 
 
-def test_strides_do_not_matter():
-    code = random_code(57, 100)
+@bodies.every
+def test_strides_do_not_matter(body):
+    code = random_code(57, 20)
     apart = replace(code, indptr=strided(code.indptr), indices=strided(code.indices))
     assert not apart.indptr.is_contiguous()
-    assert_same_bits(ops.transpose(code), ops.transpose(apart))
+    assert_same_bits(body.run(ops.transpose, code), body.run(ops.transpose, apart))
 
 
 @given(B=st.integers(0, 40), F=st.integers(1, 90), seed=st.integers(0, 1000), threads=st.integers(1, 4))

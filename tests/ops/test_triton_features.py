@@ -11,7 +11,7 @@ from helpers import Judge, assert_same_bits, code_of, randn, same_bits
 from problems.weight_step import ADAM, State
 
 from sae_fast import ops, use_backend
-from sae_fast.code import RowGradient, Rows, Shadow, SparseCode
+from sae_fast.code import RowGradient, Rows, Shadow
 
 pytest.importorskip("triton")
 
@@ -67,28 +67,6 @@ def triton_bodies():
 
 
 # ---- transpose -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows, features", [(70, 21), (64, 5), (33, 1), (3, 9), (1, 6)])
-def test_transpose_is_the_stable_sort_bit_for_bit(rows, features):
-    g = torch.Generator().manual_seed(rows)
-    member = torch.rand(rows, features, generator=g) < 0.3
-    member[:, features // 2] = True
-    member[1::7] = False
-    code = code_of(member, 1, g)
-    with use_backend("reference"):
-        expected = ops.transpose(code)
-    found = ops.transpose(replace(code, indptr=there(code.indptr), indices=there(code.indices)))
-    assert_same_bits(
-        [expected.colptr, expected.rows, expected.perm], [t.cpu() for t in (found.colptr, found.rows, found.perm)]
-    )
-
-
-def test_transpose_of_no_rows_or_no_entries():
-    for rows in (0, 9):
-        indptr, indices = there(torch.zeros(rows + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int32))
-        csc = ops.transpose(SparseCode(torch.Size((rows, 9)), indptr, indices, indices.float(), indices[None].float()))
-        assert not csc.colptr.any() and csc.colptr.shape == (10,) and csc.rows.shape == csc.perm.shape == (0,)
 
 
 def test_transpose_neither_reads_gaps_nor_writes_past_the_entries():
