@@ -554,6 +554,10 @@ def test_the_jumprelu_form_computes_the_same_function(dtype):
             own = reference.jumprelu_encode(x, W_enc, b_enc, theta.detach(), p["b_dec"])
             assert_close_2x(ours, own, exact, "encode")
         torch.testing.assert_close(jump(x), sae(x))
+        for centred in (False, True):  # b_enc takes what changes
+            sae.apply_b_dec_to_input = not centred
+            other = sae.to_jumprelu(apply_b_dec_to_input=centred)
+            torch.testing.assert_close(other(x), sae(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_jumprelu_form_is_a_copy_and_draws_nothing():

@@ -141,6 +141,8 @@ def test_prefixes_decode_the_first_groups(cls, sizes):
 @classes
 def test_groups_that_are_off_take_part_in_the_choice(cls):
     sae, x = make(cls, group_sizes=SIZES)
+    with torch.no_grad():
+        sae.b_enc[[39, 40]] += 5  # the last that is on, and the first that is off
     every = sae.encode_sparse(x)
     sae.active_groups = 2
     some = sae.encode_sparse(x)

@@ -402,9 +402,10 @@ def test_a_closure_runs_once_with_gradients_on_and_its_loss_comes_back():
     assert optimizer.step() is None
 
 
-def test_rows_that_start_at_any_norm_are_brought_to_unit_norm_even_if_they_never_fire():
+@pytest.mark.parametrize("unit_start", [True, False])
+def test_rows_that_start_at_any_norm_are_brought_to_unit_norm_even_if_they_never_fire(unit_start):
     p = torch.nn.Parameter(start(torch.float64) * 5)
-    optimizer = RowAdam([p], unit_rows=True)
+    optimizer = RowAdam([p], unit_rows=True, unit_start=unit_start)
     optimizer.step(rows={p: row_gradients(3, torch.float64)[0]})
     torch.testing.assert_close(p.norm(dim=1), torch.ones(F, dtype=torch.float64))
     torch.testing.assert_close(p[1], normalise(start(torch.float64))[1])

@@ -1,0 +1,457 @@
+"""Small planted faults, each of which tests have to see.
+
+    python tests/mutants.py [NAME or GROUP ...] [--list] [--jobs N]
+
+Each is a text in a file, another in its place, and the tests that must go red: the tree is copied, the fault planted, and
+those tests run.  Exit status 1 if one survives; a text that does not stand in its file exactly once is an error.  The
+group "native" compiles, "peers" needs the peers' environment: they run when they are asked for, or with "all".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TRITON_INTERPRET": "1"}.items():
+    os.environ[name] = value
+
+import hypothesis  # noqa: E402, F401
+import pytest  # noqa: E402
+import torch  # noqa: E402, F401
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / ".venv-peers/bin/python"
+OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider")
+SKIPPED = shutil.ignore_patterns(".git", ".venv*", "out", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "temp.*")
+
+
+class Mutant(NamedTuple):
+    """``tests``: arguments of pytest, files by their names alone."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GROUPS: dict[str, list[Mutant]] = {}
+
+GROUPS["encode"] = [
+    Mutant("the screen's bound forgets what sums round", "sae_fast/ops/encode/screen.py",
+           "gamma = (K + 8) * 2.0**-23", "gamma = 0.0",
+           "test_screen.py::test_each_term_of_the_bound_alone_keeps_its_members"),
+    Mutant("no column is an outlier", "sae_fast/ops/encode/screen.py",
+           "FAR_MORE * energy.median()", "FAR_MORE * energy.amax()",
+           "test_screen.py::test_each_term_of_the_bound_alone_keeps_its_members"),
+    Mutant("a tile takes the first features' shadow", "sae_fast/ops/encode/screen.py",
+           "(part[first:last] for part in self.shadow)", "(part[: last - first] for part in self.shadow)",
+           "test_screen.py::test_routes_chunks_threads_and_shadows_change_no_bit"),
+    Mutant("a tile takes the first features' cut", "sae_fast/ops/encode/screen.py",
+           "else self.cut[first:last]", "else self.cut",
+           "test_screen.py::test_routes_chunks_threads_and_shadows_change_no_bit"),
+    Mutant("a screened bound is above by less than is said", "sae_fast/ops/encode/screen.py",
+           "EXCESS = 2.0", "EXCESS = 0.25", "test_topk.py::test_the_largest_are_chosen_whatever_the_way"),
+    Mutant("the fp32 bound takes features of any size", "sae_fast/ops/encode/bound.py",
+           "sound = (norms <= 2.0**40) & (sizes <= 2.0**100)", "sound = torch.ones_like(norms, dtype=torch.bool)",
+           "test_screen.py::test_norms_at_the_ends_of_fp32s_range_lose_nothing"),
+    Mutant("the fp32 bound takes rows of any size", "sae_fast/ops/encode/bound.py",
+           "torch.where(norms <= 2.0**40, norms, torch.nan)", "norms",
+           "test_screen.py::test_norms_at_the_ends_of_fp32s_range_lose_nothing"),
+    Mutant("over a floor the fp32 bound has no margin", "sae_fast/ops/encode/largest.py",
+           "margins=margins.float()", "margins=margins.float() * 0",
+           "test_topk.py::test_a_floor_from_bounds_alone_needs_twice_their_margins "
+           "test_topk.py::test_a_float_product_without_its_margin_loses_the_best"),
+    Mutant("a batch that grows dense is dotted from its last tile on again", "sae_fast/ops/encode/cpu.py",
+           "return _dotted(compactor, layer, x, bound.W, last)",
+           "return _dotted(compactor, layer, x, bound.W, first)",
+           "test_screen.py::test_of_a_dense_batch_the_product_is_taken_of_one_tile_only"),
+    Mutant("of equal entries one too few", "sae_fast/ops/encode/dense.py",
+           "equal.cumsum(1, dtype=torch.int32) <= left", "equal.cumsum(1, dtype=torch.int32) < left",
+           "test_topk.py::test_of_equal_ones_the_first_are_chosen"),
+    Mutant("a negative threshold opens closed gates", "sae_fast/activations/jumprelu.py",
+           "return vectors[0].clamp(min=0)", "return vectors[0]",
+           "test_encode.py::test_relu_and_jumprelu_codes_are_as_near_to_float64_as_torchs"),
+    Mutant("slack narrows", "sae_fast/code.py",
+           "if cut is None else cut) - slack", "if cut is None else cut) + slack",
+           "test_encode.py::test_slack_keeps_a_window_below_the_threshold_at_value_zero"),
+    Mutant("a magnitude without its gate", "sae_fast/activations/gated.py",
+           "(pi > 0) * torch.relu(scale * u + b_mag)", "torch.relu(scale * u + b_mag)",
+           "test_encode.py::test_slack_keeps_a_window_below_the_threshold_at_value_zero"),
+    Mutant("at its threshold a feature fires", "sae_fast/activations/jumprelu.py",
+           "((pi > vectors[0]) * torch.relu(pi))[None]", "((pi >= vectors[0]) * torch.relu(pi))[None]",
+           "test_encode.py::test_ties_at_a_jumprelu_threshold_are_not_members "
+           "test_encode.py::test_slack_keeps_a_window_below_the_threshold_at_value_zero"),
+    Mutant("a changed weight has its old shadow", "sae_fast/ops/encode/shadow.py",
+           "(W.shape, W.stride(), W._version) != (memory.shape, memory.stride(), version)",
+           "(W.shape, W.stride()) != (memory.shape, memory.stride())",
+           "test_shadow.py::test_frozen_notices_a_change"),
+    Mutant("the last columns are never compared", "sae_fast/ops/encode/shadow.py",
+           "16 * (turn % -(-W.shape[1] // 16))", "16 * (turn % max(1, W.shape[1] // 16))",
+           "test_trainer_state.py::test_columns_take_turns_and_subnormals_and_nans_are_no_change"),
+]  # fmt: skip
+
+GROUPS["gradients"] = [
+    Mutant("r_mag's gradient without u", "sae_fast/activations/gated.py",
+           "return g_gate + scaled, g_gate, scaled * u, g_mag", "return g_gate + scaled, g_gate, scaled, g_mag",
+           "test_functional.py::test_value_gradients_go_through_the_activation "
+           "test_nn.py::test_the_loss_and_its_gradients_are_the_references_within_twice_torchs_own_error"),
+    Mutant("a silent entry passes its gradient on", "sae_fast/functional.py",
+           "grads = torch.where(values != 0, grad_values, 0)", "grads = grad_values",
+           "test_functional.py::test_encode_is_differentiable_in_its_values_and_in_u"),
+    Mutant("u's gradient without the gate's", "sae_fast/activations/gated.py",
+           "return g_gate + scaled, g_gate,", "return scaled, g_gate,",
+           "test_nn.py::test_the_loss_and_its_gradients_are_the_references_within_twice_torchs_own_error"),
+    Mutant("b_dec's gradient without the encoder's", "sae_fast/gradients.py",
+           "- weighted_rows(delta, layer.W) if decoder.centred else", "if decoder.centred else",
+           "test_trainer.py::test_sixty_steps_are_those_of_autograd_and_torchs_adam_in_float64"),
+    Mutant("the auxiliary gradient stops in saelens too", "sae_fast/gradients.py",
+           "if objective.stops_auxiliary:", "if True:",
+           "test_trainer.py::test_saelens_settings_with_clipping_are_those_of_autograd_and_torchs_adam"),
+    Mutant("a dead decoder row has a NaN for a gradient", "sae_fast/gradients.py",
+           "return torch.where(norm > 0, values * (self.l1 / n) / norm, 0)", "return values * (self.l1 / n) / norm",
+           "test_trainer.py::test_a_zero_decoder_row_trains_in_the_saelens_dialect"),
+    Mutant("the norms' cost is of the magnitudes", "sae_fast/gradients.py",
+           "code.values[-1] if objective.costs_norm else None", "code.values[0] if objective.costs_norm else None",
+           "test_trainer.py::test_saelens_settings_with_clipping_are_those_of_autograd_and_torchs_adam"),
+    Mutant("of a dense code the auxiliary gradient never stops", "sae_fast/gradients.py",
+           "weight, objective.stops_auxiliary)", "weight, False)",
+           "test_dense_step.py::test_gradients_are_as_near_to_float64_as_torchs"),
+    Mutant("of a dense code the penalty has no gradient", "sae_fast/ops/dense_step.py",
+           "grads[-1] = grads[-1] + weight", "pass",
+           "test_dense_step.py::test_gradients_are_as_near_to_float64_as_torchs"),
+    Mutant("a group's first feature has no gradient", "sae_fast/functional.py",
+           "inside = (indices >= first)", "inside = (indices > first)",
+           "test_functional.py::test_decode_is_differentiable_in_values_and_weights"),
+    Mutant("losses weighted apart: the sparsity's sign", "sae_fast/functional.py",
+           "grad_values[-1] += (sparse - per_set[-1]) * penalty",
+           "grad_values[-1] -= (sparse - per_set[-1]) * penalty",
+           "test_functional.py::test_each_term_has_a_gradient_of_its_own"),
+    Mutant("a target has no gradient of the auxiliary loss", "sae_fast/functional.py",
+           "grad_target = grad_target - residual_aux * (2 / n * aux)", "pass",
+           "test_functional.py::test_a_target_gets_the_gradient_that_x_then_lacks "
+           "test_functional.py::test_decode_loss_is_differentiable_in_everything"),
+    Mutant("a weighted sum drops the ragged rest", "sae_fast/gradients.py",
+           "return blocks.sum((0, 1)) + weights[n:] @ W[n:]", "return blocks.sum((0, 1))",
+           "test_trainer.py::test_sixty_steps_are_those_of_autograd_and_torchs_adam_in_float64"),
+    Mutant("the saelens weight without the norms", "sae_fast/gradients.py",
+           "W_dec.norm(dim=1) if self.costs_norm else", "W_dec.norm(dim=1).detach() if self.costs_norm else",
+           "test_functional.py::test_sparsity_weight_is_lambda_or_lambda_times_the_rows_norm "
+           "test_functional.py::test_each_term_has_a_gradient_of_its_own"),
+]  # fmt: skip
+
+GROUPS["layers"] = [
+    Mutant("calibration forgets the threshold", "sae_fast/activations/jumprelu.py",
+           "bias += parameters[\"threshold\"].clamp(min=0)", "pass",
+           "test_calibration.py::test_a_jumprelu_layer_with_thresholds_fires_as_often_as_asked"),
+    Mutant("calibration with one count for all", "sae_fast/nn/base.py",
+           "(features * 0.6180339887498949) % 1.0", "0.0",
+           "test_calibration.py::test_the_firings_are_spread_evenly_over_the_features "
+           "test_calibration.py::test_a_batch_smaller_than_one_firing_per_feature_works_too"),
+    Mutant("to_jumprelu shifts the wrong way", "sae_fast/nn/gated.py",
+           "b_enc + shift if centred else b_enc - shift", "b_enc - shift if centred else b_enc + shift",
+           "test_nn.py::test_the_jumprelu_form_computes_the_same_function"),
+    Mutant("the first feature of an inactive group is on", "sae_fast/nn/grouped.py",
+           "code.indices < self._bounds[self._active]", "code.indices <= self._bounds[self._active]",
+           "test_topk_layers.py::test_groups_that_are_off_take_part_in_the_choice"),
+    Mutant("a threshold goes through a narrower dtype", "sae_fast/nn/batchtopk.py",
+           "else before.to(after.device)", "else after.float()",
+           "test_topk_layers.py::test_the_threshold_stays_float32_and_exact"),
+    Mutant("a frozen layer keeps the shadow after its block", "sae_fast/nn/base.py",
+           "self._frozen = outer\n", "pass\n", "test_shadow.py::test_frozen_nests_and_ends_with_its_block"),
+]  # fmt: skip
+
+GROUPS["optimizer"] = [
+    Mutant("a row that rested decays once", "sae_fast/ops/weight_step.py",
+           "(beta2 ** (step - last_step).double())", "(beta2 ** (step - last_step).clamp(max=1).double())",
+           "test_weight_step.py::test_reference_body_meets_the_same_contract "
+           "test_weight_step.py::test_a_trajectory_with_idle_rows_is_torch_optim_adams"),
+    Mutant("the reference forgets the scale of a clipped gradient", "sae_fast/ops/weight_step.py",
+           "    if grad_scale is not None:\n        grad = grad * grad_scale\n    if unit_rows:\n        grad = "
+           "project_rows(grad, W)\n",
+           "    if unit_rows:\n        grad = project_rows(grad, W)\n",
+           "test_optim.py::test_grad_scale_multiplies_every_gradient"),
+    Mutant("another β2 finds v as it was", "sae_fast/optim.py",
+           "self._catch_up(p, state, state[\"step\"] - 1)\n            state", "state",
+           "test_optim.py::test_a_change_of_beta2_midway_catches_up_with_the_old_one_first"),
+    Mutant("v is caught up twice", "sae_fast/optim.py",
+           "state[\"last_step\"].clamp_(min=step)", "pass",
+           "test_optim.py::test_catching_up_is_repeatable_and_does_not_disturb_the_run "
+           "test_optim.py::test_a_change_of_beta2_midway_catches_up_with_the_old_one_first"),
+    Mutant("eps 0 takes the lazy route", "sae_fast/optim.py",
+           "lazy = beta1 == 0 and group[\"eps\"] > 0", "lazy = beta1 == 0",
+           "test_optim.py::test_what_cannot_be_lazy_is_dense_adam"),
+    Mutant("rows of any start are made unit where they are touched only", "sae_fast/optim.py",
+           "group[\"unit_rows\"] and not group.get(\"unit_start\", True):", "group[\"unit_rows\"] and False:",
+           "test_optim.py::test_rows_that_start_at_any_norm_are_brought_to_unit_norm_even_if_they_never_fire"),
+    Mutant("a dense step leaves the shadow behind", "sae_fast/optim.py",
+           "if shadow is not None:\n                ops.refresh_shadow(p, shadow)", "if False:\n                pass",
+           "test_shadow.py::test_row_adam_keeps_a_shadow_from_its_first_step"),
+    Mutant("with momentum a row leaves the sphere", "sae_fast/optim.py",
+           "state[\"last_step\"].fill_(state[\"step\"])\n        if group[\"unit_rows\"]:",
+           "state[\"last_step\"].fill_(state[\"step\"])\n        if False:",
+           "test_optim.py::test_what_cannot_be_lazy_is_dense_adam"),
+    Mutant("with momentum the gradient is not projected", "sae_fast/optim.py",
+           "if group[\"unit_rows\"]:\n            grad = ops.project_rows(grad, p)", "if False:\n            pass",
+           "test_optim.py::test_what_cannot_be_lazy_is_dense_adam"),
+    Mutant("last steps come back as floats", "sae_fast/optim.py",
+           "to(p.device, torch.int64, copy=True)", "to(p.device, p.dtype, copy=True)",
+           "test_optim.py::test_the_row_counters_stay_exact_integers_beyond_what_a_float_holds"),
+]  # fmt: skip
+
+GROUPS["trainer"] = [
+    Mutant("the norm to clip is squared", "sae_fast/gradients.py",
+           ".sqrt() + 1e-6)", " + 1e-6)", "test_trainer.py::test_grad_clip_is_torchs_clipping_of_the_global_norm"),
+    Mutant("vectors do not count in the norm to clip", "sae_fast/gradients.py",
+           "g.double().pow(2).sum() if isinstance(g, Tensor)", "g.double().sum() * 0 if isinstance(g, Tensor)",
+           "test_trainer.py::test_grad_clip_is_torchs_clipping_of_the_global_norm"),
+    Mutant("a failed first step leaves its calibration", "sae_fast/train/steps.py",
+           "sae.load_state_dict(undo, strict=False)", "pass",
+           "test_trainer.py -k 'fails or refused or overflow or names or nan'"),
+    Mutant("a frozen parameter thaws on loading", "sae_fast/train/resume.py",
+           "parameters[name].requires_grad_(False)", "parameters[name].requires_grad_(True)",
+           "test_trainer_state.py::test_frozen_parameters_and_changed_groups_resume_bit_for_bit test_old_checkpoints.py"),
+    Mutant("groups that changed in mid-run are not restored", "sae_fast/train/resume.py",
+           "group.update(saved | {\"betas\": tuple(saved[\"betas\"])})", "pass",
+           "test_trainer_state.py::test_frozen_parameters_and_changed_groups_resume_bit_for_bit"),
+    Mutant("the same sixteenth of the rows is compared in each step", "sae_fast/train/steps.py",
+           "return W.shape[0] * (index % 16) // 16, W.shape[0] * (index % 16 + 1) // 16",
+           "return 0, W.shape[0] // 16", "test_shadow.py::test_a_change_of_one_row_is_noticed_within_16_steps"),
+    Mutant("a save writes over the tensors that the manifest names", "sae_fast/train/checkpoint.py",
+           "token = Path(path), secrets.token_hex(4)", "token = Path(path), \"0\" * 8",
+           "test_checkpoint.py::test_a_save_that_fails_at_any_moment_leaves_the_old_checkpoint_or_the_new"),
+    Mutant("a save deletes another program's tensors", "sae_fast/train/checkpoint.py",
+           "if ours and (file.name in replaced or _marked(file)):", "if ours:",
+           "test_trainer_state.py::test_beside_a_checkpoint_only_our_own_tensor_files_go"),
+    Mutant("the warm-up begins a step late", "sae_fast/train/schedules.py",
+           "min(step / steps, 1.0)", "min(max(step - 1, 0) / steps, 1.0)",
+           "test_trainer.py::test_warmup_rises_linearly_from_zero_at_the_first_step"),
+    Mutant("the decay ends a step early", "sae_fast/train/schedules.py",
+           "max(total - step, 0)", "max(total - step - 1, 0)",
+           "test_trainer.py::test_decay_falls_linearly_to_zero_at_the_last_step"),
+]  # fmt: skip
+
+GROUPS["device"] = [
+    Mutant("the device's saelens step stops the auxiliary gradient", "sae_fast/gradients.py",
+           "values.append(code.values[1] * (2 / n))", "residuals = residuals[:1]",
+           "test_device_runner.py::test_steps_are_as_close_to_float64_as_torchs_own_and_logged_as_the_cpu_engine_does"),
+    Mutant("the device's vectors change while the flag is set", "sae_fast/train/device_step.py",
+           "self.adam, False, scale, self.flag)", "self.adam, False, scale, None)",
+           "test_device_runner.py::test_a_step_that_found_too_little_room_is_repeated_with_more"),
+    Mutant("the device counts gaps for L0", "sae_fast/train/device_step.py",
+           "fired = (code.values[0] != 0).sum()", "fired = (code.values[0] >= 0).sum()",
+           "test_device_runner.py::test_steps_are_as_close_to_float64_as_torchs_own_and_logged_as_the_cpu_engine_does"),
+    Mutant("the device's norm to clip is of the vectors only", "sae_fast/train/device_step.py",
+           "return squares.sum()", "return 0 * squares.sum()",
+           "test_device_runner.py::test_steps_are_as_close_to_float64_as_torchs_own_and_logged_as_the_cpu_engine_does"),
+    Mutant("the device's b_dec without the encoder's part", "sae_fast/train/device_step.py",
+           "Decoder(sae.W_dec, sae.b_dec)", "Decoder(sae.W_dec, sae.b_dec, False)",
+           "test_device_runner.py::test_steps_are_as_close_to_float64_as_torchs_own_and_logged_as_the_cpu_engine_does"),
+    Mutant("a step under way is lost when one before it is repeated", "sae_fast/train/device_steps.py",
+           "for again in rest:", "for again in rest[:1]:",
+           "test_device_runner.py::test_a_step_that_found_too_little_room_is_repeated_with_more "
+           "test_device_runner.py::test_a_change_behind_torchs_back_is_found_and_said_and_what_followed_is_repeated"),
+]  # fmt: skip
+
+GROUPS["triton"] = [
+    Mutant("Triton's decode: a group has its neighbour's first feature", "kernels/decode.py",
+           "(feature < last).to(tl.int32)", "(feature <= last).to(tl.int32)",
+           "test_triton_rows.py::test_decode_of_groups"),
+    Mutant("Triton's decode_loss: a silent magnitude has a gradient", "kernels/decode_loss.py",
+           "g_mag = tl.where(magnitude == 0, 0.0, g_mag)", "g_mag = g_mag * 1.0",
+           "test_triton_rows.py::test_decode_loss"),
+    Mutant("Triton's decode_loss: the penalty is of the magnitudes", "kernels/decode_loss.py",
+           "sparsity += weight * gate", "sparsity += weight * magnitude", "test_triton_rows.py::test_decode_loss"),
+    Mutant("Triton's decode_loss: b_mag's gradient is scaled", "kernels/_activation.py",
+           "g_gate + scaled, g_gate, scaled * u, g_mag", "g_gate + scaled, g_gate, scaled * u, scaled",
+           "test_triton_rows.py::test_what_a_training_step_needs"),
+    Mutant("Triton's transpose: an entry counts itself", "kernels/transpose.py",
+           "before = _bit_of(b) - 1", "before = _bit_of(b) * 2 - 1",
+           "test_triton_features.py::test_transpose_is_the_stable_sort_bit_for_bit"),
+    Mutant("Triton's outer: a long feature is summed twice", "kernels/outer.py",
+           "begin = tl.where(p < last, end, begin)", "begin = tl.where(p < last, begin, begin)",
+           "test_triton_features.py::test_outer_is_as_near_to_float64_as_torchs"),
+    Mutant("Triton's weight_step: a row that rested decays once", "kernels/weight_step.py",
+           "tl.exp2(rate * idle.to(tl.float64)).to(tl.float32)", "tl.exp2(rate).to(tl.float32)",
+           "test_triton_features.py::test_weight_step_is_as_near_to_float64_as_torchs"),
+    Mutant("Triton's weight_step: the shadow says that rounding took nothing", "kernels/weight_step.py",
+           "tl.sum(lost * lost, axis=1, keep_dims=True)", "tl.sum(lost * 0, axis=1, keep_dims=True)",
+           "test_triton_features.py::test_a_shadow_follows_the_rows_that_change"),
+    Mutant("Triton's projection divides by nothing", "kernels/outer.py",
+           "g - tl.where(norm2 > 0, tl.div_rn(along, norm2), 0.0) * W", "g - tl.div_rn(along, norm2) * W",
+           "test_weight_step.py::test_a_zero_row_with_unit_rows_stays_finite"),
+    Mutant("Triton's screen drops a NaN", "kernels/screen.py",
+           "tl.where(values <= 0, 0, bit)", "tl.where(values > 0, bit, 0)",
+           "test_triton_encode.py::test_what_is_not_finite_does_not_vanish"),
+    Mutant("Triton's bound forgets what sums round", "kernels/round.py",
+           "lost + gamma * rounded", "lost",
+           "test_triton_encode.py::test_each_term_of_the_bound_alone_keeps_its_members "
+           "test_triton_encode.py::test_the_margin_covers_the_error_of_the_product"),
+    Mutant("Triton's bound trusts rows of any size", "kernels/round.py",
+           "usual = (true_norm >= 2.0**-40) & (true_norm <= 2.0**40)", "usual = (true_norm >= 0.0)",
+           "test_triton_encode.py::test_no_member_is_missed_however_near_the_threshold"),
+    Mutant("Triton's verify takes a tie for a member", "kernels/compact.py",
+           "member = member & ((pi <= 0) == 0)", "member = member & ((pi < 0) == 0)",
+           "test_triton_encode.py::test_ties_are_not_members_and_slack_keeps_a_window_at_value_zero"),
+    Mutant("Triton's compact loses the last feature of a full word", "kernels/compact.py",
+           "tl.where(left >= 32, -1,", "tl.where(left > 32, -1,",
+           "test_triton_encode.py::test_compaction_of_any_width"),
+]  # fmt: skip
+
+GROUPS["formats"] = [
+    Mutant("folding scales r_mag too", "sae_fast/activations/gated.py",
+           "(\"b_mag\",)", "(\"r_mag\", \"b_mag\")",
+           "test_interop.py::test_folding_decoder_norms_keeps_the_function_and_unfolding_restores_the_bits"),
+    Mutant("an activation scale leaves the decoder", "sae_fast/nn/scale.py",
+           "sae.W_dec.div_(scale)", "pass", "test_interop.py::test_a_scale_is_folded"),
+    Mutant("a scaled training leaves thresholds", "sae_fast/nn/scale.py",
+           "or (name == \"threshold\" and not unset)", "",
+           "test_interop.py test_checkpoint.py test_demo.py test_runs.py"),
+]  # fmt: skip
+
+GROUPS["peers"] = [
+    Mutant("a transcoder of sparsify subtracts b_dec", "sae_fast/interop/formats/sparsify.py",
+           "not transcode  # b_dec", "True  # b_dec", "test_formats.py -k transcod"),
+    Mutant("SAELens' drop-in: the norms' cost is not a mean", "sae_fast/gradients.py",
+           "values * (self.l1 / n) / norm", "values * self.l1 / norm", "test_saelens.py -k 'step or loss'"),
+    Mutant("SAELens' drop-in: a scaled loss has the gradient of the plain one", "sae_fast/interop/saelens.py",
+           "taken = [g.mul_(grads[0]) for g in taken]", "pass", "test_saelens.py -k 'gradient or loss or scal'"),
+    Mutant("SAELens' drop-in: the auxiliary decoder gradient is left out", "sae_fast/interop/saelens.py",
+           "objective = Objective(step.l1, \"saelens\")",
+           "objective = Objective(step.l1, \"saelens\" if step.l1 < 0 else \"paper\")",
+           "test_saelens.py -k 'step or loss'"),
+    Mutant("dictionary_learning's drop-in forgets the sparsity warm-up", "sae_fast/interop/dictionary_learning.py",
+           "lr, self.l1_penalty * self.sparsity_warmup_fn(step))", "lr, self.l1_penalty)",
+           "test_dictionary_learning.py"),
+    Mutant("dictionary_learning's drop-in trains what is frozen", "sae_fast/interop/dictionary_learning.py",
+           "requires_grad_(self.ae.get_parameter(theirs).requires_grad)", "requires_grad_(True)",
+           "test_dictionary_learning.py"),
+]  # fmt: skip
+
+GROUPS["native"] = [
+    Mutant("C++ weight_step: a row that rested decays once", "csrc/cpu/weight_step.cpp",
+           "idle == 1 ? adam.beta2 : ::pow(adam.beta2, static_cast<double>(idle))", "adam.beta2",
+           "test_weight_step.py::test_as_near_to_float64_as_torchs"),
+    Mutant("C++ decode_loss: a closed gate has a penalty", "csrc/cpu/decode_loss.cpp",
+           "gates[at] == 0.0f ? 0.0f : two * dot_aux + one * weight", "two * dot_aux + one * weight",
+           "test_decode_loss.py"),
+    Mutant("C++ screen: the outliers' residual is left out", "csrc/cpu/screen.cpp",
+           "s.terms[Screen::w_outliers] * ::sqrt(outlier2)", "s.terms[Screen::w_outliers] * 0.0",
+           "test_screen.py::test_each_term_of_the_bound_alone_keeps_its_members"),
+    Mutant("C++ activate: at its threshold a feature fires", "csrc/cpu/activate.cpp",
+           "pi <= a.threshold[i] ? 0.0f", "pi < a.threshold[i] ? 0.0f",
+           "test_encode.py::test_ties_at_a_jumprelu_threshold_are_not_members"),
+    Mutant("CUDA weight_step: a zero row is divided by nothing", "csrc/include/sae_fast/cuda/weight_step.cuh",
+           "dots[0] > 0.0f ? __fdiv_rn(dots[1], dots[0]) : 0.0f", "__fdiv_rn(dots[1], dots[0])",
+           "test_cuda_features.py"),
+    Mutant("CUDA verify: NaN counts as nothing", "csrc/include/sae_fast/cuda/verify.cuh",
+           "return a <= 0.0f ? 0.0f : a; }", "return a > 0.0f ? a : 0.0f; }", "test_cuda_verify_transpose.py"),
+]  # fmt: skip
+ON_REQUEST = ("peers", "native")
+
+
+def mutate(mutant: Mutant, root: Path) -> None:
+    """Plants the fault."""
+    file = root / mutant.file
+    text = file.read_text() if file.is_file() else ""
+    if (n := text.count(mutant.old)) != 1:
+        raise LookupError(f"{mutant.name}: its text stands {n} times in {mutant.file}: adapt the mutant")
+    file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def name_in(root: Path, argument: str) -> str:
+    """The argument with the place of its file, wherever in tests/ that is."""
+    file, *rest = argument.split("::")
+    if not file.endswith(".py"):
+        return argument
+    return "::".join([str(next((root / "tests").glob(f"*/{file}")).relative_to(root)), *rest])
+
+
+def build(root: Path) -> str:
+    """Compiles the C++ engine of one instruction set, which is enough; what the compiler complained of, or nothing."""
+    setup = root / "setup.py"
+    setup.write_text(setup.read_text().replace('"avx2": X86,', "").replace('"avx512": [', '"plain": [] and ['))
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    return done.stderr if done.returncode else ""
+
+
+def run(root: Path, arguments: list[str], out: Path) -> int:
+    """pytest's exit status in a copy of the tree, in a fork of this process: what takes long to import is there already."""
+    if arguments[0].startswith("tests/peers"):
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        command = [PEERS, "-m", "pytest", *OPTIONS, *arguments]
+        with out.open("w") as said:
+            return subprocess.run(command, cwd=root, env=environment, stdout=said, stderr=said).returncode
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.chdir(root)
+    with out.open("w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    os.environ["PYTHONPATH"] = str(root)  # of what tests start
+    here = [path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "tests")]
+    sys.path[:] = [str(root), *here]
+    code = 3
+    try:
+        code = int(pytest.main([*OPTIONS, *arguments]))
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def verdict(mutant: Mutant) -> tuple[str, str, float]:
+    """("red", "SURVIVED" or "error", the last line that was said, seconds)."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as temporary:
+        root, out = Path(temporary) / "tree", Path(temporary) / "said"
+        shutil.copytree(ROOT, root, symlinks=True, ignore=SKIPPED)
+        mutate(mutant, root)
+        said = build(root) if mutant.file.startswith("csrc/cpu") else ""
+        code = None if said else run(root, [name_in(root, argument) for argument in shlex.split(mutant.tests)], out)
+        said = said or out.read_text(errors="replace")
+    lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))] or said.splitlines() or [""]
+    return {0: "SURVIVED", 1: "red"}.get(code, "error"), lines[-1], time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    every = {m.name: (group, m) for group, mutants in GROUPS.items() for m in mutants}
+    if unknown := set(options.names) - set(every) - set(GROUPS) - {"all"}:
+        parser.error(f"no mutant or group is called {sorted(unknown)}")
+    asked = "all" in options.names
+    chosen = [
+        mutant for name, (group, mutant) in every.items()
+        if asked or name in options.names or group in options.names or (not options.names and group not in ON_REQUEST)
+    ]  # fmt: skip
+    for mutant in chosen:  # before anything runs
+        if (ROOT / mutant.file).read_text().count(mutant.old) != 1:
+            print(f"{mutant.name}: its text does not stand in {mutant.file} exactly once: adapt the mutant")
+            return 2
+    if options.list:
+        print(*(f"{every[m.name][0]:<10}  {m.name}" for m in chosen), sep="\n")
+        return 0
+    survived = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, (how, said, seconds) in zip(chosen, pool.map(verdict, chosen), strict=True):
+            survived += how != "red"
+            print(f"{how:<8}  {seconds:5.0f} s  {mutant.name}  [{said[:110]}]", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} are red")
+    return survived > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
