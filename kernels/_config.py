@@ -19,10 +19,23 @@ from sae_fast.kernels._generations import GENERATIONS, nearest
 _target: int | None = None
 _log = logging.getLogger("sae_fast")
 
-# columns     of a row, that a program holds at once
-# entries     gathered rows at once
-# run         entries of a feature that are summed in one go
-# finish      entries whose slices are summed at once
+# The values that tuning tries for a key, with which no result but the order of its sums may change.
+TRIED = {
+    "columns": (128, 256, 512, 1024),  # of a row, that a program holds at once
+    "entries": (4, 8, 16, 32),  # gathered rows at once
+    "run": (256, 512, 1024),  # entries of a feature that are summed in one go
+    "finish": (32, 64, 128),  # entries whose slices are summed at once
+    "words": (256, 512, 1024, 2048),  # of the screen's bits, at once
+    "chunks": (16, 32, 64),  # of examples, that a scan takes at once
+    "rows": (64, 128, 256),  # of the product's tile: examples, features, columns
+    "features": (64, 128, 256),
+    "depth": (32, 64),
+    "warps": (1, 2, 4, 8),
+    "stages": (2, 3, 4, 5),
+    "group": (4, 8, 16),  # tiles of examples that share the weights in the L2 cache
+    "persistent": (0, 1),  # a program takes tile after tile
+    "library": (0, 1),  # the product by cuBLAS
+}
 _TILE = {"rows": 128, "features": 128, "depth": 64, "warps": 8, "stages": 3, "group": 8, "persistent": 0, "library": 0}
 _BASE = {
     "round": {"warps": 4},

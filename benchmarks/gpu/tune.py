@@ -27,12 +27,6 @@ from benchmarks.registry import OURS
 GAIN = 0.97  # a time below this part of the other's is faster
 TOLERANCE = 1e-5  # of an output's norm: another order of sums, not another result
 ROUNDS = 7
-ALTERNATIVES = {
-    "rows": (64, 128, 256), "features": (64, 128, 256), "depth": (32, 64), "warps": (1, 2, 4, 8),
-    "stages": (2, 3, 4, 5), "group": (4, 8, 16), "persistent": (0, 1), "library": (0, 1), "words": (256, 512, 1024, 2048),
-    "entries": (4, 8, 16, 32), "columns": (128, 256, 512, 1024), "run": (256, 512, 1024), "chunks": (16, 32, 64),
-    "finish": (32, 64, 128),
-}  # fmt: skip
 CASE_OF = dict.fromkeys(("screen", "screen_wide", "compact", "round"), "encode")
 NARROW = ("screen",)  # of rows up to 1024: tuned at the small shape
 
@@ -66,6 +60,8 @@ def tune_op(
     deadline: float, log: Callable[[str], None] = print,
 ) -> dict[str, int]:  # fmt: skip
     """The values that are faster than the shipped ones, by key."""
+    from sae_fast.kernels._config import TRIED
+
     want, best = outcome(), {}
 
     def under(values: dict[str, int]) -> Running:
@@ -78,7 +74,7 @@ def tune_op(
         return Running(call, it.inputs)
 
     for key, now in shipped.items():
-        for value in ALTERNATIVES.get(key, ()):
+        for value in TRIED.get(key, ()):
             if value == best.get(key, now):
                 continue
             if time.monotonic() > deadline:

@@ -506,7 +506,7 @@ def test_whatever_tuning_may_find_can_be_read(tmp_path, monkeypatch):
     for generation in _config.SHIPPED.values():
         for op, shipped in generation.items():
             for key in shipped:
-                for value in tune.ALTERNATIVES.get(key, ()):
+                for value in _config.TRIED.get(key, ()):
                     path = tmp_path / f"{op}-{key}-{value}.json"
                     path.write_text(json.dumps({op: {key: value}}))
                     monkeypatch.setenv("SAE_FAST_TUNING", str(path))
@@ -518,7 +518,7 @@ def test_what_tuning_writes_is_read_back(tmp_path, monkeypatch):
     """The op takes as long as its configuration says: only a right result that is faster by 3 % is kept."""
     out = tmp_path / "tuning.json"
     now = _config.config("sampled_dots")["columns"]
-    faster, alike, wrong = (columns for columns in tune.ALTERNATIVES["columns"] if columns != now)
+    faster, alike, wrong = (columns for columns in _config.TRIED["columns"] if columns != now)
     milliseconds = {now: 12.0, faster: 8.0, alike: 11.9, wrong: 2.0}
     here = tiny()
     case = CASES["sampled_dots"]
@@ -546,4 +546,4 @@ def test_what_tuning_writes_is_read_back(tmp_path, monkeypatch):
 def test_what_ships_can_be_tuned():
     for op, values in _config.SHIPPED[90].items():
         assert tune.CASE_OF.get(op, op) in CASES
-        assert set(values) <= set(tune.ALTERNATIVES), op
+        assert set(values) <= set(_config.TRIED), op
