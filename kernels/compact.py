@@ -147,10 +147,8 @@ def verify(x: Tensor, layer: Layer, end: Tensor, candidates: Tensor, code: Gappe
         columns = norms.shape[1], W_norms.shape[1]
     entries = code.begin, end, candidates, code.indices, code.u, code.values, code.end
     if _cuda.takes("verify"):
-        scale, b_mag = layer.vectors if layer.activation.name == "gated" else (None, None)
-        threshold = layer.vectors[0] if layer.activation.name == "jumprelu" else None
         _cuda.call("verify", W.dtype, code.u.dtype, layer.activation.native, x, W, norms, W_norms, layer.bias, layer.cut,
-                   scale, b_mag, threshold, *entries, rows, d, *columns, capacity)  # fmt: skip
+                   *layer.vector_slots(), *entries, rows, d, *columns, capacity)  # fmt: skip
         return
     partials = partial_dots(code.begin, end, candidates, x, W)
     launch(

@@ -138,8 +138,8 @@ def decode_loss(
         code, capacity = (begin, end, indices, values), indices.shape[0]
         _cuda.call("residuals", W.dtype, target.dtype, V, *code, W, b_dec, target, residuals, partials, squares, rows, d,
                    slices, capacity)  # fmt: skip
-        _cuda.call("finish", W.dtype, V, *code, sparsity_weight, partials, squares, losses_rows, grads,
-                   u, vectors[0] if V == 2 else None, *written, rows, slices, capacity, float(normaliser))  # fmt: skip
+        _cuda.call("finish", W.dtype, V, kind, *code, sparsity_weight, partials, squares, losses_rows, grads,
+                   u, vectors[0], *written, rows, slices, capacity, float(normaliser))  # fmt: skip
         return
     launch(
         _residuals, (rows, slices), begin, end, indices, values, W, b_dec, target, residuals, partials, squares, rows,

@@ -15,9 +15,9 @@ void activate(const args::activate& a) {
 #pragma omp simd
       for (int64_t j = r * run; j < end; ++j) {
         const int32_t i = a.indices[j];
-        const Values value = Kind::values(a.u[j], a.u[j] + a.bias[i], [&] { return a.first[i]; }, [&] { return a.second[i]; });
-        a.values[j] = value.magnitude;
-        if (Kind::value_sets == 2) a.values[a.nnz + j] = value.gate;
+        const float pi = a.u[j] + a.bias[i], positive = relu(pi);
+        a.values[j] = Kind::magnitude(a.u[j], pi, positive, [&] { return a.first[i]; }, [&] { return a.second[i]; });
+        if (Kind::value_sets == 2) a.values[a.nnz + j] = positive;
       }
     });
   });

@@ -21,16 +21,17 @@ static void verify_of(const Verify<T, O>& a, Stream stream) {
 }
 
 void verify(Storage storage, Storage out_storage, int kind, Address x, Address W, Address x_norms, Address W_norms,
-            Address bias, Address cut, Address scale, Address b_mag, Address threshold, Address begin, Address end,
+            Address bias, Address cut, Address first, Address second, Address begin, Address end,
             Address candidates, Address indices, Address u, Address values, Address end_out, int64_t rows, int64_t d,
             int64_t x_norm_columns, int64_t W_norm_columns, int64_t capacity, Address stream) {
   const auto run = [&](auto t, auto o) {
     using T = decltype(t);
     using O = decltype(o);
     verify_of<T, O>({at<const T>(x), at<const T>(W), at<const float>(x_norms), at<const float>(W_norms), at<const O>(bias),
-                     at<const O>(cut), at<const O>(scale), at<const O>(b_mag), at<const O>(threshold), at<const int64_t>(begin),
+                     at<const O>(cut), at<const O>(first), at<const O>(second), at<const int64_t>(begin),
                      at<const int64_t>(end), at<const int32_t>(candidates), at<int32_t>(indices), at<O>(u), at<O>(values),
-                     at<int64_t>(end_out), rows, d, x_norm_columns, W_norm_columns, capacity, kind},
+                     at<int64_t>(end_out), rows, d, x_norm_columns, W_norm_columns, capacity,
+                     static_cast<Activation>(kind)},
                     reinterpret_cast<Stream>(stream));
   };
   with_storage(storage, [&](auto t) {

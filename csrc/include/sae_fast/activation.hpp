@@ -1,5 +1,6 @@
 // The activations, for host and device, by their numbers in sae_fast/activations: a struct each, and its line in
-// with_activation.  pi = u + bias; `first` and `second` give an entry's element of the activation's vectors.
+// with_activation.  pi = u + bias, positive = relu(pi); `first` and `second` give an entry's element of the activation's
+// vectors.
 #pragma once
 #include "sae_fast/types.hpp"
 
@@ -12,9 +13,6 @@
 namespace sae_fast {
 namespace {  // an instruction set's, or the GPU's, own
 
-struct Values {
-  float magnitude, gate;  // no gate: 0
-};
 struct Pulled {  // gradients of u, of the bias and of what the vectors are made from
   float u, bias, first, second;
 };
@@ -31,11 +29,11 @@ SAE_FAST_INLINE float fused(float a, float b, float c) {
 #endif
 }
 
-struct Gated {  // first: exp(r_mag), second: b_mag
+struct Gated {  // first: exp(r_mag), second: b_mag; its gates, the second value set, are `positive`
   static constexpr int value_sets = 2, parameters = 2;
   template <class First, class Second>
-  static SAE_FAST_INLINE Values values(float u, float pi, const First& first, const Second& second) {
-    return {pi <= 0.0f ? 0.0f : relu(first() * u + second()), relu(pi)};
+  static SAE_FAST_INLINE float magnitude(float u, float pi, float, const First& first, const Second& second) {
+    return pi <= 0.0f ? 0.0f : relu(first() * u + second());
   }
   template <class First>
   static SAE_FAST_INLINE Pulled pullback(float u, float g_mag, float g_gate, const First& first) {
@@ -47,8 +45,8 @@ struct Gated {  // first: exp(r_mag), second: b_mag
 struct Relu {
   static constexpr int value_sets = 1, parameters = 0;
   template <class First, class Second>
-  static SAE_FAST_INLINE Values values(float, float pi, const First&, const Second&) {
-    return {relu(pi), 0.0f};
+  static SAE_FAST_INLINE float magnitude(float, float, float positive, const First&, const Second&) {
+    return positive;
   }
   template <class First>
   static SAE_FAST_INLINE Pulled pullback(float, float g_mag, float, const First&) {
@@ -58,19 +56,17 @@ struct Relu {
 
 struct JumpRelu : Relu {  // first: the threshold
   template <class First, class Second>
-  static SAE_FAST_INLINE Values values(float, float pi, const First& first, const Second&) {
-    return {pi <= first() ? 0.0f : relu(pi), 0.0f};
+  static SAE_FAST_INLINE float magnitude(float, float pi, float positive, const First& first, const Second&) {
+    return pi <= first() ? 0.0f : positive;
   }
 };
 
 // use(the activation of a kind)
 template <class Use>
 SAE_FAST_INLINE void with_activation(Activation kind, const Use& use) {
-  switch (kind) {
-    case Activation::gated: return use(Gated());
-    case Activation::relu: return use(Relu());
-    case Activation::jumprelu: return use(JumpRelu());
-  }
+  if (kind == Activation::gated) return use(Gated());
+  if (kind == Activation::jumprelu) return use(JumpRelu());
+  use(Relu());
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // decode_loss: residuals of an example, then the dots of its decoder rows with them, of which each slice of 128 columns is
 // staged in shared memory once; then the sums of the slices' dots, losses and value gradients.  MATH.md §2.
 #pragma once
+#include "sae_fast/activation.hpp"
 #include "sae_fast/cuda/device.cuh"
 #include "sae_fast/cuda/ops.hpp"
 
@@ -123,10 +124,11 @@ struct Finish {
   const float *partials, *squares;
   float* losses;  // [rows, 3]
   T* grads;       // [V, C]
-  const T *u, *scale;
+  const T *u, *first;            // [C], [F]: the activation's first vector
   T *delta, *entries, *decoder;  // [C], [C, 4], [C]
   int64_t rows, slices, capacity;
   float two, one;  // 2 / N and 1 / N
+  Activation kind;
 };
 
 template <class T, int V>
@@ -144,25 +146,30 @@ __global__ void __launch_bounds__(128) finish_kernel(const Finish<T> a) {
       dots[v] = 0.0f;
       for (int64_t s = 0; s < a.slices; ++s) dots[v] += a.partials[(v * a.slices + s) * a.capacity + j];
     }
-    float delta, scaled = 0.0f, g_gate, g_mag;
+    float g_gate, g_mag;
     if (V == 2) {
       const float gate = to_float(a.values[a.capacity + j]);
       g_mag = magnitude == 0.0f ? 0.0f : a.two * dots[0];
       g_gate = gate == 0.0f ? 0.0f : a.two * dots[V - 1] + a.one * weight;
       a.grads[a.capacity + j] = from_float<T>(g_gate);
       sparsity += weight * gate;
-      if (a.delta) scaled = g_mag * to_float(a.scale[i]);
-      delta = g_gate + scaled;
     } else {
-      delta = g_gate = g_mag = magnitude == 0.0f ? 0.0f : a.two * dots[0] + a.one * weight;
+      g_gate = g_mag = magnitude == 0.0f ? 0.0f : a.two * dots[0] + a.one * weight;
       sparsity += weight * magnitude;
     }
     a.grads[j] = from_float<T>(g_mag);
     if (!a.delta) continue;
-    a.delta[j] = from_float<T>(delta);
     a.decoder[j] = from_float<T>(a.two * magnitude);
-    const float four[4] = {delta, g_gate, V == 2 ? scaled * to_float(a.u[j]) : 0.0f, V == 2 ? g_mag : 0.0f};
-    for (int k = 0; k < 4; ++k) a.entries[j * 4 + k] = from_float<T>(four[k]);
+    with_activation(a.kind, [&](auto kind) {
+      using Kind = decltype(kind);
+      if constexpr (Kind::value_sets == V) {
+        const float u = V == 2 ? to_float(a.u[j]) : 0.0f;
+        const Pulled pulled = Kind::pullback(u, g_mag, g_gate, [&] { return to_float(a.first[i]); });
+        a.delta[j] = from_float<T>(pulled.u);
+        const float four[4] = {pulled.u, pulled.bias, pulled.first, pulled.second};
+        for (int k = 0; k < 4; ++k) a.entries[j * 4 + k] = from_float<T>(four[k]);
+      }
+    });
   }
   const float total = warp_sum(sparsity);
   if (lane != 0) return;

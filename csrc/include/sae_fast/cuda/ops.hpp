@@ -18,9 +18,9 @@ enum class Storage : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 void residuals(Storage, Storage target_storage, int V, Address begin, Address end, Address indices, Address values, Address W,
                Address b_dec, Address target, Address residuals, Address partials, Address squares, int64_t rows, int64_t d,
                int64_t slices, int64_t capacity, Address stream);
-void finish(Storage, int V, Address begin, Address end, Address indices, Address values, Address weight, Address partials,
-            Address squares, Address losses, Address grads, Address u, Address scale, Address delta, Address entries,
-            Address decoder, int64_t rows, int64_t slices, int64_t capacity, double normaliser, Address stream);
+void finish(Storage, int V, int kind, Address begin, Address end, Address indices, Address values, Address weight,
+            Address partials, Address squares, Address losses, Address grads, Address u, Address first, Address delta,
+            Address entries, Address decoder, int64_t rows, int64_t slices, int64_t capacity, double normaliser, Address stream);
 void partials(Storage, Storage A_storage, Address owner, Address first, Address colptr, Address rows, Address perm,
               Address values, Address A, Address values2, Address A2, Address out, int64_t M, int64_t d, int64_t first_feature,
               int64_t last_feature, int64_t run, Address stream);
@@ -32,7 +32,7 @@ void weight_step(Storage A_storage, Address W, Address v, Address decay, Address
                  Address constants, Address scale, Address skip, int skip_bytes, Address shadow, Address norms, int64_t n,
                  int64_t d, int64_t first_feature, int64_t K, int64_t norm_columns, bool unit_rows, Address stream);
 void verify(Storage, Storage out_storage, int kind, Address x, Address W, Address x_norms, Address W_norms, Address bias,
-            Address cut, Address scale, Address b_mag, Address threshold, Address begin, Address end, Address candidates,
+            Address cut, Address first, Address second, Address begin, Address end, Address candidates,
             Address indices, Address u, Address values, Address end_out, int64_t rows, int64_t d, int64_t x_norm_columns,
             int64_t W_norm_columns, int64_t capacity, Address stream);
 void transpose_count(Address begin, Address end, Address indices, Address counts, Address colptr, int64_t B, int64_t features,

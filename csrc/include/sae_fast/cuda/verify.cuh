@@ -6,6 +6,8 @@
 #pragma once
 #include "sae_fast/cuda/device.cuh"
 
+#include "sae_fast/activation.hpp"
+
 namespace sae_fast {
 namespace gpu {
 
@@ -14,16 +16,15 @@ template <class T, class O>
 struct Verify {
   const T *x, *W;                                   // [rows, d], [F, d]
   const float *x_norms, *W_norms;                   // [rows, ·], [F, ·], each row's scale first; null: exact
-  const O *bias, *cut, *scale, *b_mag, *threshold;  // [F], or null where not needed; no cut is 0
+  const O *bias, *cut, *first, *second;             // [F], or null where not needed: no cut is 0; the activation's vectors
   const int64_t *begin, *end;                       // [rows]
   const int32_t* candidates;                        // [C]
   int32_t* indices;                                 // [C]
   O *u, *values;                                    // [C], [V, C]
   int64_t* end_out;                                 // [rows]
   int64_t rows, d, x_norm_columns, W_norm_columns, capacity;
-  int kind;  // kGated …
+  Activation kind;
 
-  static constexpr int kGated = 0, kRelu = 1, kJumprelu = 2;
   static constexpr int kThreads = 128, kWarps = kThreads / kWarp, kEntries = kThreads, kTogether = 4;
   static constexpr int kBlock = kWarp * Packet<T>::n;  // columns that a warp reads of a row at once
   static constexpr int kStaged = 11 * 1024;            // the widest row in shared memory: 44 KiB, which needs no permission
@@ -44,8 +45,6 @@ __device__ __forceinline__ Packet<T> load_packet(const T* from, int64_t left) {
     return out;
   }
 }
-
-__device__ __forceinline__ float relu(float a) { return a <= 0.0f ? 0.0f : a; }  // keeps a NaN
 
 template <class T, class O, bool ALIGNED, bool STAGED>
 __global__ void __launch_bounds__(128) verify_kernel(const Verify<T, O> a) {
@@ -123,12 +122,12 @@ __global__ void __launch_bounds__(128) verify_kernel(const Verify<T, O> a) {
     if (member) {
       const int64_t at = slot + before;
       float value = relu(pi);
-      if (a.kind == V::kGated) {
-        a.values[a.capacity + at] = from_float<O>(value);
-        value = pi <= 0.0f ? 0.0f : relu(to_float(a.scale[i]) * u + to_float(a.b_mag[i]));
-      } else if (a.kind == V::kJumprelu) {
-        value = pi <= to_float(a.threshold[i]) ? 0.0f : value;
-      }
+      with_activation(a.kind, [&](auto kind) {
+        const auto first = [&] { return to_float(a.first[i]); };
+        const auto second = [&] { return to_float(a.second[i]); };
+        if (decltype(kind)::value_sets == 2) a.values[a.capacity + at] = from_float<O>(value);
+        value = decltype(kind)::magnitude(u, pi, value, first, second);
+      });
       a.values[at] = from_float<O>(value);
       a.u[at] = from_float<O>(u);
       a.indices[at] = i;
