@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_fast.code import Layer
-from sae_fast.kernels import _cuda
+from sae_fast.kernels import native
 from sae_fast.kernels._activation import gate_of, magnitude_of
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import launch
@@ -146,8 +146,8 @@ def verify(x: Tensor, layer: Layer, end: Tensor, candidates: Tensor, code: Gappe
         W, W_norms = layer.shadow
         columns = norms.shape[1], W_norms.shape[1]
     entries = code.begin, end, candidates, code.indices, code.u, code.values, code.end
-    if _cuda.takes("verify"):
-        _cuda.call("verify", W.dtype, code.u.dtype, layer.activation.native, x, W, norms, W_norms, layer.bias, layer.cut,
+    if native.takes("verify"):
+        native.call("verify", W.dtype, code.u.dtype, layer.activation.native, x, W, norms, W_norms, layer.bias, layer.cut,
                    *layer.vector_slots(), *entries, rows, d, *columns, capacity)  # fmt: skip
         return
     partials = partial_dots(code.begin, end, candidates, x, W)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_fast.code import Layer
-from sae_fast.kernels import _cuda
+from sae_fast.kernels import native
 from sae_fast.kernels._activation import pullback_of
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
@@ -116,8 +116,8 @@ def _finish(
 
 def scratch(V: int, B: int, d: int, C: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """The partials and squares of :func:`decode_loss`."""
-    cuda = _cuda.takes("decode_loss")
-    slices = cdiv(d, _cuda.module.residual_columns if cuda else config("decode_loss")["columns"])
+    cuda = native.takes("decode_loss")
+    slices = cdiv(d, native.module.residual_columns if cuda else config("decode_loss")["columns"])
     sizes = (V, slices, C), (B, slices, 2)
     partials, squares = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
     return partials, squares
@@ -134,11 +134,11 @@ def decode_loss(
     (V, rows, d), slices = residuals.shape, squares.shape[1]
     vectors, kind = ((None, None), 0) if step is None else (step.layer.vector_slots(), step.layer.activation.native)
     u, *written = (None, None, None, None) if step is None else (step.u, step.delta, step.entries, step.decoder)
-    if _cuda.takes("decode_loss"):
+    if native.takes("decode_loss"):
         code, capacity = (begin, end, indices, values), indices.shape[0]
-        _cuda.call("residuals", W.dtype, target.dtype, V, *code, W, b_dec, target, residuals, partials, squares, rows, d,
+        native.call("residuals", W.dtype, target.dtype, V, *code, W, b_dec, target, residuals, partials, squares, rows, d,
                    slices, capacity)  # fmt: skip
-        _cuda.call("finish", W.dtype, V, kind, *code, sparsity_weight, partials, squares, losses_rows, grads,
+        native.call("finish", W.dtype, V, kind, *code, sparsity_weight, partials, squares, losses_rows, grads,
                    u, vectors[0], *written, rows, slices, capacity, float(normaliser))  # fmt: skip
         return
     launch(

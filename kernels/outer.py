@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_fast.code import RowGradient
-from sae_fast.kernels import _cuda
+from sae_fast.kernels import native
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 
@@ -131,13 +131,15 @@ def outer(
     (n, d), (values, A), c = out.shape, (gradient.values, gradient.A), config("outer")
     split = runs_for(gradient, runs)
     alike = {t.dtype for t in (*values, *A)} == {A[0].dtype} and out.dtype in (A[0].dtype, torch.float32)
-    cuda = alike and _cuda.takes("outer")
+    cuda = alike and native.takes("outer")
     span = (0, gradient.csc.colptr.shape[0] - 1) if features is not None else (first_feature, first_feature + n)
     for s in range(0, len(values), 2):
         arguments = sources(gradient, s)
         of_runs = partials(arguments, d, split, *span, cuda)
         if cuda:
-            _cuda.call("outer", A[0].dtype, out.dtype, *arguments, *of_runs, features, out, n, d, first_feature, accumulate)
+            native.call(
+                "outer", A[0].dtype, out.dtype, *arguments, *of_runs, features, out, n, d, first_feature, accumulate
+            )
         else:
             tile = walk(d, min(c["columns"], triton.next_power_of_2(d)), c["entries"], A[0])
             launch(
@@ -178,7 +180,7 @@ def partials(
     out = torch.empty(M, d, dtype=torch.float32, device=arguments[0].device)
     if cuda:
         storage = arguments[3].dtype, arguments[4].dtype
-        _cuda.call("partials", *storage, split.owner, split.first, *arguments, out, M, d, first, last, c["run"])
+        native.call("partials", *storage, split.owner, split.first, *arguments, out, M, d, first, last, c["run"])
         return split.first, out
     tile = walk(d, min(c["columns"], triton.next_power_of_2(d)), c["entries"], arguments[4])
     launch(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_fast.kernels import _cuda
+from sae_fast.kernels import native
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.compact import popcount
@@ -72,7 +72,7 @@ def _place(
 def scratch(B: int, features: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """marks and bases [ceil(B / 32), F] int32, or counts [ceil(B / 256), F] and nothing: memory for a transpose by the same
     body; it need not be initialised."""
-    chunks = (cdiv(B, _cuda.module.counted_rows), 0) if _cuda.takes("transpose") else (cdiv(B, 32),) * 2
+    chunks = (cdiv(B, native.module.counted_rows), 0) if native.takes("transpose") else (cdiv(B, 32),) * 2
     marks, bases = (torch.empty(n, features, dtype=torch.int32, device=device) for n in chunks)
     return marks, bases
 
@@ -84,11 +84,11 @@ def transpose(
     """colptr [F + 1] int64, and the first colptr[F] of rows [C] int32 and perm [C] int64, the positions in indices [C]."""
     c = config("transpose")
     B, chunks = begin.shape[0], marks.shape[0]
-    if _cuda.takes("transpose"):
+    if native.takes("transpose"):
         code, sizes = (begin, end, indices, marks, colptr), (B, features, chunks)
-        _cuda.call("transpose_count", *code, *sizes)
+        native.call("transpose_count", *code, *sizes)
         colptr.cumsum_(0)
-        _cuda.call("transpose_place", *code, rows, perm, *sizes)
+        native.call("transpose_place", *code, rows, perm, *sizes)
         return
     by_row = {"ENTRIES": c["entries"], "num_warps": c["warps"]}
     marks.zero_()

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_fast.code import Adam, RowGradient, Rows, Shadow
-from sae_fast.kernels import _cuda
+from sae_fast.kernels import native
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.outer import Runs, gradient_row, outer, partials, project, runs_for, sources, walk
@@ -159,7 +159,7 @@ def weight_step(
         walked = (gradient.csc.colptr, *6 * [None], None, None, gradient.self_coefficient)
         return _launch_step(rows, update, grad, walked, first_feature)
     entries = sources(gradient)
-    cuda = _cuda.takes("weight_step") and _cuda_steps(rows, gradient, update.unit_rows)
+    cuda = native.takes("weight_step") and _cuda_steps(rows, gradient, update.unit_rows)
     split = partials(entries, d, runs_for(gradient, runs), first_feature, first_feature + n, cuda)
     walked = (*entries, *split, gradient.self_coefficient)
     return (
@@ -195,7 +195,7 @@ def _cuda_steps(rows: Rows, gradient: RowGradient, unit_rows: bool) -> bool:
     """True if the CUDA kernel takes these arguments."""
     d = rows.W.shape[1]
     aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (rows.W, rows.v, *gradient.A))
-    fits = not unit_rows or d <= _cuda.module.unit_columns // (1 if aligned else 2)
+    fits = not unit_rows or d <= native.module.unit_columns // (1 if aligned else 2)
     return fits and {t.dtype for t in gradient.values} == {torch.float32} and len({t.dtype for t in gradient.A}) == 1
 
 
@@ -203,7 +203,7 @@ def _cuda_step(rows: Rows, update: Update, walked: tuple, first_feature: int) ->
     _check(update.unit_rows, rows.shadow)
     scale, skip = None if update.grad_scale is None else update.grad_scale.float(), update.skip
     decay = _decay(rows.last_step, walked[0], update, first_feature)
-    _cuda.call(
+    native.call(
         "weight_step", walked[4].dtype, rows.W, rows.v, decay, *walked, update.adam.constants, scale, skip,
         0 if skip is None else skip.element_size(), *(rows.shadow or (None, None)), *rows.W.shape, first_feature,
         *_widths(rows.shadow), update.unit_rows,

@@ -145,14 +145,14 @@ def cuda_calls(monkeypatch):
     pytest.importorskip("triton")
     import cuda_shim
 
-    from sae_fast.kernels import _cuda
+    from sae_fast.kernels import native
 
     if not torch.cuda.is_available():
-        monkeypatch.setattr(_cuda, "module", cuda_shim.load())
-    elif _cuda.module is None:
+        monkeypatch.setattr(native, "module", cuda_shim.load())
+    elif native.module is None:
         pytest.skip("the extension sae_fast._C_cuda is not built")
-    names, call = [], _cuda.call
-    monkeypatch.setattr(_cuda, "call", lambda name, *given: names.append(name) or call(name, *given))
+    names, call = [], native.call
+    monkeypatch.setattr(native, "call", lambda name, *given: names.append(name) or call(name, *given))
     with dispatch.use_backend("cuda"):
         yield names
     if not torch.cuda.is_available():

@@ -463,10 +463,10 @@ def cuda():
     """The CUDA kernels over the tests' shim."""
     import cuda_shim
 
-    from sae_fast.kernels import _cuda
+    from sae_fast.kernels import native
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cuda, "module", cuda_shim.load())
+        patch.setattr(native, "module", cuda_shim.load())
         with sf.use_backend("cuda"):
             p = make_inputs(5, 6, 20, density=0.2)
             gated = dict(activation="gated", r_mag=p.r_mag, b_mag=p.b_mag)

@@ -93,7 +93,7 @@ def _best(sink: Sink, case: str, place: str, provider: str, goal: Goal) -> float
 
 
 def twins(sink: Sink) -> tuple[frozenset[str], list[str]]:
-    """(the ops whose CUDA bodies earn a place in kernels/_cuda.FASTER: at every shape measured; a table of all)."""
+    """(the ops whose CUDA bodies earn a place in kernels/native.FASTER: at every shape measured; a table of all)."""
     ratios: dict[str, list[float]] = {}
     lines = []
     for case, op in TWINS.items():
@@ -106,7 +106,7 @@ def twins(sink: Sink) -> tuple[frozenset[str], list[str]]:
     if not ratios:
         return earned, ["CUDA bodies beside Triton's: not measured"]
     names = ", ".join(sorted(earned)) or "none"
-    return earned, [*lines, f"earn a place in kernels/_cuda.FASTER (≥ {EARNS} ×): {names}"]
+    return earned, [*lines, f"earn a place in kernels/native.FASTER (≥ {EARNS} ×): {names}"]
 
 
 # ---- Truth ----------------------------------------------------------------------------------------------------------
@@ -166,23 +166,23 @@ def ours(here: World, precision: str) -> GatedSAE:
 @contextmanager
 def cuda_bodies(ops: frozenset[str]) -> Iterator[None]:
     """In the block these ops run their CUDA bodies, and only these."""
-    from sae_fast.kernels import _cuda
+    from sae_fast.kernels import native
 
-    before = dict(_cuda.FASTER)
-    _cuda.FASTER.update({generation: ops for generation in before})
+    before = dict(native.FASTER)
+    native.FASTER.update({generation: ops for generation in before})
     try:
         yield
     finally:
-        _cuda.FASTER.update(before)
+        native.FASTER.update(before)
 
 
 def with_bodies(start: Callable[[World], Running], ops: frozenset[str]) -> Callable[[World], Running]:
     """A contender whose ops take these CUDA bodies, from its start on: a captured graph keeps what it was captured with."""
 
     def started(here: World) -> Running:
-        from sae_fast.kernels import _cuda
+        from sae_fast.kernels import native
 
-        if ops and _cuda.module is None:
+        if ops and native.module is None:
             raise Unavailable("the extension sae_fast._C_cuda is not built")
         with cuda_bodies(ops):
             it = start(here)

@@ -27,10 +27,10 @@ def small_ops(device: str = "cuda") -> None:
     import torch
 
     import sae_fast as sf
-    from sae_fast.kernels import _cuda
+    from sae_fast.kernels import native
 
     torch.manual_seed(0)
-    _cuda.FASTER.update({generation: frozenset(_ops()) for generation in _cuda.FASTER})
+    native.FASTER.update({generation: frozenset(_ops()) for generation in native.FASTER})
     for d, F in ((132, 300), (63, 97)):
         sae = sf.GatedSAE(d, F, device=device)
         trainer = sf.Trainer(sae, lr=1e-3, l1_coefficient=0.1)
@@ -45,7 +45,7 @@ def small_ops(device: str = "cuda") -> None:
                 csc = sf.ops.transpose(code)
                 out = sf.ops.decode_loss(code, sae.W_dec, sae.b_dec, x, torch.ones(F, device=device), rows)
                 sf.ops.outer(csc, [out.grads[0].contiguous()], [x])
-    print("ran", "cuda" if _cuda.module else "triton", flush=True)
+    print("ran", "cuda" if native.module else "triton", flush=True)
 
 
 def _ops() -> list[str]:

@@ -103,11 +103,11 @@ def cuda_rejects(op: str, *tensors: Tensor | None) -> str | None:
     reason = triton_rejects(*tensors)  # whose helpers they share
     if reason is not None:
         return reason
-    from sae_fast.kernels import _cuda
+    from sae_fast.kernels import native
 
-    if _cuda.module is None:
+    if native.module is None:
         return "the extension sae_fast._C_cuda is not built (SAE_FAST_CUDA=1 builds it)"
-    return None if _cuda.takes(op) else "its Triton kernels are no slower on this GPU"
+    return None if native.takes(op) else "its Triton kernels are no slower on this GPU"
 
 
 def log_once(op: str, message: str) -> None:

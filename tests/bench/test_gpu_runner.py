@@ -408,22 +408,22 @@ def test_a_goal_takes_the_best_compiled_step(tmp_path):
 
 
 def test_a_contender_s_ops_take_the_bodies_it_names_while_it_runs(monkeypatch):
-    from sae_fast.kernels import _cuda
+    from sae_fast.kernels import native
 
     seen = []
-    look = lambda *_: seen.append({ops for ops in _cuda.FASTER.values()}) or []  # noqa: E731
+    look = lambda *_: seen.append({ops for ops in native.FASTER.values()}) or []  # noqa: E731
 
     def start(here):
         look()
         return measure.Running(look, [None], look)
 
-    monkeypatch.setattr(_cuda, "module", object())
-    before, ops = dict(_cuda.FASTER), frozenset({"outer", "verify"})
+    monkeypatch.setattr(native, "module", object())
+    before, ops = dict(native.FASTER), frozenset({"outer", "verify"})
     it = cases.with_bodies(start, ops)(None)
     it.check()
     it.run(None)
-    assert seen == [{ops}] * 3 and before == _cuda.FASTER
-    monkeypatch.setattr(_cuda, "module", None)
+    assert seen == [{ops}] * 3 and before == native.FASTER
+    monkeypatch.setattr(native, "module", None)
     cases.with_bodies(start, frozenset())(None)  # Triton's are always there
     with pytest.raises(measure.Unavailable, match="_C_cuda is not built"):
         cases.with_bodies(start, ops)(None)
@@ -441,7 +441,7 @@ def test_what_is_faster_at_every_shape_earns_its_place_and_then_a_step(tmp_path)
     sink.add("outer", "cuda", "forward", "time", cases.SMALL, [1.0])
     earned, lines = cases.twins(sink)
     assert earned == {"decode_loss"} and len(lines) == 5
-    assert lines[-1] == "earn a place in kernels/_cuda.FASTER (≥ 1.15 ×): decode_loss"
+    assert lines[-1] == "earn a place in kernels/native.FASTER (≥ 1.15 ×): decode_loss"
     assert any(line.startswith("verify ") and "1.10 ×" in line for line in lines)
     steps = [c for j in cases.jobs(sink=sink) for c in j.contenders if c.name.endswith("faster_bodies")]
     assert [c.note for c in steps] == ["cuda: decode_loss"]
@@ -489,13 +489,13 @@ def test_the_sanitizer_s_report_is_written_and_counts(monkeypatch, tmp_path, scr
 @pytest.mark.slow
 def test_what_the_sanitizer_runs_runs(capsys):
     from benchmarks.gpu import sanitizer
-    from sae_fast.kernels import _cuda
+    from sae_fast.kernels import native
 
-    before = dict(_cuda.FASTER)
+    before = dict(native.FASTER)
     try:
         sanitizer.small_ops("cpu")
     finally:
-        _cuda.FASTER.update(before)
+        native.FASTER.update(before)
     assert capsys.readouterr().out.startswith("ran ")
 
 

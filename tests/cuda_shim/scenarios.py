@@ -20,7 +20,7 @@ from helpers import same_bits, tensors_in
 
 import cuda_shim
 from sae_fast import use_backend
-from sae_fast.kernels import _cuda
+from sae_fast.kernels import native
 
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -70,7 +70,7 @@ SCENARIOS: dict[str, Callable] = {f.__name__: f for f in (decode_loss, one_row, 
 
 def results(scenario: Callable, path: Path) -> list[list[torch.Tensor]]:
     """Of every schedule."""
-    module = _cuda.module = cuda_shim.load_file(path)
+    module = native.module = cuda_shim.load_file(path)
     found = []
     with use_backend("cuda"):
         for schedule in range(module.schedules):

@@ -34,7 +34,7 @@ FLOORS = """
 FLOOR = {room: n for n, line in enumerate(FLOORS.strip().splitlines()) for room in line.split()}
 LINES, FUNCTION = 400, 60  # docstrings apart
 NO_NAME = re.compile(r"(How|Of|What|When|Where|Whether|Which|Who|Whose|Why)\b")  # with which no docstring begins
-TO_MEND = {"sae_fast.ops.dispatch: imports sae_fast.kernels._cuda"}
+TO_MEND = {"sae_fast.ops.dispatch: imports sae_fast.kernels.native"}
 
 
 class House:

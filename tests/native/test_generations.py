@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from sae_fast.kernels import _config, _cuda, _launch
+from sae_fast.kernels import _config, _launch, native
 from sae_fast.kernels._generations import GENERATIONS, nearest
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_cuda, "module", object())
+    monkeypatch.setattr(native, "module", object())
     monkeypatch.delenv("SAE_FAST_TUNING", raising=False)
     _config._of.cache_clear()
     return put
@@ -48,7 +48,7 @@ def test_the_nearest_generation_and_why(gpu, caplog, capability, takes, says):
     assert re.search(says, "".join(caplog.messages))
     for op, wanted in _config.SHIPPED[takes].items():
         assert _config.config(op) == wanted
-        assert _cuda.takes(op) is (op in GENERATIONS[takes].faster)
+        assert native.takes(op) is (op in GENERATIONS[takes].faster)
 
 
 def test_a_new_generation_is_taken_by_what_is_no_older(monkeypatch):
@@ -58,7 +58,7 @@ def test_a_new_generation_is_taken_by_what_is_no_older(monkeypatch):
 
 def test_every_generation_is_whole():
     """The same ops and keys in each: what is known of one is known of all."""
-    assert _config.SHIPPED.keys() == GENERATIONS.keys() == _cuda.FASTER.keys()
+    assert _config.SHIPPED.keys() == GENERATIONS.keys() == native.FASTER.keys()
     keys = [{op: set(values) for op, values in shipped.items()} for shipped in _config.SHIPPED.values()]
     assert all(each == keys[0] for each in keys)
 

@@ -14,7 +14,7 @@ from problems.cuda_decode_loss import DTYPES, STORAGE, B, D, F, problem, run
 from problems.triton_rows import DEVICE, run_losses
 
 from sae_fast.activations import named
-from sae_fast.kernels import _cuda
+from sae_fast.kernels import native
 
 SHIM = DEVICE == "cpu"
 
@@ -94,8 +94,8 @@ def test_every_schedule_gives_the_same_bits(dtype):
     code, arguments = problem(2, 3, (dtype, dtype), shape=(4, D, 120))
     step = dict(u=code.u, scale=arguments[3], step=True)
     results = []
-    for schedule in range(_cuda.module.schedules):
-        _cuda.module.set_schedule(schedule)
+    for schedule in range(native.module.schedules):
+        native.module.set_schedule(schedule)
         results.append(run(code, arguments, **step))
     for other in results[1:]:
         assert_same_bits(other, results[0])

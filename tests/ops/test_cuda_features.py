@@ -30,7 +30,7 @@ from problems.triton_features import (
 import sae_fast as sf
 from sae_fast import ops, use_backend
 from sae_fast.code import RowGradient, Rows, Shadow
-from sae_fast.kernels import _config, _cuda
+from sae_fast.kernels import _config, native
 from sae_fast.kernels import round as round_kernels
 from sae_fast.kernels import weight_step as step_kernels
 
@@ -64,8 +64,8 @@ def misaligned(t: torch.Tensor) -> torch.Tensor:
 def every_schedule(run):
     """What ``run`` gives, which is the same to the last bit however the threads take turns."""
     first = run()
-    for schedule in range(1, _cuda.module.schedules if SHIM else 1):
-        _cuda.module.set_schedule(schedule)
+    for schedule in range(1, native.module.schedules if SHIM else 1):
+        native.module.set_schedule(schedule)
         assert_same_bits(first, run())
     return first
 
@@ -294,7 +294,7 @@ def test_what_the_kernels_cannot_take_says_why(monkeypatch):
     with pytest.raises(ValueError, match="float32 weights"):
         gradient = replace(gradient_of(step), values=there([step.values[0].half()]), A=there([step.A[0].half()]))
         ops.weight_step(half, half.clone(), state.last_step, gradient, **ADAM)
-    monkeypatch.setattr(_cuda, "module", None)
+    monkeypatch.setattr(native, "module", None)
     for run in (lambda: stepped(step, False), lambda: ops.outer(*arguments(step, torch.float32))):
         with pytest.raises(ValueError, match="is not built"):
             run()
@@ -332,6 +332,6 @@ def test_a_trainer_follows_the_forced_backend(cuda_calls, monkeypatch):
     trainer.step(data[2])
     trainer.wait()
     assert cuda_calls
-    monkeypatch.setattr(_cuda, "module", None)
+    monkeypatch.setattr(native, "module", None)
     with pytest.raises(ValueError, match="_C_cuda is not built"):
         trainer.step(data[0])

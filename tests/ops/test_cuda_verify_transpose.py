@@ -17,7 +17,7 @@ from problems.triton_encode import SMALL, home, moved, on, set_tiles
 
 from sae_fast import ops, use_backend
 from sae_fast.code import SparseCode, Transposed
-from sae_fast.kernels import _cuda
+from sae_fast.kernels import native
 from sae_fast.kernels import round as rounding
 from sae_fast.kernels import transpose as transpose_kernels
 
@@ -34,14 +34,14 @@ def small_tiles(cuda_calls, monkeypatch):
 def under_every_schedule(run):
     """What ``run`` gives, the same bits whichever thread goes first; on a GPU, again and again."""
     results = []
-    for schedule in range(getattr(_cuda.module, "schedules", 3)):
-        if hasattr(_cuda.module, "set_schedule"):
-            _cuda.module.set_schedule(schedule)
+    for schedule in range(getattr(native.module, "schedules", 3)):
+        if hasattr(native.module, "set_schedule"):
+            native.module.set_schedule(schedule)
         try:
             results.append(run())
         finally:
-            if hasattr(_cuda.module, "set_schedule"):
-                _cuda.module.set_schedule(0)
+            if hasattr(native.module, "set_schedule"):
+                native.module.set_schedule(0)
         assert_same_bits(results[0], results[-1])
     return results[0]
 
