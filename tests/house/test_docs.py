@@ -42,3 +42,12 @@ def test_every_make_target_that_a_document_names_exists(document):
     targets = set(re.findall(r"`make ([a-z-]+)[^`]*`", document.read_text(encoding="utf-8")))
     made = set(re.findall(r"^([a-z -]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert targets - {name for line in made for name in line.split()} == set()
+
+
+def test_the_glossarys_words_are_in_the_files_that_it_names():
+    entries = re.split(r"^- ", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+    assert len(entries) > 20
+    for entry in entries:
+        text = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in re.findall(r"`([\w/]+\.py)`", entry))
+        words = [word.replace(" ", ".") for word in re.findall(r"\*\*(.+?)\*\*", entry)]
+        assert [word for word in words if not re.search(word, text, flags=re.I)] == [], entry

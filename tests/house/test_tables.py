@@ -25,8 +25,8 @@ NOT_MEASURED = {  # what looks like it and is none: sizes of what is kept, limit
         "0.7 GB": "the activations that the demo keeps: tokens × 384 × 4 bytes",
         "8 minutes": "the limit that make gpu sets itself",
         "3 %": "the density from which a GPU's step is dense, GPU_DENSE",
-        "2 GB": "the packages that .venv-peers installs",
     },
+    "developing.md": {"2 GB": "the packages that .venv-peers installs"},
     "kernels.md": {
         "34 MB": "128 columns of the large W",
         "17 MB": "512 columns of a large batch",
