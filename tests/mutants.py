@@ -347,8 +347,8 @@ GROUPS["native"] = [
     Mutant("C++ screen: the outliers' residual is left out", "csrc/cpu/screen.cpp",
            "s.terms[Screen::w_outliers] * ::sqrt(outlier2)", "s.terms[Screen::w_outliers] * 0.0",
            "test_screen.py::test_each_term_of_the_bound_alone_keeps_its_members"),
-    Mutant("C++ activate: at its threshold a feature fires", "csrc/cpu/activate.cpp",
-           "pi <= a.threshold[i] ? 0.0f", "pi < a.threshold[i] ? 0.0f",
+    Mutant("C++ JumpReLU: at its threshold a feature fires", "csrc/include/sae_fast/activation.hpp",
+           "pi <= first() ? 0.0f", "pi < first() ? 0.0f",
            "test_encode.py::test_ties_at_a_jumprelu_threshold_are_not_members"),
     Mutant("CUDA weight_step: a zero row is divided by nothing", "csrc/include/sae_fast/cuda/weight_step.cuh",
            "dots[0] > 0.0f ? __fdiv_rn(dots[1], dots[0]) : 0.0f", "__fdiv_rn(dots[1], dots[0])",
@@ -416,7 +416,8 @@ def verdict(mutant: Mutant) -> tuple[str, str, float]:
         root, out = Path(temporary) / "tree", Path(temporary) / "said"
         shutil.copytree(ROOT, root, symlinks=True, ignore=SKIPPED)
         mutate(mutant, root)
-        said = build(root) if mutant.file.startswith("csrc/cpu") else ""
+        of_engine = mutant.file.startswith("csrc") and "cuda" not in mutant.file
+        said = build(root) if of_engine else ""
         code = None if said else run(root, [name_in(root, argument) for argument in shlex.split(mutant.tests)], out)
         said = said or out.read_text(errors="replace")
     lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))] or said.splitlines() or [""]
