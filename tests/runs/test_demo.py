@@ -83,13 +83,15 @@ def test_training_is_repeatable(store, result):
     assert again.held_out.compute() == result.held_out.compute()
 
 
-def test_scaling_an_sae_scales_its_reconstruction():
-    sae = sf.GatedSAE(6, 20, seed=0)
+@pytest.mark.parametrize("cls", [sf.GatedSAE, sf.JumpReluSAE])
+def test_scaling_an_sae_scales_its_reconstruction(cls):
+    sae = cls(6, 20, seed=0)
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     sae.calibrate_(x, 5)
     with torch.no_grad():
         sae.b_dec.normal_(generator=torch.Generator().manual_seed(1))
-        sae.r_mag.normal_(generator=torch.Generator().manual_seed(2))
+        other = sae.r_mag if cls is sf.GatedSAE else sae.threshold
+        other.normal_(generator=torch.Generator().manual_seed(2))
     f, x_hat = sae.encode(x), sae(x)
     scale_(sae, 4.0)  # a power of two: exact
     assert torch.equal(sae.encode(4 * x), 4 * f)
