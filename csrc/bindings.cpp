@@ -7,6 +7,7 @@
 #include "host/isas.hpp"
 #include "host/largest.hpp"
 #include "host/sound.hpp"
+#include "sae_fast/activation.hpp"
 
 using namespace sae_fast;
 
@@ -122,10 +123,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("screen_terms") = static_cast<int>(Screen::n_terms);
   m.attr("screen_pieces") = Screen::kPieces;
   m.attr("screen_margins") = Screen::kMargins;
-  py::enum_<Activation>(m, "Activation")
-      .value("gated", Activation::gated)
-      .value("relu", Activation::relu)
-      .value("jumprelu", Activation::jumprelu);
+  py::enum_<Activation> activations(m, "Activation");
+#define VALUE(name, number, Struct) activations.value(#name, Activation::name);
+  SAE_FAST_ACTIVATIONS(VALUE) VALUE(relu, 1, Relu)
+#undef VALUE
 
 #define KERNEL(Result, name, fields) define(m, #name, &Kernels::name);
 #define TILE(name, fields) define(tiles, #name, &Tiles::name);

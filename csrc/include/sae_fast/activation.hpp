@@ -1,5 +1,5 @@
-// The activations, for host and device, by their numbers in sae_fast/activations: a struct each, and its line in
-// with_activation.  pi = u + bias, positive = relu(pi); `first` and `second` give an entry's element of the activation's
+// The activations, for host and device, by their numbers in sae_fast/activations: a struct each, and its place in
+// SAE_FAST_ACTIVATIONS.  pi = u + bias, positive = relu(pi); `first` and `second` give an entry's element of the activation's
 // vectors.
 #pragma once
 #include "sae_fast/types.hpp"
@@ -10,7 +10,15 @@
 #define SAE_FAST_INLINE inline
 #endif
 
+// All but relu, which is asked for last.
+#define SAE_FAST_ACTIVATIONS(EACH) EACH(gated, 0, Gated) EACH(jumprelu, 2, JumpRelu)
+
 namespace sae_fast {
+
+#define NUMBER(name, number, Struct) name = number,
+enum class Activation : int { SAE_FAST_ACTIVATIONS(NUMBER) relu = 1 };
+#undef NUMBER
+
 namespace {  // an instruction set's, or the GPU's, own
 
 struct Pulled {  // gradients of u, of the bias and of what the vectors are made from
@@ -64,8 +72,9 @@ struct JumpRelu : Relu {  // first: the threshold
 // use(the activation of a kind)
 template <class Use>
 SAE_FAST_INLINE void with_activation(Activation kind, const Use& use) {
-  if (kind == Activation::gated) return use(Gated());
-  if (kind == Activation::jumprelu) return use(JumpRelu());
+#define USE(name, number, Struct) if (kind == Activation::name) return use(Struct());
+  SAE_FAST_ACTIVATIONS(USE)
+#undef USE
   use(Relu());
 }
 

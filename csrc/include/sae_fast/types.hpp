@@ -72,6 +72,6 @@ struct Layer {  // what a tile of features is decided by; W, bias and cut (or nu
 constexpr int64_t kSlack = 16;  // entries past the last that compact writes: it stores whole vectors
 constexpr int64_t kRun = 2048;  // entries of a feature that are summed in one go: gradient_row.hpp
 
-enum class Activation : int { gated = 0, relu = 1, jumprelu = 2 };
+enum class Activation : int;  // activation.hpp
 
 }  // namespace sae_fast
