@@ -353,8 +353,9 @@ GROUPS["native"] = [
     Mutant("CUDA weight_step: a zero row is divided by nothing", "csrc/include/sae_fast/cuda/weight_step.cuh",
            "dots[0] > 0.0f ? __fdiv_rn(dots[1], dots[0]) : 0.0f", "__fdiv_rn(dots[1], dots[0])",
            "test_weight_step.py::test_a_zero_row_with_unit_rows_stays_finite -k cuda"),
-    Mutant("CUDA verify: NaN counts as nothing", "csrc/include/sae_fast/cuda/verify.cuh",
-           "return a <= 0.0f ? 0.0f : a; }", "return a > 0.0f ? a : 0.0f; }", "test_cuda_verify_transpose.py"),
+    Mutant("C++ ReLU: NaN counts as nothing", "csrc/include/sae_fast/activation.hpp",
+           "return a <= 0.0f ? 0.0f : a; }", "return a > 0.0f ? a : 0.0f; }",
+           "test_encode.py::test_a_nan_preactivation_is_a_member_with_nan_values -k cpu"),
 ]  # fmt: skip
 ON_REQUEST = ("peers", "native")
 
