@@ -23,14 +23,9 @@ PYBIND11_MODULE(SAE_FAST_CUDA_MODULE, m) {
   m.attr("counted_rows") = kCountedRows;
   m.attr("step_columns") = kStepColumns;
   m.attr("unit_columns") = kUnitColumns;
-  m.def("residuals", &residuals, release());
-  m.def("finish", &finish, release());
-  m.def("verify", &verify, release());
-  m.def("transpose_count", &transpose_count, release());
-  m.def("transpose_place", &transpose_place, release());
-  m.def("partials", &partials, release());
-  m.def("outer", &outer, release());
-  m.def("weight_step", &weight_step, release());
+#define DEFINE(name) m.def(#name, &name, release());
+  SAE_FAST_CUDA_FUNCTIONS(DEFINE)
+#undef DEFINE
 #ifdef SAE_FAST_SHIM
   m.def("set_schedule", [](int which) { sae_fast::shim::Block::schedule() = which; });
   m.attr("schedules") = static_cast<int>(sae_fast::shim::n_schedules);

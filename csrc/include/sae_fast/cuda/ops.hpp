@@ -40,5 +40,9 @@ void transpose_count(Address begin, Address end, Address indices, Address counts
 void transpose_place(Address begin, Address end, Address indices, Address counts, Address colptr, Address rows, Address perm,
                      int64_t B, int64_t features, int64_t chunks, Address stream);
 
+#define SAE_FAST_CUDA_FUNCTIONS(EACH) \
+  EACH(residuals) EACH(finish) EACH(partials) EACH(outer) EACH(weight_step) EACH(verify) EACH(transpose_count) \
+  EACH(transpose_place)
+
 }  // namespace gpu
 }  // namespace sae_fast
