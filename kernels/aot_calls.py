@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from sae_fast.activations import named
-from sae_fast.code import Layer, RowGradient, Rows, Shadow
+from sae_fast.code import Layer, RowGradient, Rows, Shadow, Transposed
 from sae_fast.kernels import _config, _launch
 
 
@@ -104,17 +104,16 @@ def decode(s: Size) -> None:
 
 
 def decode_loss(s: Size) -> None:
-    from sae_fast.kernels.decode_loss import StepOutputs, decode_loss, scratch
+    from sae_fast.kernels.decode_loss import Outputs, StepOutputs, decode_loss
 
     entries, weight = s.of(s.entries), s.of(s.F)
     for kind in (named("relu"), named("gated")):
         V, layer = kind.value_sets, Layer(s.W(), weight, kind, (weight,) * len(kind.parameters))
         step = StepOutputs(layer, entries, entries, meta(s.entries, 4), entries)
         for outputs in (None, step) if s.dtype == torch.float32 else (None,):  # a Trainer's weights are float32
-            decode_loss(
-                *s.rows(), s.of(V, s.entries), s.W(), s.of(s.d), s.x(), weight, float(s.B), s.of(V, s.B, s.d),
-                *scratch(V, s.B, s.d, s.entries, "meta"), meta(s.B, 3), s.of(V, s.entries), outputs,
-            )  # fmt: skip
+            values = s.of(V, s.entries)
+            decoded = s.W(), s.of(s.d), s.x(), weight, float(s.B), Outputs.of(values, s.x())
+            decode_loss((*s.rows(), values), *decoded, outputs)
 
 
 def sampled_dots(s: Size) -> None:
@@ -124,9 +123,9 @@ def sampled_dots(s: Size) -> None:
 
 
 def transpose(s: Size) -> None:
-    from sae_fast.kernels.transpose import scratch, transpose
+    from sae_fast.kernels.transpose import transpose
 
-    transpose(*s.rows(), s.F, *s.by_feature(), *scratch(s.B, s.F, "meta"))
+    transpose(*s.rows(), Transposed(*s.by_feature()))
 
 
 def outer(s: Size) -> None:

@@ -114,40 +114,48 @@ def _finish(
     tl.store(losses_ptr + 2, sum_over_slices(squares_ptr + 1, 2, slices, always) if V == 2 else tl.zeros((1,), tl.float32))
 
 
-def scratch(V: int, B: int, d: int, C: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """The partials and squares of :func:`decode_loss`."""
-    cuda = native.takes("decode_loss")
-    slices = cdiv(d, native.module.residual_columns if cuda else config("decode_loss")["columns"])
-    sizes = (V, slices, C), (B, slices, 2)
-    partials, squares = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
-    return partials, squares
+class Outputs(NamedTuple):
+    """Written by :func:`decode_loss`: residuals [V, B, d], grads [V, C], and in float32 losses [B, 3], whose sum over rows
+    is to be divided by the normaliser."""
+
+    residuals: Tensor
+    grads: Tensor
+    losses: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, target: Tensor) -> Outputs:
+        """Memory for them, for a code's values [V, C]."""
+        V, (B, d) = values.shape[0], target.shape
+        losses = torch.empty(B, 3, dtype=torch.float32, device=target.device)
+        return cls(target.new_empty(V, B, d), torch.empty_like(values), losses)
 
 
 def decode_loss(
-    begin: Tensor, end: Tensor, indices: Tensor, values: Tensor, W: Tensor, b_dec: Tensor, target: Tensor,
-    sparsity_weight: Tensor, normaliser: float, residuals: Tensor, partials: Tensor, squares: Tensor, losses_rows: Tensor,
-    grads: Tensor, step: StepOutputs | None = None,
+    code: tuple[Tensor, Tensor, Tensor, Tensor], W: Tensor, b_dec: Tensor, target: Tensor, sparsity_weight: Tensor,
+    normaliser: float, out: Outputs, step: StepOutputs | None = None,
 ) -> None:  # fmt: skip
-    """As ops.decode_loss on values [V, C]: residuals [V, B, d], grads [V, C], and in float32 losses_rows [B, 3], whose sum
-    over rows is to be divided by the normaliser."""
-    c = config("decode_loss")
-    (V, rows, d), slices = residuals.shape, squares.shape[1]
+    """As ops.decode_loss.  ``code``: begin, end, indices and values [V, C]."""
+    c, cuda = config("decode_loss"), native.takes("decode_loss")
+    (residuals, grads, losses), (_, _, indices, values) = out, code
+    (V, rows, d), capacity = residuals.shape, indices.shape[0]
+    slices = cdiv(d, native.module.residual_columns if cuda else c["columns"])
+    sizes = (V, slices, capacity), (rows, slices, 2)
+    partials, squares = (torch.empty(size, dtype=torch.float32, device=W.device) for size in sizes)
     vectors, kind = ((None, None), 0) if step is None else (step.layer.vector_slots(), step.layer.activation.native)
     u, *written = (None, None, None, None) if step is None else (step.u, step.delta, step.entries, step.decoder)
-    if native.takes("decode_loss"):
-        code, capacity = (begin, end, indices, values), indices.shape[0]
+    if cuda:
         native.call("residuals", W.dtype, target.dtype, V, *code, W, b_dec, target, residuals, partials, squares, rows, d,
                    slices, capacity)  # fmt: skip
-        native.call("finish", W.dtype, V, kind, *code, sparsity_weight, partials, squares, losses_rows, grads,
+        native.call("finish", W.dtype, V, kind, *code, sparsity_weight, partials, squares, losses, grads,
                    u, vectors[0], *written, rows, slices, capacity, float(normaliser))  # fmt: skip
         return
     launch(
-        _residuals, (rows, slices), begin, end, indices, values, W, b_dec, target, residuals, partials, squares, rows,
+        _residuals, (rows, slices), *code, W, b_dec, target, residuals, partials, squares, rows,
         slices, d, values.stride(0), *partials.stride()[:2], V=V, ENTRIES=c["entries"], COLUMNS=c["columns"],
         num_warps=max(1, c["columns"] // 256),  # a dot within a warp: no barrier
     )  # fmt: skip
     launch(
-        _finish, (rows,), begin, end, indices, values, sparsity_weight, partials, squares, losses_rows, grads,
+        _finish, (rows,), *code, sparsity_weight, partials, squares, losses, grads,
         u, *vectors, *written, 2.0 / normaliser, 1.0 / normaliser, slices, values.stride(0), grads.stride(0),
         *partials.stride()[:2], V=V, KIND=kind, ENTRIES=c["finish"], num_warps=1,
     )  # fmt: skip

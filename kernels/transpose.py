@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_fast.code import Transposed
 from sae_fast.kernels import native
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
@@ -69,27 +70,20 @@ def _place(
         tl.store(perm_ptr + to, at, mask=live)
 
 
-def scratch(B: int, features: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """marks and bases [ceil(B / 32), F] int32, or counts [ceil(B / 256), F] and nothing: memory for a transpose by the same
-    body; it need not be initialised."""
-    chunks = (cdiv(B, native.module.counted_rows), 0) if native.takes("transpose") else (cdiv(B, 32),) * 2
-    marks, bases = (torch.empty(n, features, dtype=torch.int32, device=device) for n in chunks)
-    return marks, bases
-
-
-def transpose(
-    begin: Tensor, end: Tensor, indices: Tensor, features: int, colptr: Tensor, rows: Tensor, perm: Tensor, marks: Tensor,
-    bases: Tensor,
-) -> None:  # fmt: skip
-    """colptr [F + 1] int64, and the first colptr[F] of rows [C] int32 and perm [C] int64, the positions in indices [C]."""
-    c = config("transpose")
-    B, chunks = begin.shape[0], marks.shape[0]
-    if native.takes("transpose"):
+def transpose(begin: Tensor, end: Tensor, indices: Tensor, csc: Transposed) -> None:
+    """Fills csc with a code's indices [C], row b's at begin[b] .. end[b]: all of colptr [F + 1], and the first colptr[F] of
+    rows and perm [C], which are positions in indices."""
+    (colptr, rows, perm), c, cuda = csc.parts(), config("transpose"), native.takes("transpose")
+    B, features = begin.shape[0], colptr.shape[0] - 1
+    chunks = cdiv(B, native.module.counted_rows if cuda else 32)
+    marks = torch.empty(chunks, features, dtype=torch.int32, device=indices.device)  # the CUDA kernel's counts
+    if cuda:
         code, sizes = (begin, end, indices, marks, colptr), (B, features, chunks)
         native.call("transpose_count", *code, *sizes)
         colptr.cumsum_(0)
         native.call("transpose_place", *code, rows, perm, *sizes)
         return
+    bases = torch.empty_like(marks)
     by_row = {"ENTRIES": c["entries"], "num_warps": c["warps"]}
     marks.zero_()
     colptr.zero_()

@@ -32,6 +32,12 @@ class Transposed:
     rows: Tensor
     perm: Tensor
 
+    @classmethod
+    def empty(cls, features: int, indices: Tensor) -> Transposed:
+        """Memory for a code with these indices."""
+        colptr = torch.empty(features + 1, dtype=torch.int64, device=indices.device)
+        return cls(colptr, torch.empty_like(indices), torch.empty_like(indices, dtype=torch.int64))
+
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """An op's arguments."""
         return self.colptr, self.rows, self.perm

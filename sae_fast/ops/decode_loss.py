@@ -154,16 +154,10 @@ def _gpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normali
     indptr, indices, values, W_dec, b_dec, target, sparsity_weight = contiguous(
         indptr, indices, values, W_dec, b_dec, target, sparsity_weight
     )
-    (rows, d), V = target.shape, values.shape[0]
-    residuals, grads = target.new_empty(V, rows, d), torch.empty_like(values)
-    partials, squares = kernel.scratch(V, rows, d, indices.shape[0], target.device)
-    losses = torch.empty(rows, 3, dtype=torch.float32, device=target.device)
-    kernel.decode_loss(
-        indptr[:-1], indptr[1:], indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, residuals, partials,
-        squares, losses, grads,
-    )  # fmt: skip
-    losses = losses.sum(0, dtype=torch.float64).div_(normaliser).to(target.dtype)
-    return losses, *_split(residuals), grads
+    code, out = (indptr[:-1], indptr[1:], indices, values), kernel.Outputs.of(values, target)
+    kernel.decode_loss(code, W_dec, b_dec, target, sparsity_weight, normaliser, out)
+    losses = out.losses.sum(0, dtype=torch.float64).div_(normaliser).to(target.dtype)
+    return losses, *_split(out.residuals), out.grads
 
 
 def _reference(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):

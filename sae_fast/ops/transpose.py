@@ -60,11 +60,9 @@ def _gpu(indptr, indices, features):
     from sae_fast.kernels import transpose as kernels
 
     indptr, indices = contiguous(indptr, indices)
-    colptr = indptr.new_empty(features + 1)
-    rows, perm = torch.empty_like(indices), indptr.new_empty(indices.shape[0])
-    scratch = kernels.scratch(indptr.shape[0] - 1, features, indptr.device)
-    kernels.transpose(indptr[:-1], indptr[1:], indices, features, colptr, rows, perm, *scratch)
-    return colptr, rows, perm
+    csc = Transposed.empty(features, indices)
+    kernels.transpose(indptr[:-1], indptr[1:], indices, csc)
+    return csc.parts()
 
 
 def _reference(indptr, indices, features):

@@ -13,13 +13,11 @@ from sae_fast import gradients, nn
 from sae_fast.code import Layer, RowGradient, Rows, Shadow, Transposed
 from sae_fast.gradients import Decoder, Entries, Objective
 from sae_fast.kernels.compact import Gapped
-from sae_fast.kernels.decode_loss import StepOutputs, decode_loss
-from sae_fast.kernels.decode_loss import scratch as loss_scratch
+from sae_fast.kernels.decode_loss import Outputs, StepOutputs, decode_loss
 from sae_fast.kernels.encode import Screened, candidates, members
 from sae_fast.kernels.flag import NOT_FINITE_LOSS
 from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
 from sae_fast.kernels.outer import Runs, outer, runs
-from sae_fast.kernels.transpose import scratch as transpose_scratch
 from sae_fast.kernels.transpose import transpose
 from sae_fast.kernels.weight_step import Update, new_adam, row_step, set_adam, weight_step
 from sae_fast.ops.dispatch import without_autocast
@@ -36,24 +34,18 @@ class DeviceKernels:
         self.runs: Runs | None = None
 
     def entries(self, code: Gapped, layer: Layer, decoder: Decoder, target: Tensor, weight: Tensor) -> Entries:
-        (B, d), (V, C), device = target.shape, code.values.shape, target.device
-        residuals, grads, losses = (self.ones.new_empty(size) for size in ((V, B, d), (V, C), (B, 3)))
+        B, C = target.shape[0], code.values.shape[1]
         delta, weights = self.ones.new_zeros(2, C)  # zeros in the gaps
-        outputs = StepOutputs(layer, code.u, delta, self.ones.new_empty(C, 4), weights)
-        decode_loss(
-            code.begin, code.end, code.indices, code.values, decoder.W, decoder.b, target, weight, float(B), residuals,
-            *loss_scratch(V, B, d, C, device), losses, grads, outputs,
-        )  # fmt: skip
-        return Entries(losses.sum(0, dtype=torch.float64) / B, tuple(residuals), delta, outputs.entries, weights)
+        step, out = StepOutputs(layer, code.u, delta, self.ones.new_empty(C, 4), weights), Outputs.of(code.values, target)
+        of_code = code.begin, code.end, code.indices, code.values
+        decode_loss(of_code, decoder.W, decoder.b, target, weight, float(B), out, step)
+        return Entries(out.losses.sum(0, dtype=torch.float64) / B, tuple(out.residuals), delta, step.entries, weights)
 
     def transpose(self, code: Gapped) -> Transposed:
-        capacity, device = code.indices.shape[0], code.indices.device
-        colptr = torch.empty(self.features + 1, dtype=torch.int64, device=device)
-        rows, perm = torch.empty_like(code.indices), torch.empty(capacity, dtype=torch.int64, device=device)
-        scratch = transpose_scratch(code.begin.shape[0], self.features, device)
-        transpose(code.begin, code.end, code.indices, self.features, colptr, rows, perm, *scratch)
-        self.runs = runs(colptr, capacity)
-        return Transposed(colptr, rows, perm)
+        csc = Transposed.empty(self.features, code.indices)
+        transpose(code.begin, code.end, code.indices, csc)
+        self.runs = runs(csc.colptr, code.indices.shape[0])
+        return csc
 
     def sums(self, csc: Transposed, columns: Tensor, also: Tensor | None, rows: int) -> list[Tensor]:
         found: list[Tensor] = []

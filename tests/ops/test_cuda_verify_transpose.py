@@ -299,8 +299,7 @@ def gapped_transpose(code: SparseCode) -> tuple[Transposed, Tensor]:
     indices[position] = code.indices
     colptr = on(torch.full((code.d_sae + 1,), GUARD, dtype=torch.int64))
     rows, perm = on(torch.full_like(indices, GUARD)), on(torch.full(indices.shape, GUARD, dtype=torch.int64))
-    scratch = transpose_kernels.scratch(code.batch, code.d_sae, DEVICE)
-    transpose_kernels.transpose(on(begin), on(begin + counts), on(indices), code.d_sae, colptr, rows, perm, *scratch)
+    transpose_kernels.transpose(on(begin), on(begin + counts), on(indices), Transposed(colptr, rows, perm))
     return Transposed(colptr.cpu(), rows.cpu(), perm.cpu()), position
 
 

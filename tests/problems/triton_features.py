@@ -96,9 +96,9 @@ class Gapped:
         colptr = torch.empty(features + 1, dtype=torch.int64, device=DEVICE)
         rows = torch.full((self.capacity,), -(2**30), dtype=torch.int32, device=DEVICE)
         perm = torch.full((self.capacity,), -(2**60), dtype=torch.int64, device=DEVICE)
-        scratch = transpose_kernels.scratch(begin.shape[0], features, DEVICE)
-        transpose_kernels.transpose(begin, end, indices, features, colptr, rows, perm, *scratch)
-        return Transposed(colptr, rows, perm)
+        csc = Transposed(colptr, rows, perm)
+        transpose_kernels.transpose(begin, end, indices, csc)
+        return csc
 
 
 def gradient_rows(step: Step, dtype: torch.dtype) -> torch.Tensor:

@@ -71,7 +71,6 @@ def run_gapped(gapped: Gapped, W, b_dec, target, weight, normaliser, u=None, sca
     V, (rows, d), dtype = gapped.values.shape[0], target.shape, W.dtype
     residuals = torch.empty(V, rows, d, device=DEVICE, dtype=dtype)
     losses = torch.empty(rows, 3, device=DEVICE)
-    partials, squares = decode_loss_kernel.scratch(V, rows, d, gapped.capacity, DEVICE)
     grads, delta, decoder = gapped.blank(V, dtype=dtype), gapped.blank(dtype=dtype), gapped.blank(dtype=dtype)
     entries = torch.full((gapped.capacity, 4), -7.0, dtype=dtype, device=DEVICE)
     outputs = None
@@ -79,9 +78,10 @@ def run_gapped(gapped: Gapped, W, b_dec, target, weight, normaliser, u=None, sca
         kind = named("relu" if V == 1 else "gated")
         layer = Layer(W, b_dec, kind, () if V == 1 else (scale.to(DEVICE), scale.to(DEVICE)))
         outputs = decode_loss_kernel.StepOutputs(layer, gapped.spread(u), delta, entries, decoder)
-    decode_loss_kernel.decode_loss(
-        gapped.begin, gapped.end, gapped.indices, gapped.values, *on_device(W, b_dec, target, weight), normaliser,
-        residuals, partials, squares, losses, grads, outputs,
-    )  # fmt: skip
+    code, out = (
+        (gapped.begin, gapped.end, gapped.indices, gapped.values),
+        decode_loss_kernel.Outputs(residuals, grads, losses),
+    )
+    decode_loss_kernel.decode_loss(code, *on_device(W, b_dec, target, weight), normaliser, out, outputs)
     between = [gapped.packed(t) for t in (grads, *((delta, entries.T, decoder) if step else ()))]
     return residuals.cpu(), losses.cpu(), *between
