@@ -23,9 +23,11 @@ def magnitude_of(KIND: tl.constexpr, u, pi, first_ptr, second_ptr, i, inside):
         magnitude = tl.where(pi <= 0, 0.0, _relu(scale * u + b_mag))
     elif KIND == 1:  # relu
         magnitude = _relu(pi)
-    else:  # jumprelu
+    elif KIND == 2:  # jumprelu
         threshold = tl.load(first_ptr + i, mask=inside, other=0.0).to(tl.float32)
         magnitude = tl.where(pi <= threshold, 0.0, _relu(pi))
+    else:
+        tl.static_assert(False, "an activation without its magnitudes")
     return magnitude
 
 
@@ -42,6 +44,8 @@ def pullback_of(KIND: tl.constexpr, u, g_mag, g_gate, first_ptr, second_ptr, i, 
     if KIND == 0:  # gated
         scaled = g_mag * tl.load(first_ptr + i, mask=inside, other=0.0).to(tl.float32)
         delta, bias, first, second = g_gate + scaled, g_gate, scaled * u, g_mag
-    else:  # relu, jumprelu
+    elif KIND <= 2:  # relu, jumprelu
         delta, bias, first, second = g_mag, g_mag, tl.zeros_like(g_mag), tl.zeros_like(g_mag)
+    else:
+        tl.static_assert(False, "an activation without its pullback")
     return delta, bias, first, second

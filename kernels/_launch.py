@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from sae_fast.devices import on_device
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once, when a kernel is defined
 
@@ -48,11 +49,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         return
     with on_device(next(a.device for a in arguments if isinstance(a, Tensor))):
         kernel[grid](*arguments, **options)
-
-
-def on_device(device: torch.device) -> AbstractContextManager:
-    """Launches, events and captures are of the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def cdiv(a: int, b: int) -> int:

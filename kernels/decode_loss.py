@@ -124,10 +124,10 @@ class Outputs(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, target: Tensor) -> Outputs:
-        """Memory for them, for a code's values [V, C]."""
+        """Memory for them, for a code's values [V, C]; the target may be in 16 bits."""
         V, (B, d) = values.shape[0], target.shape
         losses = torch.empty(B, 3, dtype=torch.float32, device=target.device)
-        return cls(target.new_empty(V, B, d), torch.empty_like(values), losses)
+        return cls(values.new_empty(V, B, d), torch.empty_like(values), losses)
 
 
 def decode_loss(

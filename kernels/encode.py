@@ -47,7 +47,7 @@ def candidates(
 
 
 def members(x: Tensor, layer: Layer, screened: Screened, capacity: int, flag: Tensor, exact: bool) -> Gapped:
-    """The code of centred rows x [B, d].  Rows whose candidates do not fit set bit 0 of ``flag`` and stay empty."""
+    """The code of centred rows x [B, d].  Rows whose candidates do not fit set OVERFLOW in ``flag`` and stay empty."""
     device = x.device
     found = torch.empty(capacity, dtype=torch.int32, device=device)
     compact.compact(screened.mask, layer.W.shape[0], screened.begin, screened.end, found, flag)

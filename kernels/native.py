@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_fast import backend
+from sae_fast.devices import on_device
 from sae_fast.kernels import _config, _launch
 from sae_fast.kernels._generations import GENERATIONS
 
@@ -30,7 +31,7 @@ def takes(op: str) -> bool:
 def call(name: str, *arguments: Any) -> None:
     """A function of the module on tensors (contiguous, or None), dtypes and numbers, on their device's current stream."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    with _launch.on_device(device):
+    with on_device(device):
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         getattr(module, name)(*map(_native, arguments), stream)
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """In the block launches, events and captures are of this device, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def usable(device: str | torch.device | None = None, name: str = "device") -> torch.device:

@@ -103,7 +103,8 @@ def weighted_rows(weights: Tensor, W: Tensor) -> Tensor:
 
 class Entries(NamedTuple):
     """Losses and gradients on the entries of a code.  losses [3]; residuals: a [B, d_out] for each value set; delta
-    [nnz], the gradient of u; columns [nnz, 2 + P]: delta and the gradients of the bias and the activation's parameters;
+    [nnz], the gradient of u; columns [nnz, 2 + P or more]: delta and the gradients of the bias and the activation's
+    parameters;
     decoder [nnz]: the magnitudes times 2/B, the weights of the residuals in W_dec's gradient."""
 
     losses: Tensor
@@ -151,8 +152,9 @@ class HostKernels:
         n = target.shape[0]
         out = ops.decode_loss(code, decoder.W, decoder.b, target, weight, n)
         pulled = layer.activation.pullback(code.u, list(out.grads), code.indices, layer.vectors)
-        delta, *rest = (p for p in pulled if p is not None)
-        columns = torch.stack([delta, *rest], dim=1)
+        delta = pulled[0]
+        assert delta is not None
+        columns = torch.stack([torch.zeros_like(delta) if p is None else p for p in pulled], dim=1)
         residuals = (out.residual, out.residual_aux)[: code.values.shape[0]]
         return Entries(out.losses, residuals, delta, columns, code.magnitudes * (2 / n))
 
@@ -182,11 +184,10 @@ def of_step(
         residuals = residuals[:1]
     elif len(residuals) == 2:
         values.append(code.values[1] * (2 / n))
-    names = layer.activation.bias, *layer.activation.parameters
     through_decoder = torch.stack([r.sum(0) for r in residuals]).sum(0) * (2 / n)
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": RowGradient(csc, [entries.delta], [x_c]),
-        **dict(zip(names, sums, strict=False)),
+        **_of_parameters(layer, sums),
         "W_dec": RowGradient(csc, values, list(residuals), own),
         "b_dec": _b_dec(through_decoder, delta, layer, decoder),
     }
@@ -201,14 +202,20 @@ def of_dense_step(
     out = ops.dense_gradients(code, x_c, target, layer, decoder.W, decoder.b, weight, objective.stops_auxiliary)
     if objective.costs_norm:
         out.W_dec.addcmul_(objective.norm_cost(decoder.W, out.values, target.shape[0])[:, None], decoder.W)
-    names = layer.activation.bias, *layer.activation.parameters
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": out.W_enc,
-        **dict(zip(names, out.parameters, strict=False)),
+        **_of_parameters(layer, out.parameters),
         "W_dec": out.W_dec,
         "b_dec": _b_dec(out.residual, out.delta, layer, decoder),
     }
     return StepGradients(out.losses, out.errors, gradients)
+
+
+def _of_parameters(layer: Layer, sums: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The gradients of the bias and of the activation's parameters, from the sums of all of its slots."""
+    activation = layer.activation
+    by_name = dict(zip((activation.bias, *activation.parameters), sums, strict=False))
+    return {name: by_name[name] for name in (activation.bias, *activation.trained)}
 
 
 def _b_dec(through_decoder: Tensor, delta: Tensor, layer: Layer, decoder: Decoder) -> Tensor:

@@ -256,6 +256,9 @@ GROUPS["device"] = [
     Mutant("the device's b_dec without the encoder's part", "sae_fast/train/device_step.py",
            "Decoder(sae.W_dec, sae.b_dec)", "Decoder(sae.W_dec, sae.b_dec, False)",
            "test_device_runner.py::test_steps_are_as_close_to_float64_as_torchs_own_and_logged_as_the_cpu_engine_does"),
+    Mutant("residuals have the batch's 16 bits", "kernels/decode_loss.py",
+           "values.new_empty(V, B, d)", "target.new_empty(V, B, d)",
+           "test_device_runner.py::test_a_batch_in_16_bits_trains_like_its_numbers"),
     Mutant("a step under way is lost when one before it is repeated", "sae_fast/train/device_steps.py",
            "for again in rest:", "for again in rest[:1]:",
            "test_device_runner.py::test_a_step_that_found_too_little_room_is_repeated_with_more "

@@ -22,6 +22,7 @@ class Activation(ABC):
     native: int  # its number in C++, CUDA and Triton, for good
     bias: str  # the name of the parameter [F] that is added to u
     parameters: tuple[str, ...] = ()  # the names of the others [F], at most two
+    trained: tuple[str, ...] = ()  # of the parameters: those that have a gradient
     value_sets: int = 1  # V: magnitudes, and gates if 2
     scaled_by_norm: tuple[str, ...] = ()  # of the parameters: those that are multiplied by n where w and bias are
 

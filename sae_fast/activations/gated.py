@@ -17,7 +17,8 @@ class Gated(Activation):
     """
 
     name, native, value_sets = "gated", 0, 2
-    bias, parameters, scaled_by_norm = "b_gate", ("r_mag", "b_mag"), ("b_mag",)
+    bias, scaled_by_norm = "b_gate", ("b_mag",)
+    parameters = trained = ("r_mag", "b_mag")
 
     def vectors(self, parameters: Mapping[str, Tensor]) -> Vectors:
         return torch.exp(parameters["r_mag"]), parameters["b_mag"]

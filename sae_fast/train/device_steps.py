@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_fast import backend, ops
+from sae_fast.devices import on_device
 from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cuda_rejects, may_run, triton_rejects
 from sae_fast.ops.encode import gpu
@@ -49,7 +49,7 @@ class Report:
         return self.numbers[3] / self.batch
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class DeviceResult:
     """A step that may be under way; reading waits for it.  ``report`` is set once it is known to have happened, ``error``
     if it was abandoned."""
@@ -92,13 +92,8 @@ class DeviceSteps:
         return DeviceSteps, (self.state,)  # a copy has steps, graphs and events of its own
 
     def refuses(self) -> str | None:
-        settings, optimizer, sae, step_count = (
-            self.state.settings,
-            self.state.optimizer,
-            self.state.sae,
-            self.state.step_count,
-        )
-        W = sae.W_enc
+        settings, optimizer, sae = self.state.settings, self.state.optimizer, self.state.sae
+        W, step_count = sae.W_enc, self.state.step_count
         if W.dtype != torch.float32:
             return f"the weights are {W.dtype}"
         if settings.betas[0] != 0 or not settings.eps > 0:
@@ -153,7 +148,7 @@ class DeviceSteps:
                 first.event.synchronize()
             numbers = first.graphs.report(first.index).tolist()
             if flag := int(numbers[-1]):
-                with self._on_device():
+                with on_device(first.x.device):
                     self._recover(first, flag, int(numbers[-2]))
             else:
                 self._happened(first, Report(numbers, first.x.shape[0]))
@@ -162,11 +157,6 @@ class DeviceSteps:
 
     # ---- Under way ----------------------------------------------------------------------------------------------------
 
-    def _on_device(self) -> AbstractContextManager:
-        """Events and captures are of the current device, which need not be the weights'."""
-        device = self.state.sae.W_enc.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
     def _enqueue(self, x: Tensor, rates: Rates) -> DeviceResult:
         index, device = self.state.step_count, self.state.sae.W_enc.device
         if x.device != device:
@@ -174,7 +164,7 @@ class DeviceSteps:
         if len(self.under_way) == AHEAD:
             self.settle(self.under_way[0])
         rows = x.detach().reshape(-1, x.shape[-1])
-        with self._on_device():
+        with on_device(device):
             graphs = self._ready(rows)
             graphs.slot(index).copy_(rows)
             step = DeviceResult(self, index, rates, x.shape, graphs, graphs.enqueue(index, rates))
@@ -219,11 +209,13 @@ class DeviceSteps:
     def _happened(self, step: DeviceResult, report: Report) -> None:
         self.under_way.popleft()
         step.report = report
+        del step.graphs  # which whoever keeps the log would keep
         for state in self.state.optimizer.state.values():
             state["step"] = step.index + 1
 
     def _recover(self, step: DeviceResult, flag: int, candidates: int) -> None:
         """``step`` did not happen, nor did any after it: removes the cause, and repeats them."""
+        graphs = step.graphs
         try:
             self._remedy(step, flag, candidates)
         except Exception as error:
@@ -231,11 +223,11 @@ class DeviceSteps:
             self.under_way.clear()
             raise
         finally:
-            step.graphs.step.flag.zero_()
+            graphs.step.flag.zero_()
         rest = list(self.under_way)
         self.under_way.clear()
         try:
-            graphs = self._ready(rest[0].x) if rest else step.graphs
+            graphs = self._ready(rest[0].x) if rest else graphs
             for again in rest:
                 again.graphs, again.event = graphs, graphs.enqueue(again.index, again.rates)
                 self.under_way.append(again)

@@ -34,7 +34,6 @@ FLOORS = """
 FLOOR = {room: n for n, line in enumerate(FLOORS.strip().splitlines()) for room in line.split()}
 LINES, FUNCTION = 400, 60  # docstrings apart
 NO_NAME = re.compile(r"(How|Of|What|When|Where|Whether|Which|Who|Whose|Why)\b")  # with which no docstring begins
-TO_MEND = {"sae_fast.ops.dispatch: imports sae_fast.kernels.native"}
 
 
 class House:
@@ -142,7 +141,7 @@ def house():
 
 @rules
 def test_the_house_stands(house, rule):
-    assert set(rule(house)) - TO_MEND == set()
+    assert set(rule(house)) == set()
 
 
 PLANTED = {  # a module, and what the rules say of it

@@ -363,6 +363,14 @@ def test_a_bad_first_batch_leaves_the_trainer_as_new(unit):
 # ---- Batches ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_batch_in_16_bits_trains_like_its_numbers():
+    x = batches(1)[0].half()
+    narrow, wide = trainer_of(), trainer_of()
+    narrow.step(x)
+    wide.step(x.float())
+    assert_same_bits(everything(narrow), everything(wide))
+
+
 @pytest.mark.slow
 def test_batches_of_any_shape_and_dtype_train_like_their_rows():
     x = batches(6, seed=1)

@@ -32,7 +32,7 @@ struct Bounds {  // of n groups of features: group g is at[g] .. at[g + 1]
   int64_t n;
 };
 
-struct Shadow {  // of a weight [n, d]: sae_fast/ops/encode/screen.py; both null where none is kept
+struct Shadow {  // of a weight [n, d]: sae_fast/code.py; both null where none is kept
   uint16_t* rows;  // [n, d] bfloat16
   double* norms;   // [n, 2]
 };

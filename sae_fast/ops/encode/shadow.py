@@ -38,7 +38,7 @@ def refresh_shadow(W: Tensor, shadow: Shadow) -> None:
 
 
 def stale_rows(W: Tensor, shadow: Shadow, first: int, last: int) -> int:
-    """The number of rows of W[first:last] are no longer what the Shadow was made from.  Synchronises on a GPU."""
+    """The number of rows of W[first:last] that are no longer what the Shadow was made from.  Synchronises on a GPU."""
     checks.memory("W", W)
     checks.shadow(W, *shadow)
     part = Shadow(*(t[first:last] for t in shadow))

@@ -163,8 +163,7 @@ __global__ void __launch_bounds__(128) finish_kernel(const Finish<T> a) {
     with_activation(a.kind, [&](auto kind) {
       using Kind = decltype(kind);
       if constexpr (Kind::value_sets == V) {
-        const float u = V == 2 ? to_float(a.u[j]) : 0.0f;
-        const Pulled pulled = Kind::pullback(u, g_mag, g_gate, [&] { return to_float(a.first[i]); });
+        const Pulled pulled = Kind::pullback(to_float(a.u[j]), g_mag, g_gate, [&] { return to_float(a.first[i]); });
         a.delta[j] = from_float<T>(pulled.u);
         const float four[4] = {pulled.u, pulled.bias, pulled.first, pulled.second};
         for (int k = 0; k < 4; ++k) a.entries[j * 4 + k] = from_float<T>(four[k]);
