@@ -334,7 +334,7 @@ def test_opcheck(op):
     parts, state = (csc.colptr, csc.rows, csc.perm), (W.square(), torch.zeros(features, dtype=torch.int64, device=DEVICE))
     adam, values = (1, 0.1, 0.9, 1e-3), code.values.clone()
     call = {
-        "encode": (x, W, bias, bias, bias, None, "gated", "threshold", 0, 0.0),
+        "encode": (x, W, bias, bias, bias, "gated", "threshold", 0, 0.0),
         "decode": (code.indptr, code.indices, values, W, None),
         "sampled_dots": (code.indptr, code.indices, x, W),
         "decode_loss": (code.indptr, code.indices, values, W, x[0].clone(), x, bias.abs(), float(rows), False),

@@ -196,7 +196,7 @@ def test_opcheck_with_a_shadow(backend):
     with use_backend(backend):
         opcheck(op.weight_step.default, (W, v, last_step, *entries, *adam, *ops.make_shadow(W)))
         opcheck(op.row_step.default, (W, v, last_step * 0, randn(33, 5), *adam, *ops.make_shadow(W)))
-        arguments = (randn(9, 5), W, randn(33), None, None, None, "relu", "threshold", 0, 0.0, "exact", *ops.make_shadow(W))
+        arguments = (randn(9, 5), W, randn(33), None, None, "relu", "threshold", 0, 0.0, "exact", *ops.make_shadow(W))
         opcheck(op.encode.default, arguments, ["test_schema", "test_autograd_registration", "test_faketensor"])
 
 
