@@ -54,7 +54,8 @@ class DeviceGraphs:
         """Enqueues step ``index`` on the batch in its slot; the event happens when its report is there."""
         step, W, x = self.step, self.state.sae.W_enc, self.slot(index)
         first, last = sixteenth(W, index)
-        compare_rows(W.detach()[first:last], *(t[first:last] for t in step.shadow), step.flag)
+        rows, norms = (t[first:last] for t in step.shadow)
+        compare_rows(W.detach()[first:last], rows, norms, step.flag)
         replaced = ops.stale_columns(W, step.shadow, index)
         step.flag.bitwise_or_(torch.where(replaced, STALE, 0).to(torch.int32))
         if index % RENEW == 0:
