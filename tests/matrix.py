@@ -25,7 +25,7 @@ ENVIRONMENTS = {
 }
 TOOLS = (
     "numpy<2.4", "safetensors>=0.4.3", "tqdm>=4.66", "typer>=0.15.4", "rich>=13",  # the package's
-    "pytest>=8,<10", "pytest-xdist>=3.6", "hypothesis>=6.100",  # the tests'
+    "pytest>=8,<10", "pytest-xdist>=3.6", "hypothesis>=6.100", "pybind11>=2.13",  # the tests', of which some build
 )  # fmt: skip
 CORE = (
     "dispatch", "encode", "screen", "topk", "shadow", "decode_loss", "weight_step", "nn", "citizens", "functional",
