@@ -6,7 +6,7 @@ feature chunks.  ``cuda``, ``triton``: a warp or a program owns a slice of a fea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ def _outer(colptr, rows, perm, values, A, features, first_feature, n_features):
     _check(colptr, rows, perm, values, A, features, first_feature, n_features)
     n = n_features if features is None else features.shape[0]
     out = torch.zeros(n, A[0].shape[1], dtype=A[0].dtype, device=A[0].device)
-    _body(values, A, colptr, rows, perm, features)(out, colptr, rows, perm, values, A, features, first_feature)
+    gradient = RowGradient.of(colptr, rows, perm, values, A)
+    _body(gradient, features)(out, gradient, features, first_feature)
     return out
 
 
@@ -74,7 +75,8 @@ def _outer_(out, colptr, rows, perm, values, A, features, first_feature, n_featu
     checks.shape("out", out, n, A[0].shape[1])
     checks.floating("out", out, A[0], "A[0]")
     target = out if out.is_contiguous() else out.contiguous()
-    _body(values, A, colptr, rows, perm, features)(target, colptr, rows, perm, values, A, features, first_feature)
+    gradient = RowGradient.of(colptr, rows, perm, values, A)
+    _body(gradient, features)(target, gradient, features, first_feature)
     if target is not out:
         out.copy_(target)
 
@@ -98,9 +100,9 @@ def _check(colptr, rows, perm, values, A, features, first_feature, n_features) -
         raise ValueError(f"first_feature, n_features: got {first_feature}, {n_features}, want a range within F = {total}")
 
 
-def _body(values, A, colptr, rows, perm, features):
-    tensors = *values, *A, colptr, rows, perm, features
-    dense = crossovers.gpu_rejects(rows.shape[0], A[0].shape[0], colptr.shape[0] - 1)
+def _body(gradient: RowGradient, features: Tensor | None) -> Callable:
+    tensors = *gradient.values, *gradient.A, *gradient.csc.parts(), features
+    dense = crossovers.gpu_rejects(*gradient.sizes())
     return pick(
         "outer",
         {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
@@ -112,36 +114,36 @@ def _body(values, A, colptr, rows, perm, features):
     )
 
 
-def _cpu(out, colptr, rows, perm, values, A, features, first_feature):
-    values, A = [v.contiguous() for v in values], [a.contiguous() for a in A]
-    colptr, rows, perm = colptr.contiguous(), rows.contiguous(), perm.contiguous()
-    if features is None and crossovers.is_dense("outer", rows.shape[0], A[0].shape[0], colptr.shape[0] - 1):
+def _cpu(out: Tensor, gradient: RowGradient, features: Tensor | None, first_feature: int) -> None:
+    gradient = gradient.contiguous()
+    csc, values, A = gradient.csc.parts(), gradient.values, gradient.A
+    if features is None and crossovers.is_dense("outer", *gradient.sizes()):
         for first, last in crossovers.chunks(out.shape[0], A[0].shape[0]):
             block = out.new_empty(last - first, A[0].shape[0])
             for v, a in zip(values, A, strict=True):
-                crossovers.scatter(colptr, rows, perm, first_feature + first, first_feature + last, v, block)
+                crossovers.scatter(*csc, first_feature + first, first_feature + last, v, block)
                 out[first:last].addmm_(block, a)
         return
     features = None if features is None else features.contiguous()
     _C.outer(
-        code=(colptr, rows, perm), sources=(values, A), d=A[0].shape[1], list=features, first=first_feature, n=out.shape[0],
-        out=out, threads=threads(),
+        code=csc, sources=(values, A), d=A[0].shape[1], list=features, first=first_feature, n=out.shape[0], out=out,
+        threads=threads(),
     )  # fmt: skip
 
 
-def _gpu(out, colptr, rows, perm, values, A, features, first_feature):
+def _gpu(out: Tensor, gradient: RowGradient, features: Tensor | None, first_feature: int) -> None:
     from sae_fast.kernels.outer import outer
 
-    gradient = RowGradient.of(colptr, rows, perm, values, A).contiguous()
     features = None if features is None else features.contiguous()
     # Sources are added two by two, and a 16-bit out would round in between.
-    target = out if len(values) <= 2 else out.float()
-    outer(gradient, target, features=features, first_feature=first_feature)
+    target = out if len(gradient.values) <= 2 else out.float()
+    outer(gradient.contiguous(), target, features=features, first_feature=first_feature)
     if target is not out:
         out.copy_(target)
 
 
-def _reference(out, colptr, rows, perm, values, A, features, first_feature):
+def _reference(out: Tensor, gradient: RowGradient, features: Tensor | None, first_feature: int) -> None:
     chosen = slice(first_feature, first_feature + out.shape[0]) if features is None else features
-    for v, a in zip(values, A, strict=True):
+    colptr, rows, perm = gradient.csc.parts()
+    for v, a in zip(gradient.values, gradient.A, strict=True):
         out += crossovers.to_dense(colptr, rows, v[perm], a.shape[0])[chosen] @ a
