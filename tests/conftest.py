@@ -120,13 +120,13 @@ def body(request, monkeypatch):
         request.getfixturevalue("cuda_calls")
     if taken.isa:
         dispatch._C.set_isa(taken.isa)
-    for op in crossovers.CROSSOVER if taken.route else ():
+    for op in crossovers.CROSSOVER if taken.isa else ():
         monkeypatch.setitem(crossovers.CROSSOVER, op, {"sparse": float("inf"), "dense": -1.0}[taken.route])
     if taken.of_gpu:
         pytest.importorskip("triton")
         from sae_fast.kernels import _config
 
-        for generation in _config.SHIPPED.values():
+        for generation in _config.SHIPPED.values() if taken.route != "shipped" else ():
             for op, tiles in TILES.items():
                 monkeypatch.setitem(generation, op, {**generation[op], **tiles})
     with dispatch.use_backend(taken.backend):

@@ -283,7 +283,7 @@ GROUPS["triton"] = [
            "test_transpose.py::test_orders_entries_by_feature -k triton"),
     Mutant("Triton's outer: a long feature is summed twice", "kernels/outer.py",
            "begin = tl.where(p < last, end, begin)", "begin = tl.where(p < last, begin, begin)",
-           "test_triton_features.py::test_outer_is_as_near_to_float64_as_torchs"),
+           "test_outer.py::test_as_near_to_float64_as_torchs -k triton"),
     Mutant("Triton's weight_step: a row that rested decays once", "kernels/weight_step.py",
            "tl.exp2(rate * idle.to(tl.float64)).to(tl.float32)", "tl.exp2(rate).to(tl.float32)",
            "test_triton_features.py::test_weight_step_is_as_near_to_float64_as_torchs"),

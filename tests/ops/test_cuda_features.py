@@ -6,23 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_same_bits, code_of, dense, randn, same_bits
+from helpers import assert_same_bits, code_of, randn, same_bits
 from problems.weight_step import ADAM, State
 
 pytest.importorskip("triton")
 
 from problems.device_runner import assert_within_the_spread, batches, fields, make
+from problems.gapped import Gapped
 from problems.triton_features import (
     DEVICE,
     F,
-    Gapped,
     a_step,
     arguments,
     csc_of,
     gradient_of,
     judge_rows,
     judge_state,
-    outer_with_gaps,
     stepped,
     there,
 )
@@ -68,69 +67,6 @@ def every_schedule(run):
         native.module.set_schedule(schedule)
         assert_same_bits(first, run())
     return first
-
-
-# ---- outer -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow(but=3)
-@pytest.mark.parametrize("d", WIDTHS)
-def test_outer_is_as_near_to_float64_as_torchs(d, cuda_calls, short_runs):
-    for S, dtype in [(1, t) for t in DTYPES] + [(2, t) for t in DTYPES] + [(3, torch.float32), (3, torch.bfloat16)]:
-        step = a_step(S, d, **sizes(d))
-        rows = ops.outer(*arguments(step, dtype))
-        assert rows.dtype == dtype
-        judge_rows(rows, step, dtype)
-        assert not rows[[3, -1]].any()
-    assert cuda_calls[:2] == ["partials", "outer"]
-
-
-@pytest.mark.parametrize("d", [4, 60, 128])
-def test_outer_without_runs_and_from_anywhere_in_memory(d):
-    for dtype in DTYPES:
-        step = a_step(2, d)
-        csc, values, A = arguments(step, dtype)
-        rows = ops.outer(csc, values, A)
-        judge_rows(rows, step, dtype)
-        out = there(torch.zeros(F, d, dtype=dtype))
-        assert_same_bits(rows, ops.outer(csc, values, [A[0], misaligned(A[1])], out=misaligned(out)))
-        assert_same_bits(rows, ops.outer(csc, values, A, out=out))
-
-
-@pytest.mark.parametrize("d", [4, 132])
-def test_outer_of_a_range_or_a_list_has_the_same_bits_and_accumulates(d, short_runs):
-    for dtype in DTYPES:
-        step = a_step(2, d)
-        given, chosen = arguments(step, dtype), torch.tensor([20, 0, 0, 3, 7])
-        whole = ops.outer(*given)
-        assert_same_bits(whole[8:17], ops.outer(*given, first_feature=8, n_features=9))
-        assert_same_bits(whole[:2], ops.outer(*given, n_features=2))
-        assert_same_bits(whole[there(chosen)], ops.outer(*given, features=there(chosen)))
-        assert ops.outer(*given, first_feature=8, n_features=0).shape == (0, d)
-        start = randn(5, d, seed=9, dtype=dtype)
-        out = there(start)
-        ops.outer(*given, features=there(chosen), out=out)
-        judge_rows(out, step, dtype, start, chosen)
-        assert_same_bits(out[3].cpu(), start[3])  # no entries
-
-
-@pytest.mark.parametrize("d", [4, 20])
-def test_outer_does_not_depend_on_gaps_capacity_or_schedule(d, short_runs):
-    step = a_step(2, d)
-    csc, values, A = arguments(step, torch.float32)
-    expected = every_schedule(lambda: ops.outer(csc, values, A))
-    assert_same_bits(expected, outer_with_gaps(step, A))
-
-
-def test_an_entry_that_is_not_finite_stays_where_it_is(short_runs):
-    step = a_step(1, 8)
-    csc, values, A = arguments(step, torch.float32)
-    expected, row = ops.outer(csc, values, A), int(csc.rows[csc.colptr[5]])
-    A[0][row] = float("inf")
-    hit = there(dense(step.code, torch.ones(step.code.nnz))[row] > 0)
-    found = ops.outer(csc, values, A)
-    assert_same_bits(found[~hit], expected[~hit])
-    assert hit.any() and not found[hit].isfinite().any()
 
 
 # ---- weight_step -----------------------------------------------------------------------------------------------------
@@ -217,9 +153,9 @@ def launched(step, csc, values, A, unit_rows, shadow=None) -> State:
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_weight_step_does_not_depend_on_gaps_capacity_or_schedule(unit_rows, short_runs):
     step = a_step(2, 260, unit=True)  # three warps
-    gapped = Gapped(step.code, step.values)
+    gapped = Gapped(replace(step.code, values=step.values), torch.float32)
     expected = every_schedule(lambda: stepped(step, unit_rows))
-    found = launched(step, gapped.transposed(F), there(list(gapped.values)), there(list(step.A)), unit_rows)
+    found = launched(step, gapped.transposed(), list(gapped.values), there(list(step.A)), unit_rows)
     assert_same_bits(expected.tensors(), [t.cpu() for t in found.tensors()])
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from helpers import (
-    FEW_SHAPES,
-    SHAPES,
     Judge,
+    assert_close_2x,
     assert_repeats,
     assert_same_bits,
     both,
@@ -27,85 +27,72 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import bodies
+from problems.bodies import every_schedule, misaligned, moved
+from problems.outer import csc_of, plain, shapes, size, sources
 
 from sae_fast import ops, use_backend
+from sae_fast.code import RowGradient
 from sae_fast.ops import crossovers
 
 
-def plain(code):
-    """Σ_s f_sᵀ A_s with dense matrices; values [S, nnz] and A [S, B, d]."""
-    return lambda values, A: (dense(code, values).mT @ A).sum(0)
-
-
-def sources(B: int, d: int, F: int, S: int, seed: int = 0) -> tuple:
-    """code, values [S, nnz], A [S, B, d]."""
-    code = random_code(B, F, S, seed=seed)
-    return code, code.values - 0.3, randn(S, B, d, seed=seed)
-
-
 @cache
-def trials_of(B: int, d: int, F: int, S: int) -> list:
-    trials = []
-    for seed in seeds(F * d):
-        code, values, A = sources(B, d, F, S, seed)
-        trials.append((code, values, A, *both(plain(code), values, A)))
+def trials_of(shape: tuple, S: int, dtype: torch.dtype, n: int) -> list:
+    """(csc, values, A, torch's rows, float64's)."""
+    trials, (B, d, F) = [], shape
+    for seed in range(n):
+        code, values, A = sources(B, d, F, S, seed, dtype)
+        trials.append((csc_of(code), list(values), list(A), *both(plain(code), values, A)))
     return trials
 
 
-def judge_shape(B: int, d: int, F: int, S: int) -> None:
-    result = Judge()
-    for code, values, A, *expected in trials_of(B, d, F, S):
-        result.add("rows", ops.outer(ops.transpose(code), list(values), list(A)), *expected)
-    result.verdict()
+@bodies.every
+@pytest.mark.parametrize("S", [1, 2, 3])
+def test_as_near_to_float64_as_torchs(S, body, monkeypatch):
+    for shape, dtype in product(shapes(body, S), body.dtypes):
+        B, d, F = shape
+        monkeypatch.setattr(crossovers, "CHUNK", B * max(3, F // 4))  # F = 4099: blocks of 1024 and a last one of 3
+        result = Judge()
+        for csc, values, A, *expected in trials_of(shape, S, dtype, 1 if body.of_gpu else len(seeds(F * d))):
+            rows = body.run(ops.outer, csc, values, A)
+            assert rows.dtype == dtype and not rows[csc.colptr.diff() == 0].any()
+            result.add(f"{shape} {dtype}", rows, *expected)
+        result.verdict()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_near_to_float64_as_torchs(shape, route, monkeypatch):
-    B, _, F = shape
-    monkeypatch.setattr(crossovers, "CHUNK", B * max(3, F // 4))  # F = 4099: blocks of 1024 and a last one of 3
-    judge_shape(*shape, S=1)
-
-
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
-def test_several_sources_on_every_instruction_set(shape, route, isa):
-    judge_shape(*shape, S=2)
-    judge_shape(*shape, S=3)
-
-
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
-def test_reference_body_meets_the_same_contract(shape):
-    with use_backend("reference"):
-        judge_shape(*shape, S=2)
-
-
-def test_a_vector_parameters_gradient_is_the_sum_of_its_values(route, isa):
-    code, values, _ = sources(257, 1, 100, 1)
-    rows = ops.outer(ops.transpose(code), list(values), [torch.ones(257, 1)])
-    assert rows.shape == (100, 1)
+@bodies.every
+def test_a_vector_parameters_gradient_is_the_sum_of_its_values(body):
+    code, values, A = sources(*size(body, 257, 1, 100), 1)
+    rows = body.run(ops.outer, csc_of(code), list(values), [torch.ones_like(A[0, :, :1])])
+    assert rows.shape == (code.d_sae, 1)
     judge(rows[:, 0], lambda values: dense(code, values)[0].sum(0), values)
 
 
-@pytest.mark.parametrize("first, n", [(0, 100), (0, 33), (7, 64), (99, 1), (100, 0), (50, 0)])
-def test_a_range_of_features_has_the_same_rows(first, n, route, isa, monkeypatch):
-    monkeypatch.setattr(crossovers, "CHUNK", 57 * 10)
-    code, values, A = sources(57, 63, 100, 2)
-    csc = ops.transpose(code)
-    part = ops.outer(csc, list(values), list(A), first_feature=first, n_features=n)
-    assert part.shape == (n, 63)
-    judge(part, lambda values, A: plain(code)(values, A)[first : first + n], values, A)
-    rest = ops.outer(csc, list(values), list(A), first_feature=first)
-    assert rest.shape == (100 - first, 63)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_list_of_features_in_any_order_and_more_than_once(backend, isa):
-    code, values, A = sources(57, 63, 100, 2)
-    features = torch.tensor([99, 3, 3, 0, 41])
-    with use_backend(backend):
-        rows = ops.outer(ops.transpose(code), list(values), list(A), features=features)
-        none = ops.outer(ops.transpose(code), list(values), list(A), features=features[:0])
-    judge(rows, lambda values, A: plain(code)(values, A)[features], values, A)
-    assert none.shape == (0, 63)
+@bodies.every
+def test_ranges_and_lists_have_the_rows_of_the_whole_and_are_accumulated(body, monkeypatch):
+    """Features in any order and more than once; bit for bit but where a product sums in an order of its own."""
+    for (B, d, F), dtype in product([size(body, 57, 63, 100), *shapes(body)[2:3] * body.of_gpu], body.dtypes):
+        monkeypatch.setattr(crossovers, "CHUNK", B * 10)
+        code, values, A = sources(B, d, F, 2, dtype=dtype)
+        given_, exact = (csc_of(code), list(values), list(A)), both(plain(code), values, A)
+        whole, start, listed = (
+            body.run(ops.outer, *given_),
+            randn(F, d, seed=9, dtype=dtype),
+            torch.tensor([F - 1, 0, 0, 3]),
+        )
+        spans = [(0, F // 3), (F // 4, F // 2), (F - 1, 1), (F, 0), (F // 2, None)]
+        asked = [(slice(a, F if n is None else a + n), dict(first_feature=a, n_features=n)) for a, n in spans]
+        asked += [(some, dict(features=some)) for some in (listed, listed[:0])]
+        for (at, how), apart in zip(asked, (strided, torch.clone) * 4, strict=False):
+            rows, out = body.run(ops.outer, *given_, **how), apart(start[at])
+            assert_close_2x(rows, *(t[at] for t in exact))
+            if body.exact:
+                assert_same_bits(rows, whole[at])
+            sums = body.run(ops.outer, *given_, **how, out=out)
+            assert body.device == "cuda" or sums is out
+            assert_close_2x(sums, *(start[at].to(t.dtype) + t[at] for t in exact))
+            idle = given_[0].colptr.diff()[at] == 0
+            assert_same_bits(sums[idle], start[at][idle])
 
 
 def test_touched_features_are_those_with_entries():
@@ -120,63 +107,97 @@ def test_touched_features_are_those_with_entries():
     assert_same_bits(whole, ops.outer(csc, [code.magnitudes], [A]))
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_accumulates_into_out(apart, route, isa, monkeypatch):
-    monkeypatch.setattr(crossovers, "CHUNK", 57 * 30)
-    code, values, A = sources(57, 63, 100, 2)
-    start = randn(100, 63, seed=9)
-    out = strided(start) if apart else start.clone()
-    returned = ops.outer(ops.transpose(code), list(values), list(A), out=out)
-    assert returned is out
-    judge(out, lambda start, values, A: start + plain(code)(values, A), start, values, A)
-
-
-def test_accumulates_a_list_of_features_into_out(isa):
-    code, values, A = sources(57, 63, 100, 1)
-    features, start = torch.tensor([5, 99]), randn(2, 63, seed=9)
-    out = start.clone()
-    ops.outer(ops.transpose(code), list(values), list(A), features=features, out=out)
-    judge(out, lambda start, values, A: start + plain(code)(values, A)[features], start, values, A)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_code_without_rows_or_entries_gives_zero_rows(backend):
+@bodies.every
+def test_a_code_without_rows_or_entries_gives_zero_rows(body):
     empty = random_code(9, 33)
     empty = replace(empty, indptr=empty.indptr * 0, indices=empty.indices[:0], values=empty.values[:, :0])
-    with use_backend(backend):
-        for code in (random_code(0, 33), empty):
-            A = torch.zeros(code.batch, 5)
-            assert_same_bits(ops.outer(ops.transpose(code), [code.magnitudes], [A]), torch.zeros(33, 5))
+    for code in (random_code(0, 33), empty):
+        rows = body.run(ops.outer, csc_of(code), [code.magnitudes], [torch.zeros(code.batch, 5)])
+        assert_same_bits(rows, torch.zeros(33, 5))
 
 
-def test_a_nan_reaches_its_feature_only(route):
-    code, values, A = sources(57, 63, 100, 1)
-    values[0, 5] = float("nan")
-    rows = ops.outer(ops.transpose(code), list(values), list(A))
-    assert rows.isnan().any(1).nonzero()[:, 0].tolist() == [int(code.indices[5])]
+@bodies.every
+def test_what_is_not_finite_reaches_its_features_only(body):
+    """A value; and a row, but where a product multiplies it by zeros."""
+    code, values, A = sources(*size(body, 57, 63, 100), 1)
+    csc, (values,), (A,) = csc_of(code), values, A
+    before = body.run(ops.outer, csc, [values], [A])
+    for name, given_ in {"value": values, "row": A}.items() if body.exact else {"value": values}.items():
+        given_ = given_.clone()
+        given_[0] = float("nan") if name == "value" else float("inf")
+        found = body.run(ops.outer, csc, *([given_], [A]) if name == "value" else ([values], [given_]))
+        hit = torch.zeros(code.d_sae, dtype=torch.bool)
+        hit[code.indices[: 1 if name == "value" else code.indptr[1]].long()] = True
+        assert hit.any() and not found[hit].isfinite().any(), name
+        equal = assert_same_bits if body.exact else torch.testing.assert_close
+        equal(found[~hit], before[~hit])
 
 
-def test_strides_do_not_matter(route):
-    code, values, A = sources(57, 63, 100, 2)
-    csc = ops.transpose(code)
+@bodies.every
+def test_strides_do_not_matter(body):
+    code, values, A = sources(*size(body, 57, 63, 100), 2)
+    csc = csc_of(code)
     apart = replace(csc, colptr=strided(csc.colptr), rows=strided(csc.rows), perm=strided(csc.perm))
-    expected = ops.outer(csc, list(values), list(A))
-    assert_same_bits(expected, ops.outer(apart, list(strided(values)), list(strided(A))))
-    assert_same_bits(expected, ops.outer(apart, list(strided(values)), [a.T.contiguous().T for a in A]))
+    expected = body.run(ops.outer, csc, list(values), list(A))
+    assert_same_bits(expected, body.run(ops.outer, apart, list(strided(values)), list(strided(A))))
+    columns = [a.T.contiguous().T for a in A]
+    assert_same_bits(expected, body.run(ops.outer, apart, list(strided(values)), columns))
 
 
-def test_repeats_bit_for_bit_at_every_thread_count(isa):
-    code, values, A = sources(257, 100, 1000, 2)
-    csc, features = ops.transpose(code), torch.arange(0, 1000, 3)
-    assert_repeats(lambda: ops.outer(csc, list(values), list(A)))
-    assert_repeats(lambda: ops.outer(csc, list(values), list(A), features=features))
+@bodies.every
+def test_repeats_bit_for_bit_at_every_thread_count(body):
+    code, values, A = sources(*size(body, 257, 100, 1000), 2)
+    given_, features = (csc_of(code), list(values), list(A)), torch.arange(0, code.d_sae, 3)
+    assert_repeats(lambda: body.run(ops.outer, *given_), body.threads)
+    assert_repeats(lambda: body.run(ops.outer, *given_, features=features), body.threads)
 
 
-def test_dense_route_repeats_bit_for_bit(monkeypatch):
-    monkeypatch.setitem(crossovers.CROSSOVER, "outer", -1.0)
-    code, values, A = sources(257, 100, 1000, 2)
-    csc = ops.transpose(code)
-    assert_repeats(lambda: ops.outer(csc, list(values), list(A)), threads=())
+# ---- What a GPU's kernels have to themselves -------------------------------------------------------------------------
+
+
+@bodies.of_gpu
+@pytest.mark.parametrize("d", [4, 20])
+def test_neither_gaps_nor_room_nor_a_schedule_change_a_bit(d, body):
+    from problems.gapped import Gapped
+
+    from sae_fast.kernels import outer as kernels
+
+    code, values, A = sources(42, d, 21, 2)
+    expected = every_schedule(body, lambda: body.run(ops.outer, csc_of(code), list(values), list(A)))
+    gapped, out = Gapped(replace(code, values=values), values.dtype), torch.full((21, d), float("nan"), device=body.device)
+    gradient = RowGradient(gapped.transposed(), list(gapped.values), moved(list(A), body.device))
+    kernels.outer(gradient, out, runs=kernels.runs(gradient.csc.colptr, gapped.capacity), accumulate=False)
+    assert_same_bits(expected, out.cpu())
+
+
+@pytest.mark.kernels
+def test_runs_are_those_of_the_long_features(monkeypatch):
+    pytest.importorskip("triton")
+    from sae_fast.kernels import _config
+    from sae_fast.kernels import outer as kernels
+
+    for generation in _config.SHIPPED.values():
+        monkeypatch.setitem(generation, "outer", {**generation["outer"], "run": 5})
+    colptr = torch.tensor([0, 11, 16, 16, 22, 23])  # 11, 5, 0, 6 and 1 entries
+    runs = kernels.runs(moved(colptr, "cuda" if bodies.GPU else "cpu"), 30)
+    assert runs.first.tolist() == [0, 3, 3, 3, 5, 5]
+    assert runs.owner.tolist() == [0, 0, 0, 3, 3] + [5] * 8
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("d", [4, 60, 128])
+def test_cuda_sums_from_anywhere_in_memory_and_without_runs(d, cuda_calls):
+    """Feature 0 has two warps' worth of 32 entries and four more."""
+    body = bodies.Body("cuda")
+    for dtype in body.dtypes:
+        code, values, A = sources(70, d, 21, 2, dtype=dtype)
+        csc, values, A = moved((csc_of(code), list(values), list(A)), body.device)
+        rows = ops.outer(csc, values, A)
+        assert_close_2x(rows.cpu(), *both(plain(code), torch.stack(values).cpu(), torch.stack(A).cpu()))
+        out = torch.zeros_like(rows)
+        assert_same_bits(rows, ops.outer(csc, values, [A[0], misaligned(A[1])], out=misaligned(out)))
+        assert_same_bits(rows, ops.outer(csc, values, A, out=out))
+    assert set(cuda_calls) == {"outer"}
 
 
 @given(
@@ -213,7 +234,7 @@ BAD = {
     "values of another dtype": (dict(values=[VALUES[0].double()]), r"values\[0\]: got torch.float64"),
     "a second A of another dtype": (dict(values=[*VALUES] * 2, A=[*ROWS, ROWS[0].double()]), r"A\[1\]: got torch.float64"),
     "integer values and A": (dict(values=[VALUES[0].long()], A=[ROWS[0].long()]), r"values\[0\]: got torch.int64"),
-    "A with fewer rows than the code": (dict(A=[ROWS[0, :8]]), r"A\[0\]: got shape \(8, 5\)|rows"),
+    "A with fewer rows than the code": (dict(A=[ROWS[0, :7]]), r"A\[0\]: got shape \(7, 5\)|rows"),
     "negative first feature": (dict(first_feature=-1, n_features=2), "first_feature, n_features: got -1"),
     "negative count": (dict(n_features=-1), "n_features: got 0, -1"),
     "a range past F": (dict(first_feature=30, n_features=4), "first_feature, n_features: got 30, 4"),

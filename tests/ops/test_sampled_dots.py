@@ -76,7 +76,7 @@ def test_a_nan_reaches_the_dots_of_its_row_only(body):
 
 def operands(body: bodies.Body, B: int, d: int, F: int) -> tuple:
     """code, A and W of these sizes, or of the interpreter's."""
-    B, d, F = bodies.NINE if body.of_gpu else (B, d, F)
+    B, d, F = body.size(B, d, F)
     return random_code(B, F), randn(B, d), randn(F, d, seed=1)
 
 

@@ -20,6 +20,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import bodies
+from problems.bodies import every_schedule, moved
 
 from sae_fast import ops, use_backend
 from sae_fast.code import SparseCode
@@ -45,10 +46,14 @@ SIZES = sorted({(B, F) for B, _, F in SHAPES if B * F < 30_000})
 FEW = [(1, 6), (3, 9), (33, 1), (64, 5), (70, 21)]  # words of 32 rows, tiles of 4 features; each with a ragged last one
 
 
+# Of CUDA's blocks several, ragged, of rows (256) and of features (2048); more chunks than a thread sums at once (8).
+BLOCKS = [(257, 33), (40, 2049), (300, 4200), (2400, 3)]
+
+
 def columns(rows: int, features: int) -> SparseCode:
     """Empty rows; one feature in every other row, the last feature in none."""
     g = torch.Generator().manual_seed(rows + features)
-    member = torch.rand(rows, features, generator=g) < 0.3
+    member = torch.rand(rows, features, generator=g) < (0.3 if features < 100 else 0.02)
     member[:, -1] = False
     member[:, features // 2] = True
     member[1::7] = False
@@ -57,9 +62,34 @@ def columns(rows: int, features: int) -> SparseCode:
 
 @bodies.every
 def test_orders_entries_by_feature(body):
-    for size in FEW if body.of_gpu or body.isa else SIZES:
+    large = body.shapes if body.route == "shipped" else []
+    more = BLOCKS if body.backend == "cuda" else [(B, F) for B, _, F in large]
+    for size in [*FEW, *more] if body.of_gpu or body.isa else SIZES:
         assert_transposed(random_code(*size), body.run)
         assert_transposed(columns(*size), body.run)
+
+
+@bodies.of_gpu
+def test_gaps_are_not_read_and_nothing_is_written_past_the_entries(body):
+    from problems.gapped import Gapped
+
+    for size in FEW:
+        code = columns(*size)
+        gapped = Gapped(code, code.values.dtype)
+        found = every_schedule(body, lambda: moved(gapped.transposed(), "cpu"))  # noqa: B023
+        with use_backend("reference"):
+            expected, n = ops.transpose(code), code.nnz
+        assert_same_bits([expected.colptr, expected.rows], [found.colptr, found.rows[:n]])
+        assert torch.equal(found.perm[:n], gapped.at[expected.perm])
+
+
+@pytest.mark.kernels
+def test_cuda_reads_rows_longer_than_a_warp_does_at_once(cuda_calls):
+    """Words of all ones; and every number of entries up to two reads' worth."""
+    cuda, g = bodies.Body("cuda"), torch.Generator().manual_seed(0)
+    assert_transposed(code_of(torch.ones(34, 200, dtype=torch.bool), 1, g), cuda.run)
+    assert_transposed(code_of(torch.arange(130) < torch.arange(130)[:, None], 1, g), cuda.run)
+    assert set(cuda_calls) == {"transpose_count", "transpose_place"}
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

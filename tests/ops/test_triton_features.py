@@ -15,26 +15,22 @@ from sae_fast.code import RowGradient, Rows, Shadow
 
 pytest.importorskip("triton")
 
+from problems.gapped import Gapped
 from problems.triton_features import (
     DEVICE,
     D,
     F,
-    Gapped,
-    a_code,
     a_step,
     arguments,
     csc_of,
     gradient_of,
     gradient_rows,
-    judge_rows,
     judge_state,
-    outer_with_gaps,
     stepped,
     there,
 )
 
 from sae_fast.kernels import _config
-from sae_fast.kernels import outer as outer_kernels
 from sae_fast.kernels import round as round_kernels
 from sae_fast.kernels import weight_step as step_kernels
 
@@ -64,70 +60,6 @@ def shipped_tiles():
 def triton_bodies():
     with use_backend("triton"):
         yield
-
-
-# ---- transpose -------------------------------------------------------------------------------------------------------
-
-
-def test_transpose_neither_reads_gaps_nor_writes_past_the_entries():
-    code = a_code(1)
-    gapped = Gapped(code, code.values)
-    with use_backend("reference"):
-        expected = ops.transpose(code)
-    found, n = gapped.transposed(F), code.nnz
-    assert_same_bits([expected.colptr, expected.rows], [found.colptr.cpu(), found.rows[:n].cpu()])
-    assert torch.equal(found.perm[:n].cpu(), gapped.position[expected.perm])
-    assert bool((found.rows[n:] == -(2**30)).all() and (found.perm[n:] == -(2**60)).all())
-
-
-# ---- outer -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow(but=3)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("S, d", [(1, D), (2, D), (3, D), (1, 1), (2, 4)])
-def test_outer_is_as_near_to_float64_as_torchs(S, d, dtype):
-    step = a_step(S, d)
-    rows = ops.outer(*arguments(step, dtype))
-    assert rows.dtype == dtype
-    judge_rows(rows, step, dtype)
-    assert not rows[[3, F - 1]].any()
-
-
-def test_outer_with_the_tiles_that_ship(shipped_tiles):
-    step = a_step(2, 769, rows=9, features=6)
-    judge_rows(ops.outer(*arguments(step, torch.float32)), step, torch.float32)
-
-
-@pytest.mark.slow(but=1)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outer_of_a_range_or_a_list_has_the_same_bits_and_accumulates(dtype):
-    step = a_step(2)
-    given, chosen = arguments(step, dtype), torch.tensor([20, 0, 0, 3, 7])
-    whole = ops.outer(*given)
-    assert_same_bits(whole[8:17], ops.outer(*given, first_feature=8, n_features=9))
-    assert_same_bits(whole[there(chosen)], ops.outer(*given, features=there(chosen)))
-    assert ops.outer(*given, first_feature=8, n_features=0).shape == (0, D)
-    start = randn(5, D, seed=9, dtype=dtype)
-    out = there(start)
-    ops.outer(*given, features=there(chosen), out=out)
-    judge_rows(out, step, dtype, start, chosen)
-    assert_same_bits(out[3].cpu(), start[3])  # no entries
-
-
-def test_outer_repeats_and_does_not_depend_on_gaps_or_capacity():
-    step = a_step(2)
-    csc, values, A = arguments(step, torch.float32)
-    expected = ops.outer(csc, values, A)
-    assert_same_bits(expected, ops.outer(csc, values, A))
-    assert_same_bits(expected, outer_with_gaps(step, A))
-
-
-def test_runs_are_those_of_the_long_features():
-    colptr = torch.tensor([0, 11, 16, 16, 22, 23])  # 11, 5, 0, 6 and 1 entries, in runs of 5
-    runs = outer_kernels.runs(there(colptr), 30)
-    assert runs.first.tolist() == [0, 3, 3, 3, 5, 5]
-    assert runs.owner.tolist() == [0, 0, 0, 3, 3] + [5] * 8
 
 
 def with_unit_rows(*cases: tuple[int, int]) -> list[tuple[int, int, bool]]:
@@ -197,12 +129,12 @@ def test_skip_is_read_on_the_device(skip, S):
 @pytest.mark.slow
 def test_weight_step_does_not_depend_on_gaps_or_capacity():
     step = a_step(2, unit=True)
-    gapped = Gapped(step.code, step.values)
-    roomy = gapped.transposed(F)
+    gapped = Gapped(replace(step.code, values=step.values), torch.float32)
+    roomy = gapped.transposed()
     for unit_rows in (False, True):
         state, adam = State(*there(*step.state.tensors())), step_kernels.new_adam(DEVICE)
         step_kernels.set_adam(adam, **ADAM)
-        gradient = RowGradient(roomy, there(list(gapped.values)), there(list(step.A)))
+        gradient = RowGradient(roomy, list(gapped.values), there(list(step.A)))
         step_kernels.weight_step(Rows(*state.tensors()), gradient, step_kernels.Update(adam, unit_rows))
         assert_same_bits(stepped(step, unit_rows).tensors(), [t.cpu() for t in state.tensors()])
 

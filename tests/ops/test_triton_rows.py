@@ -7,9 +7,6 @@ import torch
 from helpers import (
     Judge,
     assert_same_bits,
-    at_entries,
-    both,
-    decoded,
     raises_and_changes_nothing,
     randn,
     random_code,
@@ -46,11 +43,6 @@ def small_tiles(monkeypatch):
             monkeypatch.setitem(ops_of_generation, op, values)
 
 
-@pytest.fixture
-def shipped_tiles(small_tiles, monkeypatch):
-    monkeypatch.undo()
-
-
 @pytest.fixture(autouse=True)
 def forced():
     with use_backend("triton"):
@@ -64,27 +56,6 @@ def run_decode(code: SparseCode, W: Tensor, groups=None) -> Tensor:
 
 def run_dots(code: SparseCode, A: Tensor, W: Tensor) -> Tensor:
     return ops.sampled_dots(code_to(code), *on_device(A, W)).cpu()
-
-
-# ---- Against float64 ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 31), (1, 257, 3), (3, 16, 8), (1, 300, 4099)], ids=str)
-def test_shipped_tiles_on_other_shapes(shape, dtype, shipped_tiles):
-    rows, d, features = shape
-    judge, code = Judge(), code_to(random_code(rows, features, density=0.02), dtype, "cpu")
-    _, *arguments = inputs(rows, d, features, 2)
-    W, b_dec, target, weight = (t.to(dtype) for t in arguments)
-    judge.add("x_hat", run_decode(code, W), *both(lambda values, W: decoded(code, values, W), code.values, W))
-    judge.add("dots", run_dots(code, target, W), *both(lambda A, W: at_entries(code, A @ W.T), target, W))
-    out = run_losses(code, W, b_dec, target, weight, normaliser=rows)
-    torchs, exact = both(plain_losses(code, rows), code.values, W, b_dec, target, weight)
-    for name in ("residual", "residual_aux", "grads"):  # three losses are too few numbers for the rule
-        k = out._fields.index(name)
-        judge.add(name, out[k], torchs[k], exact[k])
-    judge.verdict()
-    assert torch.allclose(out.losses.double(), exact[0], rtol=4 * torch.finfo(dtype).eps)
 
 
 # ---- Codes with gaps, and what a step needs ---------------------------------------------------------------------------

@@ -11,8 +11,6 @@ from helpers import Judge, code_of, dense, randn
 from problems.weight_step import ADAM, State, Step, plain
 from sae_fast import ops, use_backend
 from sae_fast.code import RowGradient, SparseCode, Transposed
-from sae_fast.kernels import outer as outer_kernels
-from sae_fast.kernels import transpose as transpose_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, D, F = 70, 20, 21  # three words of rows, three slices of columns, six tiles of features; each with a ragged last one
@@ -76,31 +74,6 @@ def judge_state(after: State, step: Step, unit_rows: bool, scale: float = 1.0, a
     assert torch.equal(after.last_step == adam["step"], step.touched())
 
 
-class Gapped:
-    """The same code in buffers with more room than it needs: garbage in and after the gaps between rows."""
-
-    def __init__(self, code: SparseCode, values: torch.Tensor):
-        counts = code.indptr.diff()
-        self.begin = code.indptr[:-1] + 3 * torch.arange(1, code.batch + 1)
-        self.end = self.begin + counts
-        rows = torch.repeat_interleave(torch.arange(code.batch), counts)
-        self.position = torch.arange(code.nnz) + 3 * (rows + 1)
-        self.capacity = int(self.end[-1]) + 40
-        self.indices = torch.full((self.capacity,), 2**30, dtype=torch.int32)
-        self.indices[self.position] = code.indices
-        self.values = torch.full((values.shape[0], self.capacity), float("nan"))
-        self.values[:, self.position] = values
-
-    def transposed(self, features: int) -> Transposed:
-        begin, end, indices = there(self.begin, self.end, self.indices)
-        colptr = torch.empty(features + 1, dtype=torch.int64, device=DEVICE)
-        rows = torch.full((self.capacity,), -(2**30), dtype=torch.int32, device=DEVICE)
-        perm = torch.full((self.capacity,), -(2**60), dtype=torch.int64, device=DEVICE)
-        csc = Transposed(colptr, rows, perm)
-        transpose_kernels.transpose(begin, end, indices, csc)
-        return csc
-
-
 def gradient_rows(step: Step, dtype: torch.dtype) -> torch.Tensor:
     """[F, d] from values and A as ``dtype``, in that dtype."""
     return (dense(step.code, step.values.to(dtype)).mT @ step.A.to(dtype)).sum(0)
@@ -118,14 +91,3 @@ def judge_rows(rows: torch.Tensor, step: Step, dtype: torch.dtype, start=None, c
 
 def arguments(step: Step, dtype: torch.dtype) -> tuple:
     return csc_of(step.code), there(list(step.values.to(dtype))), there(list(step.A.to(dtype)))
-
-
-def outer_with_gaps(step, A) -> torch.Tensor:
-    """outer of the same entries in buffers with gaps and room."""
-    gapped = Gapped(step.code, step.values)
-    roomy = gapped.transposed(F)
-    out = torch.full((F, A[0].shape[1]), float("nan"), dtype=A[0].dtype, device=A[0].device)
-    gradient = RowGradient(roomy, there(list(gapped.values)), A)
-    runs = outer_kernels.runs(roomy.colptr, gapped.capacity)
-    outer_kernels.outer(gradient, out, runs=runs, accumulate=False)
-    return out

@@ -1,4 +1,4 @@
-"""The CUDA kernels of verify and transpose; without a GPU over the shim, which makes every thread a fiber."""
+"""The CUDA kernel of verify; without a GPU over the shim, which makes every thread a fiber."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Judge, assert_same_bits, code_of, make_inputs
+from helpers import Judge, assert_same_bits, make_inputs
 from problems.encode import ACTIVATIONS, arguments, assert_exact, double, exact_problem, judge, plain
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from problems.cuda_verify import DEVICE, GUARD, INF, NAN, Verified, problem, rows_like, verified
+from problems.cuda_verify import DEVICE, INF, NAN, Verified, problem, rows_like, verified
 from problems.triton_encode import SMALL, home, moved, on, set_tiles
 
 from sae_fast import ops, use_backend
-from sae_fast.code import SparseCode, Transposed
+from sae_fast.code import SparseCode
 from sae_fast.kernels import native
 from sae_fast.kernels import round as rounding
-from sae_fast.kernels import transpose as transpose_kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEPTHS = [1, 3, 63, 100, 256, 769, 2304]
@@ -250,72 +249,3 @@ def test_encode_in_bf16_takes_the_scaled_copies(cuda_calls):
     assert cuda_calls == ["verify"]
     assert_same_bits([twin.indptr, twin.indices], [code.indptr, code.indices])
     torch.testing.assert_close(code.u, twin.u, rtol=1e-5, atol=1e-6)
-
-
-# ---- transpose --------------------------------------------------------------------------------------------------------
-
-
-def assert_is_stable_sort(code: SparseCode) -> None:
-    with use_backend("reference"):
-        expected = ops.transpose(code)
-    found = ops.transpose(replace(code, indptr=on(code.indptr), indices=on(code.indices)))
-    parts = [found.colptr, found.rows, found.perm]
-    assert_same_bits([expected.colptr, expected.rows, expected.perm], [t.cpu() for t in parts])
-
-
-def some_code(rows: int, features: int, density: float) -> SparseCode:
-    """Empty rows; one feature in every other row, the last feature in none."""
-    g = torch.Generator().manual_seed(rows + features)
-    member = torch.rand(rows, features, generator=g) < density
-    member[:, -1] = False
-    member[:, features // 2] = True
-    member[1::7] = False
-    return code_of(member, 1, g)
-
-
-# One block and several, ragged, of rows (256) and of features (2048); more chunks than a thread sums at once (8).
-@pytest.mark.parametrize(
-    "rows, features, density",
-    [(1, 6, 0.5), (3, 1, 1.0), (33, 9, 0.3), (257, 33, 0.2), (40, 2049, 0.05), (300, 4200, 0.01), (2400, 3, 0.4)],
-)
-def test_transpose_is_the_stable_sort_bit_for_bit(rows, features, density, cuda_calls):
-    assert_is_stable_sort(some_code(rows, features, density))
-    assert cuda_calls == ["transpose_count", "transpose_place"]
-
-
-def test_transpose_of_full_rows():
-    """Rows longer than a warp reads at once; words of all ones; and every number of entries up to two reads' worth."""
-    g = torch.Generator().manual_seed(0)
-    assert_is_stable_sort(code_of(torch.ones(34, 200, dtype=torch.bool), 1, g))
-    assert_is_stable_sort(code_of(torch.arange(130) < torch.arange(130)[:, None], 1, g))
-
-
-def gapped_transpose(code: SparseCode) -> tuple[Transposed, Tensor]:
-    """Of the same code with garbage between its rows, and the position of each of its entries there."""
-    counts = code.indptr.diff()
-    begin = code.indptr[:-1] + 3 * torch.arange(1, code.batch + 1)
-    position = torch.arange(code.nnz) + 3 * (torch.repeat_interleave(torch.arange(code.batch), counts) + 1)
-    indices = torch.full((code.nnz + 3 * code.batch + 9,), 2**30, dtype=torch.int32)
-    indices[position] = code.indices
-    colptr = on(torch.full((code.d_sae + 1,), GUARD, dtype=torch.int64))
-    rows, perm = on(torch.full_like(indices, GUARD)), on(torch.full(indices.shape, GUARD, dtype=torch.int64))
-    transpose_kernels.transpose(on(begin), on(begin + counts), on(indices), Transposed(colptr, rows, perm))
-    return Transposed(colptr.cpu(), rows.cpu(), perm.cpu()), position
-
-
-def test_transpose_neither_reads_gaps_nor_writes_past_the_entries_whichever_thread_goes_first():
-    code = some_code(290, 70, 0.1)
-    found, position = under_every_schedule(lambda: gapped_transpose(code))
-    with use_backend("reference"):
-        expected, n = ops.transpose(code), code.nnz
-    assert_same_bits([expected.colptr, expected.rows], [found.colptr, found.rows[:n]])
-    assert torch.equal(found.perm[:n], position[expected.perm])
-    assert bool((found.rows[n:] == GUARD).all() and (found.perm[n:] == GUARD).all())
-
-
-def test_transpose_agrees_with_its_triton_twin():
-    code = some_code(70, 40, 0.2)
-    found, _ = gapped_transpose(code)
-    with use_backend("triton"):
-        twin, _ = gapped_transpose(code)
-    assert_same_bits(twin, found)
