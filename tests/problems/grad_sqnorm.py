@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from helpers import dense, randn, random_code
+from helpers import dense, randn
+
+from problems.outer import sources
 
 
 def problem(B: int, d: int, F: int, S: int = 1, own: bool = False, seed: int = 0):
     """(code, values [S, nnz], A [S, B, d], W [F, d], self_coefficient [F] or None)."""
-    code = random_code(B, F, S, seed=seed)
-    own_coefficient = randn(F, seed=seed + 2) if own else None
-    return code, code.values - 0.3, randn(S, B, d, seed=seed), randn(F, d, seed=seed + 1), own_coefficient
+    return *sources(B, d, F, S, seed), randn(F, d, seed=seed + 1), randn(F, seed=seed + 2) if own else None
 
 
 def rows_of_gradient(code, values, A, W, own, project: bool, dtype: torch.dtype) -> torch.Tensor:
