@@ -15,7 +15,7 @@ from sae_fast import activations
 from sae_fast.code import SparseCode, Transposed
 from sae_fast.gradients import Objective, feature_sums, no_second, outer
 from sae_fast.ops.autograd import call, differentiable, function
-from sae_fast.ops.decode_loss import decode_loss
+from sae_fast.ops.decode_loss import decode_loss, prefix_rows
 from sae_fast.ops.encode import encode
 from sae_fast.reference import Loss
 
@@ -163,7 +163,7 @@ _LastGradient = function(
 
 
 def _decode_loss_setup(ctx, inputs, output):
-    indptr, indices, values, W_dec, b_dec, target, weight, ctx.normaliser, ctx.stop_auxiliary = inputs
+    indptr, indices, values, W_dec, b_dec, target, weight, ctx.normaliser, ctx.stop_auxiliary, ctx.prefixes, *_ = inputs
     target = target if ctx.needs_input_grad[5] else None
     _, residual, residual_aux, grads = output
     ctx.mark_non_differentiable(residual, residual_aux, grads)
@@ -175,9 +175,14 @@ def _decode_loss_backward(ctx, grad_losses, *_constants):
     rec, sparse, aux = grad_losses.unbind()
     gated, n = values.shape[0] == 2, ctx.normaliser
     need_values, need_W, need_b, need_target, need_weight = ctx.needs_input_grad[2:7]
-    grad_values = grad_W = grad_b = grad_target = grad_weight = csc = None
+    grad_values = grad_W = grad_b = grad_target = grad_weight = csc = by_group = None
+    if ctx.prefixes is None:
+        residual, residual_aux = residual[None], residual_aux[None]  # [G, B, d]
+    batch = residual.shape[1]
     if need_W or need_weight:
-        csc = Transposed(*_ops.transpose(indptr, indices, W_dec.shape[0]))
+        csc = by_group = Transposed(*_ops.transpose(indptr, indices, W_dec.shape[0]))
+        if ctx.prefixes is not None:
+            by_group = prefix_rows(csc, ctx.prefixes, batch)
     if need_values:
         # The forward's grads are those of the plain sum; a caller may weight the three losses differently.
         per_set = torch.stack([rec, aux]) if gated else rec[None]
@@ -186,25 +191,25 @@ def _decode_loss_backward(ctx, grad_losses, *_constants):
         grad_values[-1] += (sparse - per_set[-1]) * penalty
     through_aux = gated and not ctx.stop_auxiliary
     if need_W:
-        entries, rows = [values[0] * (2 / n * rec)], [residual]
+        entries, rows = [values[0] * (2 / n * rec)], [residual.flatten(0, 1)]
         if through_aux:
-            entries, rows = [*entries, values[1] * (2 / n * aux)], [residual, residual_aux]
-        grad_W = outer(csc, entries, rows, 0, W_dec.shape[0])
+            entries, rows = [*entries, values[1] * (2 / n * aux)], [*rows, residual_aux.flatten(0, 1)]
+        grad_W = outer(by_group, entries, rows, 0, W_dec.shape[0])
     if need_b:
-        grad_b = residual.sum(0) * (2 / n * rec)
+        grad_b = residual[0].sum(0) * (2 / n * rec)
         if through_aux:
-            grad_b = grad_b + residual_aux.sum(0) * (2 / n * aux)
+            grad_b = grad_b + residual_aux[0].sum(0) * (2 / n * aux)
     if need_target:
-        grad_target = residual * (-2 / n * rec)
+        grad_target = residual[0] * (-2 / n * rec)
         if gated:
-            grad_target = grad_target - residual_aux * (2 / n * aux)
+            grad_target = grad_target - residual_aux[0] * (2 / n * aux)
     if need_weight:
-        grad_weight = feature_sums(csc, values[-1] * (sparse / n), residual.shape[0])
+        grad_weight = feature_sums(csc, values[-1] * (sparse / n), batch)
     gradients = [grad_values, grad_W, grad_b, grad_target, grad_weight]
     if torch.is_grad_enabled():  # the graph of this pass would lack what the constants depend on
         on = [t for t in (values, W_dec, b_dec, target, weight) if t is not None]
         gradients = [g if g is None else _LastGradient.apply(g, *on) for g in gradients]
-    return None, None, *gradients, None, None
+    return None, None, *gradients, *[None] * 5
 
 
 differentiable("decode_loss", _decode_loss_setup, _decode_loss_backward)

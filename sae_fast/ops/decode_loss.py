@@ -1,25 +1,32 @@
-"""decode_loss: decode ∘ loss ∘ sampled_dots, fused.
+"""decode_loss: decode ∘ loss ∘ sampled_dots, fused, of one reconstruction or of Matryoshka prefixes.
 
-Body ``cpu``: one visit of each example; above the crossover density dense row chunks.  ``triton``: one visit of each slice
-of an example.  ``reference``: dense.
+Body ``cpu``: one visit of each example; above the crossover density dense row chunks.  ``triton``, ``cuda``: one visit of
+each slice of an example; for what they have no kernel of, prefixes and values that are 0, decode and sampled_dots.
+``reference``: dense.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_fast.code import SparseCode, row_ids
+from sae_fast.code import SparseCode, Transposed, row_ids
 from sae_fast.ops import autograd, checks, crossovers
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
-from sae_fast.ops.native import _C, contiguous, threads
+from sae_fast.ops.native import _C, threads
 
 
 class DecodeLoss(NamedTuple):
     """losses [3]: reconstruction, sparsity, auxiliary.  residual [B, d]: r = x̂ − target; residual_aux: x̂_aux − target, or
-    [0, d] without gates.  grads [V, nnz]: the gradient of the losses' sum with respect to the code's values."""
+    [0, d] without gates.  grads [V, nnz]: the gradient of the losses' sum with respect to the code's values.
+
+    With prefixes residual is [G, B, d], the sums R_j = Σ_{g ≥ j} c_g r_g that gradients are made of (``prefix_rows``), and
+    so is residual_aux, or [0, B, d]."""
 
     losses: Tensor
     residual: Tensor
@@ -35,8 +42,12 @@ def decode_loss(
     sparsity_weight: Tensor,
     normaliser: float,
     stop_auxiliary: bool = True,
+    *,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Tensor | None = None,
+    zeros: bool = False,
 ) -> DecodeLoss:
-    """The losses of equation (8) on a code, and what their gradients need (MATH.md §2).
+    """The losses of equation (8) on a code, and what their gradients need (MATH.md §2, and §8 for prefixes).
 
     With N = ``normaliser`` (the batch size, for means) and the code's magnitudes m and gates g:
       x̂ = m W_dec + b_dec,  reconstruction = ‖x̂ − target‖² / N
@@ -44,8 +55,13 @@ def decode_loss(
                        grads = (2 r·d_i / N where m ≠ 0,  (2 r_aux·d_i + weight_i) / N where g ≠ 0)
       one value set:   sparsity = Σ weight_i m_i / N,  auxiliary = 0,  grads = ((2 r·d_i + weight_i) / N where m ≠ 0)
     W_dec [F, d_out], b_dec [d_out], target [B, d_out] (x, or a transcoder's output), sparsity_weight [F] (λ, or λ‖d_i‖).
-    An entry whose value is 0 gets gradient 0, that of the ReLU behind it; a straight-through window takes decode and
-    sampled_dots instead.
+
+    ``prefixes``, the ends e_1 < … < e_G = F of nested dictionaries, put Σ_g c_g ‖x̂_g − target‖² in the place of a square,
+    x̂_g of the features below e_g alone; ``prefix_weights`` [G] are the c_g ≥ 0, by default 1, constants to autograd.
+    The r of a feature from e_{j−1} on and below e_j is then R_j.
+
+    An entry whose value is 0 gets gradient 0, that of the ReLU behind it; with ``zeros`` it gets 2 r·d_i / N, which a
+    straight-through window needs, and still no penalty.
     ``losses`` is differentiable with respect to the values, W_dec, b_dec, target and sparsity_weight; ``stop_auxiliary``
     keeps the auxiliary term's gradient from W_dec and b_dec.  The other outputs are constants to autograd.
     """
@@ -62,8 +78,51 @@ def decode_loss(
             sparsity_weight,
             float(normaliser),
             stop_auxiliary,
+            None if prefixes is None else list(prefixes),
+            prefix_weights,
+            zeros,
         )
     )
+
+
+def prefix_rows(csc: Transposed, prefixes: Sequence[int], batch: int) -> Transposed:
+    """The entries by feature with rows of R.flatten(0, 1) [G·B, d] in the place of examples: with it outer and weight_step
+    sum, in one pass, each feature's entries times the residuals of its own group."""
+    starts = csc.colptr[torch.tensor(prefixes[:-1], dtype=torch.int64, device=csc.colptr.device)]
+    at = torch.arange(csc.rows.shape[0], device=starts.device)
+    return replace(csc, rows=csc.rows + batch * torch.bucketize(at, starts, right=True, out_int32=True))
+
+
+class _Given(NamedTuple):
+    """The op's arguments."""
+
+    indptr: Tensor
+    indices: Tensor
+    values: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    target: Tensor
+    sparsity_weight: Tensor
+    normaliser: float
+    stop_auxiliary: bool
+    prefixes: list[int] | None
+    prefix_weights: Tensor | None
+    zeros: bool
+
+    def contiguous(self) -> _Given:
+        return _Given._make(t.contiguous() if isinstance(t, Tensor) else t for t in self)
+
+    def bounds(self) -> list[int]:
+        """[G + 1]: the ends of the groups of features, from 0; without prefixes there is one group."""
+        return [0, *(self.prefixes or [self.W_dec.shape[0]])]
+
+    def groups(self) -> list[tuple[int, int]]:
+        return list(pairwise(self.bounds()))
+
+    def residual_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of residual and residual_aux."""
+        shape = (*([] if self.prefixes is None else [len(self.prefixes)]), *self.target.shape)
+        return [shape, shape if self.values.shape[0] == 2 else (0, *shape[1:])]
 
 
 # The normaliser is a Scalar: a float would tie a compiled graph to one batch size.
@@ -71,117 +130,181 @@ def decode_loss(
     "sae_fast::decode_loss",
     mutates_args=(),
     schema="(Tensor indptr, Tensor indices, Tensor values, Tensor W_dec, Tensor b_dec, Tensor target,"
-    " Tensor sparsity_weight, Scalar normaliser, bool stop_auxiliary)"
+    " Tensor sparsity_weight, Scalar normaliser, bool stop_auxiliary, int[]? prefixes, Tensor? prefix_weights, bool zeros)"
     " -> (Tensor losses, Tensor residual, Tensor residual_aux, Tensor grads)",
 )
-def _decode_loss(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, stop_auxiliary):
-    checks.shape("W_dec", W_dec, "F", "d_out")
-    checks.csr(indptr, indices, W_dec.shape[0])
-    features, d = W_dec.shape
-    checks.shape("values", values, "V", indices.shape[0])
-    if values.shape[0] not in (1, 2):
-        raise ValueError(f"values: got {values.shape[0]} value sets, want 1 (magnitudes) or 2 (magnitudes, gates)")
-    checks.shape("b_dec", b_dec, d)
-    checks.shape("target", target, indptr.shape[0] - 1, d)
-    checks.shape("sparsity_weight", sparsity_weight, features)
-    tensors = {"values": values, "b_dec": b_dec, "target": target, "sparsity_weight": sparsity_weight}
-    for name, tensor in tensors.items():
-        checks.floating(name, tensor, W_dec, "W_dec")
-    if not normaliser > 0:
-        raise ValueError(f"normaliser: got {normaliser}, want a positive number such as the batch size")
-    inputs = (W_dec, indptr, indices)
-    dense = crossovers.gpu_rejects(indices.shape[0], target.shape[0], features)
+def _decode_loss(*arguments):
+    p = _Given(*arguments)
+    checks.shape("W_dec", p.W_dec, "F", "d_out")
+    checks.csr(p.indptr, p.indices, p.W_dec.shape[0])
+    features, d = p.W_dec.shape
+    checks.shape("values", p.values, "V", p.indices.shape[0])
+    if p.values.shape[0] not in (1, 2):
+        raise ValueError(f"values: got {p.values.shape[0]} value sets, want 1 (magnitudes) or 2 (magnitudes, gates)")
+    checks.shape("b_dec", p.b_dec, d)
+    checks.shape("target", p.target, p.indptr.shape[0] - 1, d)
+    checks.shape("sparsity_weight", p.sparsity_weight, features)
+    for name in ("values", "b_dec", "target", "sparsity_weight"):
+        checks.floating(name, getattr(p, name), p.W_dec, "W_dec")
+    if not p.normaliser > 0:
+        raise ValueError(f"normaliser: got {p.normaliser}, want a positive number such as the batch size")
+    _check_prefixes(p.prefixes, p.prefix_weights, p.W_dec)
+    inputs = (p.W_dec, p.indptr, p.indices)
+    dense = crossovers.gpu_rejects(p.indices.shape[0], p.target.shape[0], features)
+    unfused = p.prefixes is not None or p.zeros
     body = pick(
         "decode_loss",
-        {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
+        {"cpu": _cpu, "cuda": _gpu, "triton": _unfused if unfused else _gpu, "reference": _reference},
         {
             "cpu": cpu_rejects(*inputs),
-            "cuda": cuda_rejects("decode_loss", *inputs) or dense,
+            "cuda": "it has no kernel of prefixes and zeros" if unfused else cuda_rejects("decode_loss", *inputs) or dense,
             "triton": triton_rejects(*inputs) or dense,
         },
     )
-    return body(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser)
+    return body(p)
+
+
+def _check_prefixes(prefixes: Sequence[int] | None, weights: Tensor | None, W_dec: Tensor) -> None:
+    if prefixes is None:
+        if weights is not None:
+            raise ValueError(f"prefix_weights: got {tuple(weights.shape)} without prefixes, want None")
+        return
+    ends = [0, *prefixes]
+    if ends[-1] != W_dec.shape[0] or any(a >= b for a, b in pairwise(ends)):
+        raise ValueError(f"prefixes: got {ends[1:]}, want ends that ascend from at least 1 to F = {W_dec.shape[0]}")
+    if weights is None:
+        return
+    checks.shape("prefix_weights", weights, len(prefixes))
+    checks.floating("prefix_weights", weights, W_dec, "W_dec")
+    if weights.device.type == "cpu" and not bool((weights >= 0).all()):
+        raise ValueError(f"prefix_weights: got {weights.tolist()}, want numbers that are not negative")
 
 
 @_decode_loss.register_fake
-def _(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser, stop_auxiliary):
-    rows = target.shape[0] if values.shape[0] == 2 else 0
-    return (
-        target.new_empty(3),
-        torch.empty_like(target, memory_format=torch.contiguous_format),
-        target.new_empty(rows, target.shape[1]),
-        torch.empty_like(values, memory_format=torch.contiguous_format),
-    )
+def _(*arguments):
+    p = _Given(*arguments)
+    residuals = [p.target.new_empty(shape) for shape in p.residual_shapes()]
+    return p.target.new_empty(3), *residuals, torch.empty_like(p.values, memory_format=torch.contiguous_format)
 
 
-def _cpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
-    indptr, indices, values, W_dec, b_dec, target, sparsity_weight = contiguous(
-        indptr, indices, values, W_dec, b_dec, target, sparsity_weight
-    )
-    (rows, d), nnz, V = target.shape, indices.shape[0], values.shape[0]
-    if crossovers.is_dense("decode_loss", nnz, rows, W_dec.shape[0]):
-        return _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser)
-    residual, residual_aux = target.new_empty(rows, d), target.new_empty(rows if V == 2 else 0, d)
-    losses, grads = target.new_empty(rows, 3), torch.empty_like(values)
-    if nnz == 0:  # torch gives an empty tensor the address 0, which would read as "no gates"
-        values = values.new_empty(V, 1)
+def _cpu(p: _Given):
+    p = p.contiguous()
+    (rows, d), nnz, V = p.target.shape, p.indices.shape[0], p.values.shape[0]
+    if crossovers.is_dense("decode_loss", nnz, rows, p.W_dec.shape[0]):
+        return _cpu_dense(p)
+    residual, residual_aux = (p.target.new_empty(shape) for shape in p.residual_shapes())
+    losses, grads = p.target.new_empty(rows, 3), torch.empty_like(p.values)
+    # torch gives an empty tensor the address 0, which would read as "no gates"
+    values = p.values if nnz else p.values.new_empty(V, 1)
     gates = values[1] if V == 2 else None
     _C.decode_loss(
-        code=(indptr, indices), nnz=nnz, magnitudes=values[0], gates=gates, W=W_dec, b_dec=b_dec, target=target,
-        sparsity_weight=sparsity_weight, normaliser=normaliser, d=d, residual=residual, residual_aux=residual_aux,
-        losses=losses, grads=grads, threads=threads(),
+        code=(p.indptr, p.indices), nnz=nnz, magnitudes=values[0], gates=gates, W=p.W_dec, b_dec=p.b_dec, target=p.target,
+        sparsity_weight=p.sparsity_weight, normaliser=p.normaliser, d=d, bounds=p.bounds(),
+        prefix_weights=p.prefix_weights, zeros=p.zeros, residual=residual, residual_aux=residual_aux, losses=losses,
+        grads=grads, threads=threads(),
     )  # fmt: skip
-    return losses.sum(0, dtype=torch.float64).div_(normaliser).float(), residual, residual_aux, grads
+    return losses.sum(0, dtype=torch.float64).div_(p.normaliser).float(), residual, residual_aux, grads
 
 
-def _cpu_dense(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
-    rows, features = target.shape[0], W_dec.shape[0]
-    residuals = target.new_empty(values.shape[0], *target.shape)
-    grads = torch.empty_like(values)
-    for first, last in crossovers.chunks(rows, features):
-        block = target.new_empty(last - first, features)
-        for v, (residual, grad) in enumerate(zip(residuals, grads, strict=True)):
-            crossovers.scatter(indptr, indices, None, first, last, values[v], block)
-            torch.addmm(b_dec - target[first:last], block, W_dec, out=residual[first:last])
-            torch.mm(residual[first:last], W_dec.T, out=block)
-            crossovers.gather(indptr, indices, first, last, block, grad)
-    return _finish(indices, values, residuals, grads, sparsity_weight, normaliser)
+def _cpu_dense(p: _Given):
+    (rows, features), groups = (p.target.shape[0], p.W_dec.shape[0]), p.groups()
+    chunks = list(crossovers.chunks(rows, features))
+    residuals = p.target.new_empty(p.values.shape[0], len(groups), *p.target.shape)
+    for first, last in chunks:
+        block, base = p.target.new_empty(last - first, features), p.b_dec - p.target[first:last]
+        for v, values in enumerate(p.values):
+            crossovers.scatter(p.indptr, p.indices, None, first, last, values, block)
+            r = base
+            for g, (a, b) in enumerate(groups):
+                r = torch.addmm(r, block[:, a:b], p.W_dec[a:b], out=residuals[v, g, first:last])
+
+    def dots(reaching):
+        out = torch.empty_like(p.values)
+        for first, last in chunks:
+            block = p.target.new_empty(last - first, features)
+            for of_set, to in zip(reaching, out, strict=True):
+                for R, (a, b) in zip(of_set, groups, strict=True):
+                    torch.mm(R[first:last], p.W_dec[a:b].T, out=block[:, a:b])
+                crossovers.gather(p.indptr, p.indices, first, last, block, to)
+        return out
+
+    return _finish(p, residuals, dots)
 
 
-def _gpu(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
+def _gpu(p: _Given):
     from sae_fast.kernels import decode_loss as kernel
 
-    indptr, indices, values, W_dec, b_dec, target, sparsity_weight = contiguous(
-        indptr, indices, values, W_dec, b_dec, target, sparsity_weight
-    )
-    code, out = (indptr[:-1], indptr[1:], indices, values), kernel.Outputs.of(values, target)
-    kernel.decode_loss(code, W_dec, b_dec, target, sparsity_weight, normaliser, out)
-    losses = out.losses.sum(0, dtype=torch.float64).div_(normaliser).to(target.dtype)
-    return losses, *_split(out.residuals), out.grads
+    p = p.contiguous()
+    code, out = (p.indptr[:-1], p.indptr[1:], p.indices, p.values), kernel.Outputs.of(p.values, p.target)
+    kernel.decode_loss(code, p.W_dec, p.b_dec, p.target, p.sparsity_weight, p.normaliser, out)
+    losses = out.losses.sum(0, dtype=torch.float64).div_(p.normaliser).to(p.target.dtype)
+    return losses, *_split(out.residuals[:, None], None), out.grads
 
 
-def _reference(indptr, indices, values, W_dec, b_dec, target, sparsity_weight, normaliser):
-    f = torch.stack([crossovers.to_dense(indptr, indices, v, W_dec.shape[0]) for v in values])
-    residuals = f @ W_dec + b_dec - target
-    rows = row_ids(indptr, indices.shape[0])
-    grads = (residuals @ W_dec.T)[:, rows, indices.long()]
-    return _finish(indices, values, residuals, grads, sparsity_weight, normaliser)
+def _unfused(p: _Given):
+    """By the kernels of decode and sampled_dots, of a code that has a row for each example and group."""
+    from sae_fast.kernels.decode import decode
+    from sae_fast.kernels.sampled_dots import sampled_dots
+
+    p = p.contiguous()
+    (rows, d), V, G = p.target.shape, p.values.shape[0], len(p.groups())
+    keys = row_ids(p.indptr, p.indices.shape[0]) * p.W_dec.shape[0] + p.indices
+    firsts = torch.arange(rows, device=keys.device)[:, None] * p.W_dec.shape[0] + keys.new_tensor(p.bounds()[:-1])
+    indptr = torch.nn.functional.pad(torch.searchsorted(keys, firsts.flatten()), (0, 1), value=keys.shape[0])
+    code = (indptr[:-1], indptr[1:], p.indices)
+    sums = p.target.new_empty(V, 1, rows * G, d, dtype=torch.float32)
+    decode(*code, p.values, p.W_dec, None, sums)
+    sums = sums.view(V, rows, G, d).transpose(1, 2).contiguous()
+
+    def dots(reaching):
+        out = torch.empty_like(p.values)
+        for of_set, to in zip(reaching.to(p.target.dtype), out, strict=True):
+            sampled_dots(*code, of_set.transpose(0, 1).reshape(rows * G, d), p.W_dec, to)
+        return out
+
+    return _finish(p, _prefixes(p, sums), dots)
 
 
-def _finish(indices, values, residuals, grads, sparsity_weight, normaliser):
-    """The losses, and the value gradients from the dots r·d_i."""
-    weight = sparsity_weight[indices.long()]
-    grads = grads * (2 / normaliser)
-    grads[-1] += weight / normaliser
-    grads = torch.where(values != 0, grads, 0)
-    squares = residuals.pow(2).sum((1, 2), dtype=torch.float64)
-    auxiliary = squares[1] if values.shape[0] == 2 else squares.new_zeros(())
-    sparsity = (weight * values[-1]).sum(dtype=torch.float64)
-    losses = (torch.stack([squares[0], sparsity, auxiliary]) / normaliser).to(residuals.dtype)
-    return losses, *_split(residuals), grads
+def _reference(p: _Given):
+    f = torch.stack([crossovers.to_dense(p.indptr, p.indices, v, p.W_dec.shape[0]) for v in p.values])
+    sums = torch.stack([f[..., a:b] @ p.W_dec[a:b] for a, b in p.groups()], dim=1)
+
+    def dots(reaching):
+        parts = [R @ p.W_dec[a:b].T for R, (a, b) in zip(reaching.unbind(1), p.groups(), strict=True)]
+        return torch.cat(parts, dim=-1)[:, row_ids(p.indptr, p.indices.shape[0]), p.indices.long()]
+
+    return _finish(p, _prefixes(p, sums), dots)
 
 
-def _split(residuals):
-    """The residuals [V, B, d] in tensors of their own, as an op must return them."""
-    residual_aux = residuals[1].clone() if residuals.shape[0] == 2 else residuals.new_empty(0, residuals.shape[2])
+def _prefixes(p: _Given, sums: Tensor) -> Tensor:
+    """The residuals [V, G, B, d] of prefixes from the sums of each group alone, which are written over."""
+    for g in range(1, sums.shape[1]):
+        sums[:, g] += sums[:, g - 1]
+    return sums + p.b_dec - p.target
+
+
+def _finish(p: _Given, residuals: Tensor, dots: Callable[[Tensor], Tensor]):
+    """The op's results, from the residuals [V, G, B, d] of each prefix alone, which are written over, and R·d_i [V, nnz]
+    as a function of their sums R [V, G, B, d]."""
+    squares = residuals.pow(2).sum((2, 3), dtype=torch.float64)
+    if p.prefix_weights is not None:
+        squares = squares * p.prefix_weights
+        residuals *= p.prefix_weights[:, None, None]
+    for g in reversed(range(residuals.shape[1] - 1)):
+        residuals[:, g] += residuals[:, g + 1]
+    weight, off = p.sparsity_weight[p.indices.long()], p.values == 0
+    grads = dots(residuals) * (2 / p.normaliser)
+    grads[-1] += torch.where(off[-1], 0, weight / p.normaliser)
+    if not p.zeros:
+        grads = torch.where(off, 0, grads)
+    reconstruction, auxiliary = (*squares.sum(1), squares.new_zeros(()))[:2]
+    sparsity = (weight * p.values[-1]).sum(dtype=torch.float64)
+    losses = (torch.stack([reconstruction, sparsity, auxiliary]) / p.normaliser).to(p.target.dtype)
+    return losses, *_split(residuals.to(p.target.dtype), p.prefixes), grads
+
+
+def _split(residuals: Tensor, prefixes: list[int] | None) -> tuple[Tensor, Tensor]:
+    """The residuals [V, G, B, d] in tensors of their own, as an op must return them."""
+    residuals = residuals[:, 0] if prefixes is None else residuals
+    residual_aux = residuals[1].clone() if residuals.shape[0] == 2 else residuals.new_empty(0, *residuals.shape[2:])
     return residuals[0].clone(), residual_aux

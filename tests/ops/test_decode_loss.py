@@ -220,8 +220,11 @@ def test_a_corrupt_code_is_a_value_error(name, code):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("prefixes, zeros", [(None, False), ([1, 20, 33], True)])
 @pytest.mark.parametrize("V, stop_auxiliary", [(1, True), (2, True), (2, False)])
-def test_opcheck(V, stop_auxiliary, gradients):
+def test_opcheck(V, stop_auxiliary, prefixes, zeros, gradients):
     code, *arguments = inputs(9, 5, 33, V)
     leaves = [t.clone().requires_grad_(gradients) for t in (code.values, *arguments)]
-    opcheck(torch.ops.sae_fast.decode_loss.default, (code.indptr, code.indices, *leaves, 9.0, stop_auxiliary))
+    weights = prefixes and torch.rand(len(prefixes))
+    options = (9.0, stop_auxiliary, prefixes, weights, zeros)
+    opcheck(torch.ops.sae_fast.decode_loss.default, (code.indptr, code.indices, *leaves, *options))
