@@ -102,8 +102,8 @@ PYBIND11_MODULE(_C, m) {
       }), py::kw_only(), py::arg("d"), py::arg("K"), py::arg("outliers"), py::arg("m"), py::arg("gamma"), py::arg("terms"),
           py::arg("open"));
   py::class_<Adam>(m, "Adam")
-      .def(py::init(&make_adam), py::kw_only(), py::arg("lr"), py::arg("beta2"), py::arg("eps"), py::arg("step"),
-           py::arg("project"), py::arg("renormalise"));
+      .def(py::init(&make_adam), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+           py::arg("step"), py::arg("project"), py::arg("renormalise"));
 
   py::class_<Tiles> tiles(m, "Tiles");
   tiles.def("candidates", &Tiles::candidates);

@@ -180,17 +180,20 @@ class RowGradient:
 
 
 class Rows(NamedTuple):
-    """Weight rows W [n, d] and what is kept with them: Adam's v [n, d] as of last_step [n]; the Shadow, if there is one."""
+    """Weight rows W [n, d] and what is kept with them: Adam's v [n, d] as of last_step [n]; perhaps the Shadow; with
+    momentum Adam's m [n, d] as of the step before."""
 
     W: Tensor
     v: Tensor
     last_step: Tensor
     shadow: Shadow | None = None
+    m: Tensor | None = None
 
-    def at(self, rows: slice) -> Rows:
-        """Views of some of the rows."""
+    def at(self, rows: slice | Tensor) -> Rows:
+        """Some of the rows: of a slice views, of indices copies."""
         shadow = None if self.shadow is None else Shadow(*(t[rows] for t in self.shadow))
-        return Rows(self.W[rows], self.v[rows], self.last_step[rows], shadow)
+        m = None if self.m is None else self.m[rows]
+        return Rows(self.W[rows], self.v[rows], self.last_step[rows], shadow, m)
 
 
 class Adam(NamedTuple):
@@ -204,6 +207,7 @@ class Adam(NamedTuple):
     unit_rows: bool = False
     grad_scale: Tensor | None = None
     skip: Tensor | None = None
+    beta1: float = 0.0
 
     @property
     def skips(self) -> bool:

@@ -1,7 +1,8 @@
-"""RowAdam: Adam that visits only the weight rows that have a gradient, and is exact.
+"""RowAdam: Adam that visits only the weight rows that move, and is exact.
 
-With β1 = 0 (the paper's and dictionary_learning's setting) a row with a zero gradient has a zero step; only its second
-moment decays, and v ← β2^Δt v makes up for that at the next visit.  So a step costs what its touched rows cost.
+With β1 = 0 (the paper's setting) a row with a zero gradient has a zero step; only its second moment decays, and
+v ← β2^Δt v makes up for that at the next visit.  So a step costs what its touched rows cost.  With momentum every row
+moves that ever had a gradient, but a gradient is still summed on chip, row by row, and never written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from sae_fast import ops
 from sae_fast.code import RowGradient
@@ -21,13 +21,13 @@ from sae_fast.signals import uninterrupted
 class RowAdam(torch.optim.Optimizer):
     """Equal to ``torch.optim.Adam`` (plus, with ``unit_rows``, gradient projection before and renormalisation after).
 
-    A parameter's gradient is a RowGradient given to :meth:`step`, or else its dense ``.grad``.  The lazy route is taken
-    for RowGradients at β1 = 0 and eps > 0; otherwise the gradient is made dense and torch's fused Adam runs.
+    A parameter's gradient is a RowGradient given to :meth:`step`, or else its dense ``.grad``, of which every row counts as
+    touched; so do all rows at eps = 0, where a row of zeros has no step to skip but 0/0.
     ``params`` may be groups; ``unit_rows=True`` in a group holds the rows of its [F, d] weights at unit norm: the component
     of the gradient along each row is removed, Adam steps, the row is renormalised.  Rows are made unit before the first
     step; with ``unit_start=False`` it takes them as they are and makes them so, as other packages' optimizers do.  State:
-    ``step``, ``exp_avg_sq`` (raw, as of ``last_step`` [F]), and ``exp_avg`` when β1 > 0; state_dict() keeps it raw, so that
-    resuming is bitwise.
+    ``step``, ``exp_avg_sq`` (raw, as of ``last_step`` [F]), and ``exp_avg`` if the first step was at β1 > 0, which goes on
+    as torch's while β1 changes; state_dict() keeps it raw, so that resuming is bitwise.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RowAdam(torch.optim.Optimizer):
 
         ``grad_scale`` (0-d) multiplies every gradient; ``skip`` (0-d bool) makes the step a no-op.  ``shadows`` of
         parameters [F, d] are brought up to date with them.  ``ValueError``, before anything changes: for a parameter that
-        the optimizer does not hold; for β1 > 0 after steps at β1 = 0, whose last gradient is not kept.
+        the optimizer does not hold; for β1 > 0 after a start at β1 = 0, where the last gradient is not kept.
         """
         loss = None
         if closure is not None:
@@ -97,54 +97,29 @@ class RowAdam(torch.optim.Optimizer):
         grad_scale: Tensor | None,
         shadow: ops.Shadow | None,
     ) -> None:
-        state = self.state[p]
-        if not state and group["unit_rows"] and not group.get("unit_start", True):
-            gradient = to_dense(gradient, p).contiguous()  # of every row, as each is to be made unit
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        as_it_is = not state and group["unit_rows"] and not group.get("unit_start", True)  # each row is to be made unit
+        if as_it_is or group["eps"] == 0:
+            gradient = to_dense(gradient, p)
         if not state:
             self._initialise(p, state, group)
             if shadow is not None and group["unit_rows"]:
                 ops.refresh_shadow(p, shadow)
+        if beta1 > 0 and "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(p)
         state["step"] += 1
-        beta1, beta2 = group["betas"]
         if beta2 != state["beta2"]:
             self._catch_up(p, state, state["step"] - 1)
             state["beta2"] = beta2
-        lazy = beta1 == 0 and group["eps"] > 0
-        if lazy:
-            state.pop("exp_avg", None)  # in torch's Adam the last gradient, which this route does not keep
-        W, v = _as_rows(p), _as_rows(state["exp_avg_sq"])
+        rows = _as_rows(p), _as_rows(state["exp_avg_sq"]), state["last_step"]
         settings = dict(
-            step=state["step"], lr=float(group["lr"]), beta2=beta2, eps=group["eps"], unit_rows=group["unit_rows"],
-            grad_scale=grad_scale, shadow=shadow,
+            m=_as_rows(state["exp_avg"]) if "exp_avg" in state else None, step=state["step"], lr=float(group["lr"]),
+            beta1=beta1, beta2=beta2, eps=group["eps"], unit_rows=group["unit_rows"], grad_scale=grad_scale, shadow=shadow,
         )  # fmt: skip
-        if not lazy:
-            self._dense_step(p, gradient, state, group, grad_scale)
-            if shadow is not None:
-                ops.refresh_shadow(p, shadow)
-        elif isinstance(gradient, RowGradient):
-            ops.weight_step(W, v, state["last_step"], gradient, **settings)
+        if isinstance(gradient, RowGradient):
+            ops.weight_step(*rows, gradient, **settings)
         else:
-            ops.row_step(W, v, state["last_step"], _as_rows(gradient), **settings)
-
-    def _dense_step(self, p, gradient, state, group, grad_scale) -> None:
-        self._catch_up(p, state, state["step"] - 1)
-        grad = to_dense(gradient, p).contiguous()  # the fused kernel walks memory, not indices
-        if grad_scale is not None:
-            grad = grad * grad_scale
-        if group["unit_rows"]:
-            grad = ops.project_rows(grad, p)
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(p)
-        beta1, beta2 = group["betas"]
-        steps = torch.tensor(float(state["step"] - 1), device=p.device)
-        adam(
-            [p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [steps],
-            foreach=False, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=float(group["lr"]),
-            weight_decay=0.0, eps=group["eps"], maximize=False,
-        )  # fmt: skip
-        state["last_step"].fill_(state["step"])
-        if group["unit_rows"]:
-            p.copy_(torch.nn.functional.normalize(p, dim=1))
+            ops.row_step(*rows, _as_rows(gradient), **settings)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -212,8 +187,8 @@ def check_group(group: dict[str, Any]) -> None:
 def _check_momentum(state: Mapping[str, Any], betas: tuple[float, float]) -> None:
     if betas[0] > 0 and state.get("step", 0) > 0 and "exp_avg" not in state:
         raise ValueError(
-            f"betas: got β1 = {betas[0]} after {state['step']} steps at β1 = 0, whose last gradient, where torch's Adam "
-            "would go on from, is not kept; want β1 = 0, or a new optimizer"
+            f"betas: got β1 = {betas[0]} after {state['step']} steps from a start at β1 = 0, whose last gradient, where "
+            "torch's Adam would go on from, is not kept; want β1 = 0, a start at β1 > 0, or a new optimizer"
         )
 
 

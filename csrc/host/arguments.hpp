@@ -27,10 +27,10 @@ namespace args {
 
 }  // namespace args
 
-inline Adam make_adam(double lr, double beta2, double eps, int64_t step, bool project, bool renormalise) {
-  const double correction = 1.0 - std::pow(beta2, static_cast<double>(step));
-  return {beta2, static_cast<float>(lr), static_cast<float>(1.0 / std::sqrt(correction)), static_cast<float>(eps), step,
-          project, renormalise};
+inline Adam make_adam(double lr, double beta1, double beta2, double eps, int64_t step, bool project, bool renormalise) {
+  const auto correction = [&](double beta) { return 1.0 - std::pow(beta, static_cast<double>(step)); };
+  return {beta1, beta2, static_cast<float>(lr / correction(beta1)), static_cast<float>(1.0 / std::sqrt(correction(beta2))),
+          static_cast<float>(eps), step, project, renormalise};
 }
 
 }  // namespace sae_fast

@@ -200,7 +200,7 @@ class GatedSAETrainer(_OnEngine, gdm.GatedSAETrainer):
 
 class StandardTrainer(_OnEngine, standard.StandardTrainer):
     """dictionary_learning's StandardTrainer, same arguments, dead-neuron resampling included; ``init_l0`` as
-    :class:`GatedSAETrainer`.  Its Adam has β1 = 0.9, so every row is visited in every step."""
+    :class:`GatedSAETrainer`.  Its Adam has β1 = 0.9, so every row that ever had a gradient moves in every step."""
 
     @_signed_as(standard.StandardTrainer)
     def __init__(self, *args: Any, init_l0: float | None = None, **kwargs: Any):

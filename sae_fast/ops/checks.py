@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from sae_fast.code import Shadow
+from sae_fast.code import Adam, Rows, Shadow
 from sae_fast.ops.native import _C, in_memory
 
 
@@ -152,23 +152,31 @@ def row_gradient(W, colptr, rows, perm, values, A, self_coefficient, first_featu
         raise ValueError(f"first_feature: got {first_feature} with {W.shape[0]} rows, want a range within F = {total}")
 
 
-def adam_state(W, v, last_step, step, lr, beta2, eps, grad_scale, skip) -> None:
-    for name, scalar in {"grad_scale": grad_scale, "skip": skip}.items():
+def adam_state(state: Rows, adam: Adam) -> None:
+    (W, v, last_step, _, m), step = state, adam.step
+    for name, scalar in {"grad_scale": adam.grad_scale, "skip": adam.skip}.items():
         if scalar is not None:
             shape(name, scalar)
-    shape("v", v, *W.shape)
-    floating("v", v, W, "W")
+    moments = {"v": v} if m is None else {"v": v, "m": m}
+    for name, moment in moments.items():
+        shape(name, moment, *W.shape)
+        floating(name, moment, W, "W")
     shape("last_step", last_step, W.shape[0])
     dtype("last_step", last_step, torch.int64)
-    for name, tensor in {"W": W, "v": v, "last_step": last_step}.items():
+    for name, tensor in {"W": W, "last_step": last_step, **moments}.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: got strides {tensor.stride()}, want a contiguous tensor, as it is updated in place")
     if step < 1:
         raise ValueError(f"step: got {step}, want a count from 1")
     if last_step.device.type == "cpu" and last_step.numel() and int(last_step.max()) >= step:
         raise ValueError(f"step: got {step}, want one after the last_step of every row, up to {int(last_step.max())}")
-    if not (lr >= 0 and 0 <= beta2 < 1 and eps > 0):
-        raise ValueError(f"lr, beta2, eps: got {lr}, {beta2}, {eps}, want lr ≥ 0, 0 ≤ beta2 < 1, eps > 0")
+    lr, beta1, beta2, eps = adam.lr, adam.beta1, adam.beta2, adam.eps
+    if not (lr >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1 and eps >= 0):
+        raise ValueError(
+            f"lr, beta1, beta2, eps: got {lr}, {beta1}, {beta2}, {eps}, want lr ≥ 0, 0 ≤ beta1 < 1, 0 ≤ beta2 < 1, eps ≥ 0"
+        )
+    if beta1 > 0 and m is None:
+        raise ValueError(f"m: got None, want [{W.shape[0]}, {W.shape[1]}], the first moment, for beta1 = {beta1}")
 
 
 def memory(name: str, tensor: Tensor) -> None:

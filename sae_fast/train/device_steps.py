@@ -104,6 +104,8 @@ class DeviceSteps:
             return "a parameter is frozen"
         taken = step_count - len(self.under_way), settings.betas[1]
         for state in (optimizer.state.get(p) or {"step": 0} for p in sae.parameters()):
+            if "exp_avg" in state:
+                return "a parameter has momentum from earlier steps"
             if (state["step"], state.get("beta2", settings.betas[1])) != taken:
                 return "a parameter has missed steps, or taken them with another β2"
         if not sae.apply_b_dec_to_input:

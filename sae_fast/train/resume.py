@@ -84,7 +84,7 @@ def _restore_groups(state: TrainState, about: dict[str, Any]) -> None:
 def _check(name: str, parameter: Tensor, state: dict[str, Any], momentum: bool) -> None:
     """``ValueError`` unless ``state`` is RowAdam's for this parameter."""
     want = {"exp_avg_sq": (parameter.shape, parameter.dtype), "last_step": (parameter.shape[:1], torch.int64)}
-    if momentum:
+    if momentum or "exp_avg" in state:
         want["exp_avg"] = want["exp_avg_sq"]
     for key, (shape, dtype) in want.items():
         value = state.get(key)

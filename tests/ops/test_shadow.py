@@ -188,14 +188,14 @@ def test_ranges_skips_and_dense_gradients_keep_a_shadow(first, last, backend, is
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck_with_a_shadow(backend):
     """The schema says that the shadow is written to, and by which ops."""
-    code, adam = random_code(9, 33, 1), (3, 0.1, 0.99, 1e-8, False, None, None)
+    code, adam = random_code(9, 33, 1), (3, 0.1, 0.0, 0.99, 1e-8, False, None, None)
     gradient = gradient_of(code, 5)
     csc, (W, v, last_step) = gradient.csc, state_of(33, 5)
     entries = (csc.colptr, csc.rows, csc.perm, gradient.values, gradient.A, None, 0)
     op = torch.ops.sae_fast
     with use_backend(backend):
-        opcheck(op.weight_step.default, (W, v, last_step, *entries, *adam, *ops.make_shadow(W)))
-        opcheck(op.row_step.default, (W, v, last_step * 0, randn(33, 5), *adam, *ops.make_shadow(W)))
+        opcheck(op.weight_step.default, (W, v, last_step, None, *entries, *adam, *ops.make_shadow(W)))
+        opcheck(op.row_step.default, (W, v, last_step * 0, None, randn(33, 5), *adam, *ops.make_shadow(W)))
         arguments = (randn(9, 5), W, randn(33), None, None, "relu", "threshold", 0, 0.0, "exact", *ops.make_shadow(W))
         opcheck(op.encode.default, arguments, ["test_schema", "test_autograd_registration", "test_faketensor"])
 

@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import bodies
 from problems.bodies import moved
-from problems.weight_step import ADAM, STEP, State, Step, make_step, plain
+from problems.weight_step import ADAM, STEP, State, Step, make_step, plain, plain_moments
 
 from sae_fast import ops, use_backend
 from sae_fast.code import RowGradient
@@ -335,6 +335,196 @@ def test_row_step_repeats_bit_for_bit_at_every_thread_count(isa):
     assert_repeats(run)
 
 
+# ---- Momentum --------------------------------------------------------------------------------------------------------
+
+MOMENTUM = ADAM | dict(beta1=0.9)
+
+
+def take(step: Step, unit_rows: bool = False, scale: float | None = None, adam: dict = MOMENTUM, **settings) -> State:
+    """The state after a step with its m."""
+    state, grad_scale = step.state.clone(), None if scale is None else torch.tensor(scale)
+    with use_backend("reference"):
+        gradient = step.gradient()
+    ops.weight_step(*state.tensors(), gradient, m=state.m, unit_rows=unit_rows, grad_scale=grad_scale, **adam, **settings)
+    return state
+
+
+def judge_momentum(steps: list[Step], unit_rows: bool, scale: float | None = None, adam: dict = MOMENTUM) -> None:
+    judge = Judge()
+    for step in steps:
+        state = take(step, unit_rows, scale, adam)
+        trials = [plain_moments(step, dtype, unit_rows, scale or 1.0, adam) for dtype in (torch.float32, torch.float64)]
+        results = (state.W, state.v_now(adam["beta2"], adam["step"]), state.m)
+        for name, result, torchs, exact in zip("Wvm", results, *trials, strict=True):
+            judge.add(name, result, torchs, exact)
+        assert torch.equal(state.last_step == adam["step"], step.moving())
+    judge.verdict()
+
+
+@bodies.with_momentum
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_momentum_is_as_near_to_float64_as_torchs(unit_rows, body, monkeypatch):
+    for B, d, F in body.shapes:
+        monkeypatch.setattr(crossovers, "CHUNK", (B + d) * max(3, F // 4))
+        judge_momentum(
+            [make_step(B, d, F, S=2, unit=unit_rows, own=True, seed=s, momentum=True) for s in seeds(F * d)], unit_rows
+        )
+
+
+@bodies.with_momentum
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.5, 0.99])
+@pytest.mark.parametrize("scale", [None, 1e-3, 30.0])
+def test_momentum_of_any_beta1_and_the_gradient_scale(scale, beta1, body):
+    steps = [make_step(57, 63, 100, seed=seed, momentum=True) for seed in range(3)]
+    judge_momentum(steps, False, scale, MOMENTUM | dict(beta1=beta1, step=12))
+
+
+@bodies.with_momentum
+def test_a_row_without_entries_moves_while_it_has_momentum_and_else_rests_bit_for_bit(body):
+    step = make_step(3, 63, 4099, unit=True, own=True, momentum=True)
+    after, rests = take(step, unit_rows=True), ~step.moving()
+    coasts = step.moving() & ~step.touched()
+    assert rests.sum() > 1000 and coasts.sum() > 1000
+    assert_same_bits(after.rows(rests), step.state.rows(rests))
+    assert bool((after.W != step.state.W)[coasts].any(1).all())
+    assert bool((after.last_step[coasts] == STEP).all())
+    torch.testing.assert_close(after.m[coasts], 0.9 * step.state.m[coasts])
+
+
+@bodies.with_momentum
+def test_one_last_element_of_momentum_moves_its_row(body):
+    step = make_step(3, 63, 33, momentum=True)
+    m = torch.zeros(33, 63)
+    m[:, -1] = 1e-30
+    still = replace(step, state=replace(step.state, m=m), values=step.values * 0)
+    assert bool((take(still).last_step == STEP).all())
+
+
+@bodies.with_momentum
+def test_a_step_at_beta1_of_0_keeps_the_gradient_and_moves_as_without_momentum(body):
+    step = make_step(57, 63, 100, unit=True, momentum=True)
+    touched, state = step.touched(), replace(step.state.clone(), m=None)
+    kept = take(step, True, adam=MOMENTUM | dict(beta1=0.0))
+    ops.weight_step(*state.tensors(), step.gradient(), unit_rows=True, **ADAM)
+    assert_same_bits([t[touched] for t in kept.tensors()], [t[touched] for t in state.tensors()])
+    grad = ops.project_rows(step.dense_gradient(torch.float64), step.state.W.double())
+    torch.testing.assert_close(kept.m.double(), grad, rtol=1e-4, atol=1e-5)
+
+
+def test_momentum_runs_out_in_the_engine_and_its_row_rests(isa, route):
+    """Where plain Adam keeps a subnormal number for good, whose step is 0."""
+    step = make_step(3, 63, 400, momentum=True)
+    left = replace(step, state=replace(step.state, m=step.state.m.sign() * 2.0**-126))
+    after, coasts = take(left), left.moving() & ~left.touched()
+    assert coasts.sum() > 100 and not bool(after.m[coasts].any())
+    assert_same_bits(after.W[coasts], left.state.W[coasts])
+    again = take(replace(left, state=after), adam=MOMENTUM | dict(step=STEP + 1))
+    assert_same_bits(again.rows(coasts), after.rows(coasts))
+
+
+@bodies.with_momentum
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_a_trajectory_with_momentum_is_torch_optim_adams(unit_rows, body):
+    start = torch.nn.functional.normalize(randn(40, 6), dim=1)
+    state = State(start.clone(), torch.zeros(40, 6), torch.zeros(40, dtype=torch.int64), torch.zeros(40, 6))
+    adams = {dtype: Adam(start.to(dtype, copy=True), unit_rows) for dtype in (torch.float32, torch.float64)}
+    for k in range(1, 16):
+        code = random_code(2, 40, 1, density=0.05, seed=k)
+        values, A = (code.values > 0.5).float(), grid(1, 2, 6, step=0.5, reach=3, seed=k)
+        with use_backend("reference"):
+            gradient = RowGradient(ops.transpose(code), list(values), list(A))
+        settings = dict(step=k, lr=0.05, beta1=0.9, beta2=0.99, eps=1e-4, unit_rows=unit_rows)
+        ops.weight_step(*state.tensors(), gradient, m=state.m, **settings)
+        for dtype, adam in adams.items():
+            adam.step(dense(code, values.to(dtype))[0].T @ A[0].to(dtype))
+    assert bool((state.last_step == 0).any())
+    judge = Judge()
+    results = {"W": state.W, "v": state.v_now(0.99, 15), "m": state.m}
+    for name, result in results.items():
+        judge.add(name, result, *(adams[dtype].now()[name] for dtype in (torch.float32, torch.float64)))
+    judge.verdict()
+
+
+class Adam:
+    """torch.optim.Adam on one weight; with ``unit_rows`` constrained by hand."""
+
+    def __init__(self, W: torch.Tensor, unit_rows: bool):
+        self.W, self.unit_rows = W, unit_rows
+        self.adam = torch.optim.Adam([W], lr=0.05, betas=(0.9, 0.99), eps=1e-4)
+
+    def step(self, grad: torch.Tensor) -> None:
+        self.W.grad = grad - (grad * self.W).sum(1, keepdim=True) * self.W if self.unit_rows else grad
+        self.adam.step()
+        if self.unit_rows:
+            self.W /= self.W.norm(dim=1, keepdim=True)
+
+    def now(self) -> dict[str, torch.Tensor]:
+        state = self.adam.state[self.W]
+        return {"W": self.W, "v": state["exp_avg_sq"], "m": state["exp_avg"]}
+
+
+@pytest.mark.parametrize("first", [0, 1, 50, 97, 100])
+def test_ranges_of_features_with_momentum_step_as_the_whole(first, isa, monkeypatch):
+    monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", 2.0)
+    step = make_step(57, 63, 100, S=2, unit=True, own=True, momentum=True)
+    gradient, whole, parts = step.gradient(), take(step, unit_rows=True), step.state.clone()
+    for a, b in ((0, first), (first, 100)):
+        own, part = replace(gradient, self_coefficient=step.self_coefficient[a:b]), parts.rows(slice(a, b))
+        ops.weight_step(*part.tensors(), own, m=part.m, first_feature=a, unit_rows=True, **MOMENTUM)
+    assert_same_bits(whole, parts)
+
+
+@bodies.with_momentum
+def test_momentum_repeats_bit_for_bit_at_every_thread_count(body):
+    step = make_step(257, 100, 1000, S=2, unit=True, own=True, momentum=True)
+    assert_repeats(lambda: take(step, unit_rows=True), body.threads)
+
+
+@bodies.with_momentum
+def test_momentum_is_left_alone_by_a_step_that_is_skipped(body):
+    step = make_step(57, 63, 100, momentum=True)
+    assert_same_bits(take(step, skip=torch.tensor(True)), step.state)
+    assert_same_bits(take(step, skip=torch.tensor(False)), take(step))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("unit_rows", [False, True])
+@pytest.mark.parametrize("d, F", [(1, 100), (63, 33), (769, 31), (63, 4099)])
+def test_row_step_takes_a_dense_gradient_with_momentum(d, F, unit_rows, backend, isa):
+    judge = Judge()
+    for seed in seeds(F * d):
+        step = make_step(1, d, F, unit=unit_rows, seed=seed, density=1.0, momentum=True)
+        step = replace(step, values=torch.ones_like(step.values))
+        state = step.state.clone()
+        with use_backend(backend):
+            grad = strided(step.dense_gradient(torch.float32))
+            ops.row_step(*state.tensors(), grad, m=state.m, unit_rows=unit_rows, **MOMENTUM)
+        trials = [plain_moments(step, dtype, unit_rows, 1.0, MOMENTUM) for dtype in (torch.float32, torch.float64)]
+        for name, result, torchs, exact in zip("Wvm", (state.W, state.v, state.m), *trials, strict=True):
+            judge.add(name, result, torchs, exact)
+        assert bool((state.last_step == STEP).all())
+    judge.verdict()
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_momentum_keeps_a_shadow_of_every_row_that_moves(unit_rows, route, isa):
+    step = make_step(57, 63, 1000, unit=unit_rows, density=0.005, momentum=True)
+    state, shadow = step.state.clone(), ops.make_shadow(step.state.W)
+    for k in (STEP, STEP + 1):
+        ops.weight_step(
+            *state.tensors(), step.gradient(), m=state.m, unit_rows=unit_rows, shadow=shadow, **MOMENTUM | dict(step=k)
+        )
+        assert_same_bits(tuple(shadow), tuple(ops.make_shadow(state.W)))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_kernels_of_a_gpu_say_that_they_have_no_momentum(backend):
+    step = make_step(9, 63, 33, momentum=True)
+    with pytest.raises(ValueError, match="there is an m; the kernels step without momentum"), use_backend(backend):
+        take(step)
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 SOUND = make_step(9, 5, 33)
@@ -349,11 +539,17 @@ STATE_KINDS = {
     "v apart": (dict(v=strided(SOUND.state.v)), "v: got strides"),
     "last_step apart": (dict(last_step=strided(SOUND.state.last_step)), "last_step: got strides"),
     "step 0": (dict(step=0), "step: got 0"),
-    "negative lr": (dict(lr=-1.0), "lr, beta2, eps: got -1"),
-    "lr that is not a number": (dict(lr=float("nan")), "lr, beta2, eps: got nan"),
-    "beta2 of 1": (dict(beta2=1.0), "lr, beta2, eps"),
-    "negative beta2": (dict(beta2=-0.1), "lr, beta2, eps"),
-    "eps of 0": (dict(eps=0.0), "lr, beta2, eps"),
+    "negative lr": (dict(lr=-1.0), "lr, beta1, beta2, eps: got -1"),
+    "lr that is not a number": (dict(lr=float("nan")), "lr, beta1, beta2, eps: got nan"),
+    "beta1 of 1": (dict(beta1=1.0), "lr, beta1, beta2, eps: got 0.5, 1.0"),
+    "negative beta1": (dict(beta1=-0.1), "lr, beta1, beta2, eps: got 0.5, -0.1"),
+    "beta2 of 1": (dict(beta2=1.0), "lr, beta1, beta2, eps"),
+    "negative beta2": (dict(beta2=-0.1), "lr, beta1, beta2, eps"),
+    "negative eps": (dict(eps=-1e-8), "lr, beta1, beta2, eps"),
+    "beta1 without m": (dict(beta1=0.9), r"m: got None, want \[33, 5\], the first moment, for beta1 = 0.9"),
+    "m of another shape": (dict(m=torch.zeros(33, 4)), "m: got shape"),
+    "m of another dtype": (dict(m=torch.zeros(33, 5, dtype=torch.float64)), "m: got torch.float64"),
+    "m apart": (dict(m=strided(SOUND.state.v)), "m: got strides"),
     "a step before the last one": (dict(step=3), "step: got 3"),
     "grad_scale of two elements": (dict(grad_scale=torch.ones(2)), "grad_scale: got shape"),
     "skip of two elements": (dict(skip=torch.zeros(2, dtype=torch.bool)), "skip: got shape"),
@@ -416,8 +612,9 @@ def test_bad_dense_gradient_is_a_value_error(grad):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck(backend):
     csc = GRADIENT.csc
-    scalars = (STEP, 0.1, 0.99, 1e-8, True, torch.tensor(0.5), torch.tensor(False), None, None)
     entries = (csc.colptr, csc.rows, csc.perm, GRADIENT.values, GRADIENT.A, randn(33), 0)
-    with use_backend(backend):
-        opcheck(torch.ops.sae_fast.weight_step.default, (*SOUND.state.clone().tensors(), *entries, *scalars))
-        opcheck(torch.ops.sae_fast.row_step.default, (*SOUND.state.clone().tensors(), randn(33, 5), *scalars))
+    for m, beta1 in ((None, 0.0), (randn(33, 5), 0.9)):
+        scalars = (STEP, 0.1, beta1, 0.99, 1e-8, True, torch.tensor(0.5), torch.tensor(False), None, None)
+        with use_backend(backend):
+            opcheck(torch.ops.sae_fast.weight_step.default, (*SOUND.state.clone().tensors(), m, *entries, *scalars))
+            opcheck(torch.ops.sae_fast.row_step.default, (*SOUND.state.clone().tensors(), m, randn(33, 5), *scalars))

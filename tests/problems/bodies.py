@@ -148,3 +148,4 @@ def _each(bodies: list[Body]) -> pytest.MarkDecorator:
 every = _each(BODIES)
 but_cuda = _each([body for body in BODIES if body.backend != "cuda"])  # of an op that has none
 of_gpu = _each(OF_GPU)
+with_momentum = _each([body for body in BODIES if not body.of_gpu])  # of weight_step and row_step

@@ -18,14 +18,18 @@ ADAM = dict(step=STEP, lr=0.5, beta2=0.99, eps=1e-3)
 
 @dataclass(frozen=True)
 class State:
-    """A weight with the optimizer state of its rows, each last touched at another step."""
+    """A weight with the optimizer state of its rows, each last touched at another step; perhaps with momentum."""
 
     W: Tensor
     v: Tensor
     last_step: Tensor
+    m: Tensor | None = None
 
     def clone(self) -> State:
-        return State(self.W.clone(), self.v.clone(), self.last_step.clone())
+        return State(*(None if t is None else t.clone() for t in (*self.tensors(), self.m)))
+
+    def rows(self, at: slice | Tensor) -> State:
+        return State(*(None if t is None else t[at] for t in (*self.tensors(), self.m)))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.W, self.v, self.last_step
@@ -51,6 +55,9 @@ class Step:
     def touched(self) -> Tensor:
         return torch.bincount(self.code.indices.long(), minlength=self.code.d_sae) > 0
 
+    def moving(self) -> Tensor:
+        return self.touched() if self.state.m is None else self.touched() | (self.state.m != 0).any(1)
+
     def dense_gradient(self, dtype: torch.dtype) -> Tensor:
         grad = (dense(self.code, self.values.to(dtype)).mT @ self.A.to(dtype)).sum(0)
         if self.self_coefficient is None:
@@ -60,9 +67,11 @@ class Step:
 
 @cache
 def make_step(
-    B: int, d: int, F: int, S: int = 1, unit: bool = False, own: bool = False, seed: int = 0, density: float = 0.05
-) -> Step:
-    """v is positive everywhere: from v = 0, Adam with β1 = 0 turns the rounding of a small gradient into a full step."""
+    B: int, d: int, F: int, S: int = 1, unit: bool = False, own: bool = False, seed: int = 0, density: float = 0.05,
+    momentum: bool = False,
+) -> Step:  # fmt: skip
+    """v is positive everywhere: from v = 0, Adam with β1 = 0 turns the rounding of a small gradient into a full step.
+    With ``momentum`` about half of the rows have some."""
     W = randn(F, d, seed=seed)
     if unit:
         W = torch.nn.functional.normalize(W, dim=1)
@@ -70,15 +79,25 @@ def make_step(
     last_step = torch.randint(0, STEP, (F,), generator=torch.Generator().manual_seed(seed))
     code = random_code(B, F, S, density, seed=seed)
     own_coefficient = randn(F, seed=seed + 3) if own else None
-    return Step(State(W, v, last_step), code, code.values - 0.3, randn(S, B, d, seed=seed + 2), own_coefficient)
+    m = randn(F, d, seed=seed + 4) * (randn(F, 1, seed=seed + 5) > 0) if momentum else None
+    if unit and m is not None:  # projected, as gradients are: a row of one element does not move
+        m -= (m * W).sum(1, keepdim=True) * W
+    return Step(State(W, v, last_step, m), code, code.values - 0.3, randn(S, B, d, seed=seed + 2), own_coefficient)
 
 
 def plain(step: Step, dtype: torch.dtype, unit_rows: bool, scale: float = 1.0, adam: dict = ADAM) -> tuple[Tensor, Tensor]:
     """(W, v) after reference.adam_step on every row, from v decayed up to the step before."""
+    W, v, _ = plain_moments(step, dtype, unit_rows, scale, adam)
+    return W, v
+
+
+def plain_moments(
+    step: Step, dtype: torch.dtype, unit_rows: bool, scale: float, adam: dict
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(W, v, m) likewise."""
     W = step.state.W.to(dtype, copy=True)
     v = step.state.v_now(adam["beta2"], adam["step"] - 1).to(dtype)
-    grad = step.dense_gradient(dtype) * scale
-    reference.adam_step(
-        W, grad, torch.zeros_like(W), v, adam["step"], adam["lr"], (0.0, adam["beta2"]), adam["eps"], unit_rows
-    )
-    return W, v
+    m = torch.zeros_like(W) if step.state.m is None else step.state.m.to(dtype, copy=True)
+    grad, betas = step.dense_gradient(dtype) * scale, (adam.get("beta1", 0.0), adam["beta2"])
+    reference.adam_step(W, grad, m, v, adam["step"], adam["lr"], betas, adam["eps"], unit_rows)
+    return W, v, m

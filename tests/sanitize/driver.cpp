@@ -222,10 +222,10 @@ class Arguments {
     to = {integer(), integer(), array<int64_t>(true), integer(), real(), array<double>(true), static_cast<uint16_t>(integer())};
   }
   void by(const char*, Adam& to) {
-    const double lr = real(), beta2 = real(), eps = real();
+    const double lr = real(), beta1 = real(), beta2 = real(), eps = real();
     const int64_t step = integer();
     const bool project = integer();
-    to = make_adam(lr, beta2, eps, step, project, integer());
+    to = make_adam(lr, beta1, beta2, eps, step, project, integer());
   }
   void by(const char*, Layer& to) {
     to = {array<float>(true), array<float>(true), integer(), array<float>(true), array<float>(true)};

@@ -264,6 +264,9 @@ def record_step(W: Tensor, gradient: RowGradient, shadow: screen.Shadow | None, 
     adam: dict = {"lr": 0.1, "beta2": 0.99, "eps": 0.1, "unit_rows": shadow is not None, "shadow": shadow}
     ops.weight_step(W, v, last_step, gradient, step=3, grad_scale=torch.tensor(0.5), first_feature=first, **adam)
     ops.row_step(W, v, last_step, randn(*W.shape, seed=5), step=4, **adam)
+    adam |= {"m": randn(*W.shape, seed=6) * (torch.arange(W.shape[0]) % 2)[:, None], "beta1": 0.9}
+    ops.weight_step(W, v, last_step, gradient, step=5, first_feature=first, **adam)
+    ops.row_step(W, v, last_step, randn(*W.shape, seed=7), step=6, **adam)
 
 
 def record_codes(B: int, d: int, F: int) -> None:

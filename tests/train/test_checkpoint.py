@@ -398,6 +398,27 @@ def test_optimizer_state_that_is_missing_or_misshapen_is_named(key, tmp_path):
         sf.Trainer.load(tmp_path)
 
 
+def test_momentum_that_is_kept_at_a_beta1_of_0_is_checked_and_goes_on(tmp_path):
+    trainer = sf.Trainer(make(), l1_coefficient=0.3, betas=(0.9, 0.999))
+    for i, x in enumerate(batches(6, 1)):
+        for group in trainer.optimizer.param_groups:
+            group["betas"] = (0.0 if 2 <= i < 4 else 0.8, 0.999)
+        trainer.step(x)
+        if i == 3:
+            trainer.save(tmp_path)
+            resumed = sf.Trainer.load(tmp_path)
+        if i > 3:
+            for group in resumed.optimizer.param_groups:
+                group["betas"] = (0.8, 0.999)
+            resumed.step(x)
+    assert_same_bits(everything(trainer), everything(resumed))
+    file = tensor_file(tmp_path, "optimizer")
+    good = tensors_of(file)
+    save_file({**good, "b_gate.exp_avg": good["b_gate.exp_avg"][:-1].clone()}, file)
+    with pytest.raises(ValueError, match=r"^optimizer: b_gate\.exp_avg: got torch\.float32"):
+        sf.Trainer.load(tmp_path)
+
+
 # ---- Interrupted saves ----------------------------------------------------------------------------------------------
 
 

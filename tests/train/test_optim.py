@@ -17,6 +17,8 @@ from sae_fast import RowAdam, RowGradient, SparseCode, ops
 from sae_fast.ops import crossovers
 
 F, D, B = 11, 5, 6
+PLAIN, MOMENTUM = (0.0, 0.999), (0.9, 0.999)
+both = pytest.mark.parametrize("betas", [PLAIN, MOMENTUM], ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
@@ -94,6 +96,10 @@ class PlainAdam:
     def v(self) -> Tensor:
         return self.adam.state[self.p]["exp_avg_sq"]
 
+    @property
+    def m(self) -> Tensor:
+        return self.adam.state[self.p]["exp_avg"]
+
 
 def start(dtype: torch.dtype, *shape: int, seed: int = 1) -> Tensor:
     return randn(*(shape or (F, D)), seed=seed).to(dtype)
@@ -150,24 +156,30 @@ class Pair:
         return self.optimizer.state[self.ours[name]][key]
 
 
+@both
 @pytest.mark.parametrize("unit_rows", [False, True], ids=["free rows", "unit rows"])
-def test_a_thousand_lazy_steps_with_idle_features_are_adams_to_1e_minus_9_in_float64(unit_rows):
-    pair = Pair(torch.float64, unit_rows, lr=3e-3, betas=(0.0, 0.999), eps=1e-8)
+def test_a_thousand_steps_with_idle_features_are_adams_to_1e_minus_9_in_float64(unit_rows, betas):
+    pair = Pair(torch.float64, unit_rows, lr=3e-3, betas=betas, eps=1e-8)
     for step in range(1000):
         pair.step(step)
     for name in ("W", "b"):
         float64_tolerance(pair.ours[name], pair.own[name].p, name)
-    assert pair.state("W", "last_step").tolist()[:7] == [1000, 0, 1000, 40, 971, 999, 1000]
+    idle = {PLAIN: [1000, 0, 1000, 40, 971, 999, 1000], MOMENTUM: [1000, 0, *5 * [1000]]}
+    assert pair.state("W", "last_step").tolist()[:7] == idle[betas], "only what never had a gradient has no momentum"
     raw = pair.state("W", "exp_avg_sq").clone()
     pair.optimizer.catch_up()
-    assert not torch.equal(raw, pair.state("W", "exp_avg_sq")), "until then the state was lazy"
+    lazy = not torch.equal(raw, pair.state("W", "exp_avg_sq"))
+    assert lazy == (betas == PLAIN), "where rows that are idle have no momentum"
     for name in ("W", "b"):
         torch.testing.assert_close(pair.state(name, "exp_avg_sq"), pair.own[name].v, rtol=1e-9, atol=1e-12)
+        if betas == MOMENTUM:
+            torch.testing.assert_close(pair.state(name, "exp_avg"), pair.own[name].m, rtol=1e-9, atol=1e-12)
 
 
+@both
 @pytest.mark.parametrize("unit_rows", [False, True], ids=["free rows", "unit rows"])
-def test_a_thousand_steps_of_the_engine_with_idle_features_are_adams_within_twice_torchs_own_error(unit_rows, route):
-    pair = Pair(torch.float32, unit_rows, lr=3e-3, betas=(0.0, 0.999), eps=1e-8)
+def test_a_thousand_steps_of_the_engine_with_idle_features_are_adams_within_twice_torchs_own_error(unit_rows, betas, route):
+    pair = Pair(torch.float32, unit_rows, lr=3e-3, betas=betas, eps=1e-8)
     never = pair.ours["W"][1].detach().clone()
     for step in range(1000):
         pair.step(step)
@@ -177,16 +189,22 @@ def test_a_thousand_steps_of_the_engine_with_idle_features_are_adams_within_twic
         torch.testing.assert_close(pair.ours["W"].norm(dim=1), torch.ones(F))
     else:
         assert same_bits(pair.ours["W"][1].detach(), never), "a feature that never fires does not move by a bit"
-    lazy = [1000, 0, 1000, 40, 971, 999, 1000]
-    assert pair.state("W", "last_step").tolist()[:7] == lazy, "on either route"
+    last = pair.state("W", "last_step").tolist()[:7]
+    if betas == PLAIN:
+        assert last == [1000, 0, 1000, 40, 971, 999, 1000], "on either route"
+    else:
+        assert 40 + 700 < last.pop(3) < 40 + 900, "0.9 to that power is below every normal number: it rests"
+        assert last == [1000, 0, *4 * [1000]]
     pair.optimizer.catch_up()
     for name in ("W", "b"):
         assert_close_2x(pair.state(name, "exp_avg_sq"), pair.own[name].v, pair.exact[name].v, f"v of {name}")
+        if betas == MOMENTUM:
+            assert_close_2x(pair.state(name, "exp_avg"), pair.own[name].m, pair.exact[name].m, f"m of {name}")
 
 
-@pytest.mark.parametrize("betas, eps", [((0.9, 0.999), 1e-8), ((0.5, 0.9), 1e-3), ((0.0, 0.99), 0.0)], ids=str)
+@pytest.mark.parametrize("betas, eps", [((0.5, 0.9), 1e-3), ((0.0, 0.99), 0.0), ((0.9, 0.99), 0.0)], ids=str)
 @pytest.mark.parametrize("unit_rows", [False, True], ids=["free rows", "unit rows"])
-def test_what_cannot_be_lazy_is_dense_adam(betas, eps, unit_rows):
+def test_any_betas_and_an_eps_of_0_are_adams(betas, eps, unit_rows):
     settings = dict(lr=3e-3, betas=betas, eps=eps)
     all_active = eps == 0  # a zero second moment is 0/0 without eps, in torch's Adam too
     first = start(torch.float32)
@@ -202,10 +220,21 @@ def test_what_cannot_be_lazy_is_dense_adam(betas, eps, unit_rows):
         exact.step(G)
     float64_tolerance(wide, exact.p)
     assert_close_2x(ours, own.p, exact.p.detach())
-    assert optimizers[1].state[wide]["last_step"].tolist() == [200] * F
 
 
-@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=str)
+@both
+@dtypes
+def test_at_an_eps_of_0_a_row_that_never_had_a_gradient_is_nan_as_torchs(dtype, betas):
+    p, own = parameter(dtype), PlainAdam(start(dtype), betas=betas, eps=0.0)
+    optimizer = RowAdam([p], betas=betas, eps=0.0)
+    for step in range(1, 4):
+        weight, _, G, _ = row_gradients(step, dtype)
+        optimizer.step(rows={p: weight})
+        own.step(G)
+    assert bool(p[1].isnan().all()) and torch.equal(p.isnan(), own.p.isnan())
+
+
+@both
 @pytest.mark.parametrize("unit_rows", [False, True], ids=["free rows", "unit rows"])
 def test_dense_gradients_row_gradients_and_a_mix_of_them_agree(betas, unit_rows):
     settings = dict(lr=3e-3, betas=betas)
@@ -239,7 +268,7 @@ def test_several_sources_and_the_gradient_along_the_weight_itself_are_summed(dty
     torch.testing.assert_close(p.double(), exact.p, rtol=0, atol=1e-9 if dtype == torch.float64 else 2e-5)
 
 
-@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=str)
+@both
 def test_the_learning_rate_may_change_between_steps(betas):
     p, exact = parameter(torch.float64), PlainAdam(start(torch.float64), True, betas=betas)
     optimizer = RowAdam([p], betas=betas, unit_rows=True)
@@ -280,7 +309,7 @@ def test_a_change_of_beta2_midway_catches_up_with_the_old_one_first():
     torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], exact.v, rtol=1e-9, atol=1e-12)
 
 
-def test_entering_the_dense_route_midway_brings_the_second_moment_up_to_date():
+def test_an_eps_of_0_midway_finds_the_second_moment_up_to_date():
     p, exact = parameter(torch.float64), PlainAdam(start(torch.float64), lr=1e-2, betas=(0.0, 0.9), eps=1e-8)
     optimizer = RowAdam([p], lr=1e-2, betas=(0.0, 0.9), eps=1e-8)
     for step in range(60):
@@ -294,7 +323,7 @@ def test_entering_the_dense_route_midway_brings_the_second_moment_up_to_date():
     torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], exact.v, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=str)
+@both
 def test_grad_scale_multiplies_every_gradient(betas):
     settings = dict(lr=1e-2, betas=betas, eps=0.1)  # a large eps: otherwise Adam hides a constant factor
     exact = [PlainAdam(start(torch.float64), True, **settings) for _ in range(2)]
@@ -346,7 +375,7 @@ def test_the_groups_have_settings_of_their_own():
         float64_tolerance(p, plain.p)
 
 
-@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=str)
+@both
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 4), (2, 1, 3, 2)], ids=str)
 def test_a_dense_gradient_of_any_shape_steps_like_torch(betas, shape):
     def random(seed: int) -> Tensor:
@@ -411,12 +440,13 @@ def test_rows_that_start_at_any_norm_are_brought_to_unit_norm_even_if_they_never
     torch.testing.assert_close(p[1], normalise(start(torch.float64))[1])
 
 
-def test_the_lazy_route_of_the_engine_is_bitwise_repeatable_at_every_thread_count():
+@both
+def test_the_lazy_route_of_the_engine_is_bitwise_repeatable_at_every_thread_count(betas):
     results = []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
         p = parameter(torch.float32)
-        optimizer = RowAdam([p], unit_rows=True)
+        optimizer = RowAdam([p], betas=betas, unit_rows=True)
         for step in range(20):
             optimizer.step(rows={p: row_gradients(step, torch.float32)[0]})
         results.append(snapshot(optimizer))
@@ -440,7 +470,7 @@ def through_a_file(state: dict) -> dict:
 
 
 @dtypes
-@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=str)
+@both
 def test_resuming_from_a_state_dict_is_bitwise(dtype, betas, route):
     straight = parameter(dtype)
     whole = RowAdam([straight], lr=1e-2, betas=betas, unit_rows=True)
@@ -492,9 +522,10 @@ def test_loading_the_state_of_several_groups_gives_each_parameter_its_own():
     assert not other.state.get(copies[1])
 
 
-def test_a_deep_copy_of_parameter_and_optimizer_goes_on_by_itself():
+@both
+def test_a_deep_copy_of_parameter_and_optimizer_goes_on_by_itself(betas):
     p = parameter(torch.float32)
-    optimizer = RowAdam([p], lr=1e-2, unit_rows=True)
+    optimizer = RowAdam([p], lr=1e-2, betas=betas, unit_rows=True)
     run(optimizer, p, range(20))
     q, other = copy.deepcopy((p, optimizer))
     assert other.param_groups[0]["params"][0] is q
@@ -505,9 +536,10 @@ def test_a_deep_copy_of_parameter_and_optimizer_goes_on_by_itself():
     assert_same_bits(snapshot(optimizer), snapshot(other))
 
 
-def test_catching_up_is_repeatable_and_does_not_disturb_the_run():
+@both
+def test_catching_up_is_repeatable_and_does_not_disturb_the_run(betas):
     a, b = parameter(torch.float64), parameter(torch.float64)
-    plain, exported = RowAdam([a], lr=1e-2), RowAdam([b], lr=1e-2)
+    plain, exported = RowAdam([a], lr=1e-2, betas=betas), RowAdam([b], lr=1e-2, betas=betas)
     for step in range(60):
         run(plain, a, range(step, step + 1), torch.float64)
         run(exported, b, range(step, step + 1), torch.float64)
@@ -614,7 +646,7 @@ def test_a_group_added_midway_is_a_new_adam_and_goes_through_state_dicts():
     float64_tolerance(b, exact[1].p)
 
 
-def test_momentum_that_begins_midway_is_refused_where_the_last_gradient_is_not_kept_and_else_adams():
+def test_momentum_after_a_start_without_is_refused_as_the_last_gradient_is_not_kept():
     """In torch's Adam exp_avg is the last gradient while β1 is 0."""
     p, q = parameter(torch.float64), parameter(torch.float64)
     optimizer = RowAdam([q, p], lr=1e-2)
@@ -624,31 +656,59 @@ def test_momentum_that_begins_midway_is_refused_where_the_last_gradient_is_not_k
         group["betas"] = (0.9, 0.999)
     before = snapshot(optimizer)
     rows = row_gradients(3, torch.float64)[0]
-    with pytest.raises(ValueError, match=r"^betas: got β1 = 0\.9 after 3 steps at β1 = 0, whose last gradient"):
+    with pytest.raises(ValueError, match=r"^betas: got β1 = 0\.9 after 3 steps from a start at β1 = 0, whose last"):
         optimizer.step(rows={q: rows, p: rows, unused: rows})
     assert_same_bits(before, snapshot(optimizer))
     optimizer.step(rows={unused: rows})  # which has no step at β1 = 0
 
-    exact = PlainAdam(start(torch.float64), lr=1e-2, betas=(0.9, 0.999), eps=0.1)
-    optimizer = RowAdam([p := parameter(torch.float64)], lr=1e-2, betas=(0.9, 0.999), eps=0.1)
-    for step in range(40):  # 0.9, then 0 without eps, which is dense, then 0.8
-        beta1, eps = (0.9, 0.1) if step < 10 else (0.0, 0.0) if step < 20 else (0.8, 0.1)
-        for o in (optimizer, exact.adam):
-            o.param_groups[0].update(betas=(beta1, 0.999), eps=eps)
-        weight, _, G, _ = row_gradients(step, torch.float64, all_active=True)
+
+@dtypes
+@pytest.mark.parametrize("given", ["rows", "grad"])
+@pytest.mark.parametrize("unit_rows", [False, True], ids=["free rows", "unit rows"])
+def test_beta1_changes_midway_to_0_and_back_as_in_adam_and_through_a_state_dict(unit_rows, given, dtype, route):
+    settings = dict(lr=1e-2, betas=MOMENTUM, eps=1e-3)
+    own, exact = (PlainAdam(start(torch.float32).to(t), unit_rows, **settings) for t in (dtype, torch.float64))
+    optimizer = RowAdam([p := parameter(dtype)], unit_rows=unit_rows, **settings)
+    for step in range(60):
+        beta1 = (0.9, 0.5, 0.0, 0.8, 0.0, 0.95)[step // 10]
+        if step in (25, 35):
+            state = through_a_file(optimizer.state_dict())
+            optimizer = RowAdam([p], unit_rows=unit_rows, **settings)
+            optimizer.load_state_dict(state)
+        for o in (optimizer, own.adam, exact.adam):
+            o.param_groups[0]["betas"] = (beta1, 0.999)
+        (weight, _, G, _), (_, _, wide, _) = (row_gradients(step, t) for t in (dtype, torch.float64))
+        optimizer.step(rows={p: weight if given == "rows" else G})
+        own.step(G)
+        exact.step(wide)
+    if dtype == torch.float64:
+        float64_tolerance(p, exact.p)
+        float64_tolerance(optimizer.state[p]["exp_avg"], exact.m)
+    else:
+        assert_close_2x(p, own.p, exact.p.detach())
+        assert_close_2x(optimizer.state[p]["exp_avg"], own.m, exact.m)
+
+
+def test_the_state_of_earlier_versions_goes_on_as_torchs_adam():
+    """They visited every row in every step with momentum."""
+    p, exact = parameter(torch.float64), PlainAdam(start(torch.float64), True, lr=1e-2, betas=MOMENTUM)
+    for step in range(20):
+        exact.step(row_gradients(step, torch.float64)[2])
+    optimizer = RowAdam([p], lr=1e-2, betas=MOMENTUM, unit_rows=True)
+    moments = dict(step=20, beta2=0.999, exp_avg=exact.m.clone(), exp_avg_sq=exact.v.clone())
+    state = optimizer.state_dict() | {"state": {0: moments | dict(last_step=torch.full((F,), 20))}}
+    optimizer.load_state_dict(through_a_file(state))
+    with torch.no_grad():
+        p.copy_(exact.p)
+    for step in range(20, 60):
+        weight, _, G, _ = row_gradients(step, torch.float64)
         optimizer.step(rows={p: weight})
         exact.step(G)
     float64_tolerance(p, exact.p)
-    for betas in ((0.0, 0.999), (0.8, 0.999)):  # through the lazy route the last gradient is lost
-        optimizer.param_groups[0]["betas"] = betas
-        if betas[0] == 0:
-            run(optimizer, p, range(40, 41), torch.float64)
-        else:
-            with pytest.raises(ValueError, match="after 41 steps at β1 = 0"):
-                run(optimizer, p, range(41, 42), torch.float64)
+    assert optimizer.state[p]["last_step"].tolist()[:3] == [60, 20, 20], "whose exp_avg is 0"
 
 
-@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=str)
+@both
 def test_a_frozen_parameter_keeps_its_bits_whatever_gradient_is_at_hand_and_goes_on_as_if_nothing_had_been(betas):
     p, twin = torch.nn.Parameter(start(torch.float32) * 5), torch.nn.Parameter(start(torch.float32) * 5)
     optimizer, other = (RowAdam([t], lr=1e-2, betas=betas, unit_rows=True) for t in (p, twin))

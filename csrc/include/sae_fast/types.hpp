@@ -37,9 +37,9 @@ struct Shadow {  // of a weight [n, d]: sae_fast/code.py; both null where none i
   double* norms;   // [n, 2]
 };
 
-struct Adam {  // constants of one step; beta1 = 0
-  double beta2;
-  float step_size;           // the learning rate: with beta1 = 0 there is no first bias correction
+struct Adam {  // constants of one step
+  double beta1, beta2;
+  float step_size;           // the learning rate / (1 - beta1^step)
   float inv_sqrt_correction; // 1 / sqrt(1 - beta2^step)
   float eps;
   int64_t step;              // counts from 1
