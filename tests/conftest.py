@@ -120,7 +120,7 @@ def body(request, monkeypatch):
         request.getfixturevalue("cuda_calls")
     if taken.isa:
         dispatch._C.set_isa(taken.isa)
-    for op in crossovers.CROSSOVER if taken.isa else ():
+    for op in crossovers.CROSSOVER if taken.route in ("sparse", "dense") else ():
         monkeypatch.setitem(crossovers.CROSSOVER, op, {"sparse": float("inf"), "dense": -1.0}[taken.route])
     if taken.of_gpu:
         pytest.importorskip("triton")

@@ -6,17 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Judge, assert_same_bits, make_inputs
-from problems.encode import ACTIVATIONS, arguments, assert_exact, double, exact_problem, judge, plain
+from helpers import Judge, assert_same_bits
+from problems.encode import ACTIVATIONS, double, exact_problem, plain
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 from problems.cuda_verify import DEVICE, INF, NAN, Verified, problem, rows_like, verified
-from problems.triton_encode import SMALL, home, moved, on, set_tiles
+from problems.triton_encode import SMALL, on, set_tiles
 
-from sae_fast import ops, use_backend
-from sae_fast.code import SparseCode
 from sae_fast.kernels import native
 from sae_fast.kernels import round as rounding
 
@@ -201,51 +199,3 @@ def test_what_verify_cannot_take_says_why():
     kwargs = problem(8, "relu", torch.float32, 3, 40)
     with pytest.raises(ValueError, match="verify: outputs in another dtype"):
         verified(kwargs | dict(x=kwargs["x"].bfloat16(), W_enc=kwargs["W_enc"].bfloat16()), rows_like(3, 40))
-
-
-# ---- encode -----------------------------------------------------------------------------------------------------------
-
-
-def encode(**kwargs) -> SparseCode:
-    code = ops.encode(**moved(kwargs))
-    return home(code.indptr, code.indices, code.u, code.values, code.d_sae)
-
-
-STORAGE = DTYPES if DEVICE == "cuda" else DTYPES[:2]  # the interpreter's bfloat16 is wrong
-
-
-@pytest.mark.slow(but=2)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_encode_verifies_in_cuda(activation, dtype, cuda_calls):
-    kwargs = moved(arguments(make_inputs(17, 70, 70), activation), lambda v: v.to(dtype) if isinstance(v, Tensor) else v)
-    judge(encode(**kwargs), kwargs)
-    assert cuda_calls == ["verify"]
-
-
-@pytest.mark.slow(but=2)
-@pytest.mark.parametrize("activation, slack", [("gated", 0.75), ("relu", 0.0), ("jumprelu", 0.75)])
-def test_encode_on_a_grid_is_exact(activation, slack):
-    kwargs = exact_problem(5, 20, 140, activation) | dict(slack=slack)
-    kwargs["bias"] += 1
-    assert_exact(encode(**kwargs), kwargs)
-
-
-def test_encode_of_empty_and_full_rows_and_of_no_rows():
-    kwargs = exact_problem(2, 20, 140, "gated")
-    for bias, nnz in ((-1000.0, 0), (1000.0, 280)):
-        kwargs["bias"] = torch.full((140,), bias)
-        code = encode(**kwargs)
-        assert_exact(code, kwargs)
-        assert code.nnz == nnz
-    assert encode(**exact_problem(0, 20, 33, "gated")).shape == (0, 33)
-
-
-def test_encode_in_bf16_takes_the_scaled_copies(cuda_calls):
-    kwargs = arguments(make_inputs(9, 63, 70, density=0.3), "relu")
-    code = encode(**kwargs, precision="bf16")
-    with use_backend("triton"):
-        twin = encode(**kwargs, precision="bf16")
-    assert cuda_calls == ["verify"]
-    assert_same_bits([twin.indptr, twin.indices], [code.indptr, code.indices])
-    torch.testing.assert_close(code.u, twin.u, rtol=1e-5, atol=1e-6)

@@ -21,6 +21,8 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import bodies
+from problems.bodies import moved
 from problems.encode import ACTIVATIONS, arguments, assert_exact, double, exact_problem, judge, plain
 
 from sae_fast import ops, reference, use_backend
@@ -31,48 +33,55 @@ module = op_module("encode")
 
 # ---- Values and support ---------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gated_code_is_as_near_to_float64_as_torchs(shape, isa):
-    trials = Judge()
-    for seed in seeds(shape[0] * shape[2] // 4):
-        kwargs = arguments(make_inputs(*shape, seed=seed), "gated")
-        judge(ops.encode(**kwargs), kwargs, trials)
-    trials.verdict()
+TINY = [(1, 1, 1), (3, 1, 31), (1, 63, 33), (3, 64, 1), (1, 100, 100), (5, 65, 64)]
 
 
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
-def test_relu_and_jumprelu_codes_are_as_near_to_float64_as_torchs(activation, shape):
-    trials = Judge()
-    for seed in seeds(shape[0] * shape[2] // 4):
-        kwargs = arguments(make_inputs(*shape, seed=seed), activation)
-        judge(ops.encode(**kwargs), kwargs, trials)
-    trials.verdict()
+def groups_of(body: bodies.Body, activation: str) -> list[list]:
+    """Lists of (shape, seed, dtype) that are judged together."""
+    if body.backend == "cuda":
+        return [[((17, 70, 70), 0, dtype)] for dtype in (torch.float32, torch.float16)]
+    if body.backend == "triton":  # at least three tiles of rows, features and slices of columns
+        large = [(33, 70, 70), (3, 100, 161), (2, 1030, 33)] if activation == "gated" else []
+        some = [[((17, 70, 70), 0, dtype)] for dtype in body.dtypes]
+        return [*[[(shape, 0, torch.float32)] for shape in large], [(shape, 0, torch.float32) for shape in TINY], *some]
+    shapes = SHAPES if body.isa and activation == "gated" else FEW_SHAPES
+    return [[(shape, seed, torch.float32) for seed in seeds(shape[0] * shape[2] // 4)] for shape in shapes]
 
 
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
-def test_reference_body_meets_the_same_contract(shape):
-    for activation in ACTIVATIONS:
-        kwargs = arguments(make_inputs(*shape), activation)
-        with use_backend("reference"):
-            judge(ops.encode(**kwargs), kwargs)
-
-
+@bodies.of_encode
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(3, 63, 31), (257, 100, 100), (257, 1, 33), (3, 63, 4099)], ids=str)
-def test_ties_at_zero_are_not_members(shape, activation, isa):
-    kwargs = exact_problem(*shape, activation)
-    pi = kwargs["x"] @ kwargs["W_enc"].T + kwargs["bias"]
-    assert (pi == 0).any(0).all() or activation == "jumprelu"
-    assert_exact(ops.encode(**kwargs), kwargs)
+def test_codes_are_as_near_to_float64_as_torchs(activation, body):
+    """Of what is stored in 16 bits too: sums are in float32, and the support is that of float64 on the stored numbers."""
+    for group in groups_of(body, activation):
+        trials = Judge()
+        for shape, seed, dtype in group:
+            kwargs = arguments(make_inputs(*shape, seed=seed), activation)
+            kwargs = {k: moved(v, "cpu", dtype) for k, v in kwargs.items()}
+            code = body.run(ops.encode, **kwargs)
+            assert code.u.dtype == code.values.dtype == dtype
+            judge(code, kwargs, trials)
+        trials.verdict()
 
 
-def test_ties_at_a_jumprelu_threshold_are_not_members(isa):
-    kwargs = exact_problem(257, 63, 33, "jumprelu")
-    pi = kwargs["x"] @ kwargs["W_enc"].T + kwargs["bias"]
-    assert ((pi == kwargs["threshold"]) & (pi > 0)).any() and (kwargs["threshold"] < 0).any()
-    assert_exact(ops.encode(**kwargs), kwargs)
+def exact_size(body: bodies.Body) -> tuple[int, int, int]:
+    return (17, 20, 34) if body.of_gpu else (257, 63, 100)
+
+
+@bodies.of_encode
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("slack", [0.0, 0.75])
+def test_ties_are_not_members_and_slack_keeps_a_window_below_the_threshold_at_value_zero(slack, activation, body):
+    few = [(3, 63, 31), (257, 63, 33), (257, 1, 33), (3, 63, 4099)] if slack == 0 and not body.of_gpu else []
+    for shape in (*few, exact_size(body)):
+        kwargs = exact_problem(*shape, activation)
+        pi = kwargs["x"] @ kwargs["W_enc"].T + kwargs["bias"]
+        if activation == "jumprelu" and shape[0] > 10 and shape[1] > 1:
+            assert ((pi == kwargs["threshold"]) & (pi > 0)).any() and (kwargs["threshold"] < 0).any()
+        else:
+            assert (pi == 0).any(0).all() or activation == "jumprelu"
+        code = body.run(ops.encode, **kwargs, slack=slack)
+        assert_exact(code, kwargs | dict(slack=slack))
+    assert not slack or (code.gates == 0).any()
 
 
 @pytest.mark.parametrize("tile", [1, 256 * 100, 300 * 100])
@@ -98,56 +107,45 @@ def test_a_gate_open_at_magnitude_zero_is_kept():
     assert bool((code.gates > 0).all())
 
 
-def test_rows_may_be_empty_or_full(isa):
-    kwargs = exact_problem(9, 63, 100, "gated")
+@bodies.of_encode
+def test_rows_may_be_empty_or_full(body):
+    B, _, F = shape = (5, 20, 34) if body.of_gpu else (9, 63, 100)
+    kwargs = exact_problem(*shape, "gated")
     kwargs["x"][4] = 0
-    kwargs["bias"] = torch.full((100,), -1000.0)
-    none = ops.encode(**kwargs)
-    assert none.nnz == 0 and none.values.shape == (2, 0) and torch.equal(none.indptr, torch.zeros(10, dtype=torch.int64))
-    kwargs["bias"] = torch.full((100,), 1000.0)
-    every = ops.encode(**kwargs)
-    assert every.nnz == 900
-    assert_exact(every, kwargs)
-    kwargs["bias"] = torch.zeros(100)
-    some = ops.encode(**kwargs)
-    assert some.indptr[4] == some.indptr[5] and some.nnz > 0
-    assert_exact(some, kwargs)
+    for bias, nnz in ((-1000.0, 0), (1000.0, B * F), (0.0, None)):
+        kwargs["bias"] = torch.full((F,), bias)
+        code = body.run(ops.encode, **kwargs)
+        assert_exact(code, kwargs)
+        assert code.nnz == nnz if nnz is not None else code.indptr[4] == code.indptr[5] and code.nnz > 0
 
 
-@pytest.mark.parametrize("support", ["threshold", "topk", "batch_topk"])
+@bodies.of_encode
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_no_rows_give_an_empty_code(activation, support):
-    kwargs = exact_problem(0, 63, 33, activation)
-    code = ops.encode(**kwargs, support=support, k=0 if support == "threshold" else 3)
-    assert_is_code(code)
-    assert code.shape == (0, 33) and code.nnz == 0 and code.values.shape == (2 if activation == "gated" else 1, 0)
+def test_no_rows_give_an_empty_code(activation, body):
+    supports = [dict(precision=name) for name in ("exact", "fp32", "bf16")] if body.of_gpu else [
+        dict(), *(dict(support=support, k=3) for support in ("topk", "batch_topk"))
+    ]  # fmt: skip
+    for support in supports:
+        code = body.run(ops.encode, **exact_problem(0, 63, 33, activation), **support)
+        assert_is_code(code)
+        assert code.shape == (0, 33) and code.nnz == 0 and code.values.shape == (2 if activation == "gated" else 1, 0)
 
 
-# ---- Nothing non-finite vanishes -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@bodies.of_encode
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_nan_preactivation_is_a_member_with_nan_values(activation, backend, isa):
-    kwargs = exact_problem(5, 63, 35, activation)
-    kwargs["x"][1, 7] = float("nan")
-    with use_backend(backend):
-        code = ops.encode(**kwargs)
-    row = slice(int(code.indptr[1]), int(code.indptr[2]))
-    assert torch.equal(code.indices[row], torch.arange(35, dtype=torch.int32))
-    assert bool(code.u[row].isnan().all()) and bool(code.values[:, row].isnan().all())
-    assert int(code.u.isnan().sum()) == 35, "only that row"
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_plus_infinity_is_a_member_and_minus_infinity_is_not(activation, isa):
+def test_what_is_not_finite_does_not_vanish(activation, body):
+    """A NaN in x: every feature with NaN values.  An infinity: the features that it raises to infinity, and no other."""
     kwargs = exact_problem(5, 1, 40, activation)
     kwargs["W_enc"][:20], kwargs["W_enc"][20:] = 1, -1
-    kwargs["x"][3] = float("inf")
-    code = ops.encode(**kwargs)
-    row = slice(int(code.indptr[3]), int(code.indptr[4]))
-    assert torch.equal(code.indices[row], torch.arange(20, dtype=torch.int32))
-    assert bool((code.values[:, row] == float("inf")).all())
+    kwargs["x"][1], kwargs["x"][3] = float("nan"), float("inf")
+    code = body.run(ops.encode, **kwargs)
+    nan, inf = (slice(int(code.indptr[b]), int(code.indptr[b + 1])) for b in (1, 3))
+    assert code.indices[nan].tolist() == list(range(40)) and code.indices[inf].tolist() == list(range(20))
+    assert bool(code.u[nan].isnan().all()) and bool(code.values[:, nan].isnan().all()) and int(code.u.isnan().sum()) == 40
+    assert bool((code.values[:, inf] == float("inf")).all())
+    sound = [0, 2, 4]
+    member, u, _ = plain(**double(kwargs | dict(x=kwargs["x"][sound])))
+    assert torch.equal(code.u[code.u.isfinite()].double(), u[member])
 
 
 @pytest.mark.parametrize("support", ["topk", "batch_topk"])
@@ -158,20 +156,7 @@ def test_a_nan_is_chosen_by_topk(support):
     assert bool(code.values.isnan().any())
 
 
-# ---- Slack, topk and batch_topk --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_slack_keeps_a_window_below_the_threshold_at_value_zero(activation, backend, isa):
-    kwargs = exact_problem(257, 63, 100, activation) | dict(slack=0.75)
-    with use_backend(backend):
-        code = ops.encode(**kwargs)
-    assert_exact(code, kwargs)
-    tight = ops.encode(**{**kwargs, "slack": 0.0})
-    window = code.nnz - tight.nnz
-    assert window > 0
-    assert int((code.gates == 0).sum()) == window + int((tight.gates == 0).sum())
+# ---- topk and batch_topk ----------------------------------------------------------------------------------------------
 
 
 def by_rank(pi: torch.Tensor, k: int) -> torch.Tensor:
@@ -203,25 +188,40 @@ def test_topk_supports_are_the_largest_positive_preactivations(support, k, activ
 # ---- Strides, dtypes, repeatability ----------------------------------------------------------------------------------
 
 
+@bodies.of_encode
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_strides_do_not_matter(activation):
-    kwargs = exact_problem(57, 63, 100, activation)
+def test_strides_do_not_matter(activation, body):
+    kwargs = exact_problem(*((3, 40, 33) if body.of_gpu else (57, 63, 100)), activation)
     apart = {k: strided(v) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     assert not apart["x"].is_contiguous() and not apart["bias"].is_contiguous()
-    assert_same_bits(ops.encode(**kwargs), ops.encode(**apart))
-    apart["W_enc"] = kwargs["W_enc"].T.contiguous().T
-    assert_same_bits(ops.encode(**kwargs), ops.encode(**apart))
+    code = body.run(ops.encode, **kwargs)
+    assert_same_bits(code, body.run(ops.encode, **apart))
+    assert_same_bits(code, body.run(ops.encode, **apart | dict(W_enc=kwargs["W_enc"].T.contiguous().T)))
 
 
+@bodies.of_encode
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_repeats_bit_for_bit(activation, isa, monkeypatch):
+def test_repeats_bit_for_bit(activation, body, monkeypatch):
     """At every thread count, where the product itself is exact."""
     monkeypatch.setattr(cpu, "ROWS", 100)
     monkeypatch.setattr(cpu, "TILE", 100 * 256)
-    kwargs = exact_problem(257, 63, 1000, activation)
-    assert_repeats(lambda: ops.encode(**kwargs), threads=(1, 2, 3, 7))
-    rounded = arguments(make_inputs(257, 100, 100), activation)
-    assert_repeats(lambda: ops.encode(**rounded), threads=())
+    kwargs = exact_problem(*((5, 20, 34) if body.of_gpu else (257, 63, 1000)), activation)
+    assert_repeats(lambda: body.run(ops.encode, **kwargs), threads=() if body.of_gpu else (1, 2, 3, 7))
+    rounded = arguments(make_inputs(*((5, 20, 34) if body.of_gpu else (257, 100, 100))), activation)
+    assert_repeats(lambda: body.run(ops.encode, **rounded), threads=())
+
+
+@pytest.mark.kernels
+def test_encode_verifies_in_cuda_in_bf16_too_which_takes_the_scaled_copies(cuda_calls):
+    pytest.importorskip("triton")
+    cuda, kwargs = bodies.Body("cuda"), arguments(make_inputs(9, 63, 70, density=0.3), "relu")
+    code = cuda.run(ops.encode, **kwargs, precision="bf16")
+    assert cuda_calls == ["verify"]
+    with use_backend("triton"):
+        twin = cuda.run(ops.encode, **kwargs, precision="bf16")
+    assert cuda_calls == ["verify"]
+    assert_same_bits([twin.indptr, twin.indices], [code.indptr, code.indices])
+    torch.testing.assert_close(code.u, twin.u, rtol=1e-5, atol=1e-6)
 
 
 def test_more_threads_than_rows(isa):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import (
-    Judge,
     assert_close_2x,
     assert_is_code,
     assert_same_bits,
@@ -70,101 +69,6 @@ def products(monkeypatch) -> list[int]:
 
 
 # ---- The code ---------------------------------------------------------------------------------------------------------
-
-SHAPES = [(33, 70, 70), (3, 100, 161), (2, 1030, 33)]  # at least three tiles of rows, features and slices of columns
-TINY = [(1, 1, 1), (3, 1, 31), (1, 63, 33), (3, 64, 1), (1, 100, 100), (5, 65, 64)]
-
-
-@pytest.mark.slow(but=3)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_support_is_float64s_and_values_are_as_near_as_torchs(activation, shape):
-    kwargs = arguments(make_inputs(*shape), activation)
-    judge(encode(**kwargs), kwargs)
-
-
-@pytest.mark.slow(but=1)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_tiny_shapes(activation):
-    trials = Judge()
-    for shape in TINY:
-        kwargs = arguments(make_inputs(*shape), activation)
-        judge(encode(**kwargs), kwargs, trials)
-    trials.verdict()
-
-
-@pytest.mark.slow(but=1)
-@pytest.mark.parametrize("dtype", STORAGE[1:], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_weights_stored_in_16_bits(activation, dtype):
-    """Sums are in float32 all the same: the support is that of float64 on the stored numbers."""
-    kwargs = moved(arguments(make_inputs(17, 70, 70), activation), lambda v: v.to(dtype) if isinstance(v, Tensor) else v)
-    code = encode(**kwargs)
-    assert code.u.dtype == code.values.dtype == dtype
-    judge(code, kwargs)
-
-
-@pytest.mark.slow(but=1)
-@pytest.mark.parametrize("slack", [0.0, 0.75])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_ties_are_not_members_and_slack_keeps_a_window_at_value_zero(activation, slack):
-    kwargs = exact_problem(17, 20, 66, activation) | dict(slack=slack)
-    pi = kwargs["x"] @ kwargs["W_enc"].T + kwargs["bias"]
-    assert (pi == kwargs.get("threshold", 0)).any()
-    code = encode(**kwargs)
-    assert_exact(code, kwargs)
-    assert slack == 0 or int((code.gates == 0).sum()) > 0
-
-
-def test_rows_may_be_empty_or_full():
-    kwargs = exact_problem(9, 63, 100, "gated")
-    kwargs["x"][4] = 0
-    none = encode(**kwargs | dict(bias=torch.full((100,), -1000.0)))
-    assert none.nnz == 0 and none.values.shape == (2, 0) and none.indptr.tolist() == [0] * 10
-    for bias in (1000.0, 0.0):
-        kwargs["bias"] = torch.full((100,), bias)
-        code = encode(**kwargs)
-        assert_exact(code, kwargs)
-        assert code.nnz == 900 if bias else code.indptr[4] == code.indptr[5] and code.nnz > 0
-
-
-@pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_no_rows_give_an_empty_code(activation, precision):
-    code = encode(**exact_problem(0, 63, 33, activation), precision=precision)
-    assert_is_code(code)
-    assert code.shape == (0, 33) and code.nnz == 0 and code.values.shape == (2 if activation == "gated" else 1, 0)
-
-
-@pytest.mark.slow(but=1)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_what_is_not_finite_does_not_vanish(activation):
-    """A NaN in x: every feature with NaN values.  An infinity: the features that it raises to infinity, and no other."""
-    kwargs = exact_problem(5, 1, 40, activation)
-    kwargs["W_enc"][:20], kwargs["W_enc"][20:] = 1, -1
-    kwargs["x"][1], kwargs["x"][3] = NAN, INF
-    code = encode(**kwargs)
-    nan, inf = (slice(int(code.indptr[b]), int(code.indptr[b + 1])) for b in (1, 3))
-    assert code.indices[nan].tolist() == list(range(40)) and code.indices[inf].tolist() == list(range(20))
-    assert bool(code.u[nan].isnan().all()) and bool(code.values[:, nan].isnan().all()) and int(code.u.isnan().sum()) == 40
-    assert bool((code.values[:, inf] == INF).all())
-    sound = [b for b in range(5) if b not in (1, 3)]
-    kwargs["x"] = kwargs["x"][sound]
-    assert_exact(encode(**kwargs), kwargs)
-
-
-@pytest.mark.parametrize("activation", ["gated", "jumprelu"])
-def test_strides_do_not_matter(activation):
-    def apart(v):
-        return on(torch.stack([torch.full_like(v, NAN), v], -1))[..., 1] if isinstance(v, Tensor) else v
-
-    kwargs = exact_problem(3, 40, 33, activation)
-    others = moved(kwargs, apart)
-    assert not others["x"].is_contiguous() and not others["bias"].is_contiguous()
-    code = encode(**kwargs)
-    assert_same_bits(code, encode(**others))
-    assert_same_bits(code, encode(**others | dict(W_enc=on(kwargs["W_enc"]).T.contiguous().T)))
-
 
 TILES = {
     "again": {},

@@ -22,6 +22,8 @@ TINY = [(5, 40, 12)]
 LARGE = (513, 768, 4099)  # as sizes are used, on a GPU; in the interpreter the tiles that ship meet smaller ones
 SHIPPED = [LARGE] if GPU else [(5, 1, 3), (4, 769, 70)]
 TILES = {  # small, for the interpreter's sake
+    "screen": {"rows": 16, "features": 32, "depth": 32, "warps": 4, "stages": 2, "group": 2, "persistent": 0},
+    "compact": {"words": 4, "warps": 1},
     "decode": {"entries": 4, "columns": 16},
     "decode_loss": {"entries": 4, "columns": 16, "finish": 8},
     "sampled_dots": {"entries": 4, "columns": 16, "finish": 8},
@@ -149,3 +151,4 @@ every = _each(BODIES)
 but_cuda = _each([body for body in BODIES if body.backend != "cuda"])  # of an op that has none
 of_gpu = _each(OF_GPU)
 with_momentum = _each([body for body in BODIES if not body.of_gpu])  # of weight_step and row_step
+of_encode = _each([*(Body("cpu", isa) for isa in _C.supported_isas()), Body("reference"), Body("triton"), Body("cuda")])
