@@ -211,7 +211,7 @@ def test_opcheck(op):
     code = on(a_code(2, rows, features))
     W, x, bias = on((randn(features, d), randn(rows, d, seed=1), randn(features, seed=2)))
     csc = ops.transpose(code)
-    parts, state = (csc.colptr, csc.rows, csc.perm), (W.square(), torch.zeros(features, dtype=torch.int64, device=DEVICE), None)
+    parts, state = csc.parts(), (W.square(), torch.zeros(features, dtype=torch.int64, device=DEVICE), None)
     adam, values = (1, 0.1, 0.0, 0.9, 1e-3), code.values.clone()
     call = {
         "encode": (x, W, bias, bias, bias, "gated", "threshold", 0, 0.0),
