@@ -11,7 +11,7 @@ x_hat = sae(x)
 
 import torch  # noqa: F401  (before the extension: both must share torch's OpenMP runtime)
 
-from sae_fast import analysis, interop, metrics, ops, reference
+from sae_fast import analysis, interop, metrics, objectives, ops, reference
 from sae_fast.code import RowGradient, SparseCode, Transposed
 from sae_fast.interop import load
 from sae_fast.nn import BatchTopKSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
@@ -36,6 +36,7 @@ __all__ = [
     "interop",
     "load",
     "metrics",
+    "objectives",
     "ops",
     "reference",
     "save",

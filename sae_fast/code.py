@@ -93,6 +93,22 @@ class SparseCode:
         """[nnz] int64: the row of each entry."""
         return row_ids(self.indptr, self.nnz)
 
+    def row_sums(self, values: Tensor) -> Tensor:
+        """[B]: the sum of values [nnz] over each row's entries."""
+        return torch.segment_reduce(values.contiguous(), "sum", offsets=self.indptr, initial=0)
+
+    def beside(self, other: SparseCode) -> tuple[SparseCode, Tensor]:
+        """(the support of this code and of another of as many rows and other features, order [nnz] int64): entry j of it is
+        entry ``order[j]`` of this one's and then the other's.  In a row they are not ascending; values are this one's."""
+        at = torch.arange(self.nnz + other.nnz, device=self.indptr.device)
+        places = torch.cat(
+            [at[: self.nnz] + other.indptr[self.row_ids()], at[: other.nnz] + self.indptr[other.row_ids() + 1]]
+        )
+        order = torch.empty_like(at)
+        order[places] = at
+        indices = torch.cat([self.indices, other.indices])[order]
+        return replace(self, indptr=self.indptr + other.indptr, indices=indices), order
+
     def l0(self) -> Tensor:
         """[...] int64: features with a non-zero magnitude, for each example."""
         fires = (self.values[0] != 0).long()
@@ -252,10 +268,13 @@ class Layer(NamedTuple):
         """The layer of an activation's parameters by name; π may miss what it has to exceed by ``slack``."""
         kind = activations.named(activation)
         vectors = kind.vectors(parameters)
-        cut = kind.cut(vectors)
-        if slack > 0:
-            cut = (torch.zeros_like(bias) if cut is None else cut) - slack
-        return cls(W, bias, kind, vectors, cut, shadow)
+        return cls(W, bias, kind, vectors, kind.cut(vectors), shadow).at(slack)
+
+    def at(self, slack: float) -> Layer:
+        """The same, where π may miss what it has to exceed by ``slack``."""
+        if slack == 0:
+            return self
+        return self._replace(cut=(torch.zeros_like(self.bias) if self.cut is None else self.cut) - slack)
 
     def vector_slots(self) -> tuple[Tensor | None, Tensor | None]:
         """The vectors in the two places that kernels have for them."""
@@ -267,3 +286,11 @@ class Layer(NamedTuple):
         cut = None if self.cut is None else self.cut.contiguous()
         vectors = tuple(v.contiguous() for v in self.vectors)
         return self._replace(W=self.W.contiguous(), bias=self.bias.contiguous(), vectors=vectors, cut=cut)
+
+
+class Decoder(NamedTuple):
+    """W_dec [F, d_out] and b_dec [d_out]; ``centred``: whether the encoder is given x − b_dec."""
+
+    W: Tensor
+    b: Tensor
+    centred: bool = True

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sae_fast import activations
 from sae_fast.code import SparseCode, Transposed
-from sae_fast.gradients import Objective, feature_sums, no_second, outer
+from sae_fast.gradients import feature_sums, no_second, outer
+from sae_fast.objectives import Objective, of_dialect
 from sae_fast.ops.autograd import call, differentiable, function
 from sae_fast.ops.decode_loss import decode_loss, prefix_rows
 from sae_fast.ops.encode import encode
@@ -39,8 +40,9 @@ def gated_loss(
     """Equation (8), as :func:`sae_fast.reference.gated_loss`, on the engine.  x [B, d]; ``target`` [B, d] replaces x in
     the errors.  ``precision`` as in ops.encode.  Differentiable with respect to x, target and every parameter."""
     x_c = x - b_dec if apply_b_dec_to_input else x
+    objective = of_dialect("gated", l1_coefficient, dialect)
     code = encode(x_c, W_enc, b_gate, activation="gated", r_mag=r_mag, b_mag=b_mag, precision=precision)
-    return _loss(code, W_dec, b_dec, x if target is None else target, Objective(l1_coefficient, dialect))
+    return _loss(code, W_dec, b_dec, x if target is None else target, objective)
 
 
 def relu_loss(
@@ -56,8 +58,9 @@ def relu_loss(
     apply_b_dec_to_input: bool = True,
 ) -> Loss:
     """‖x − x̂‖² + λ‖f‖₁, as :func:`sae_fast.reference.relu_loss`, on the engine."""
+    objective = of_dialect("relu", l1_coefficient, dialect)
     code = encode(x - b_dec if apply_b_dec_to_input else x, W_enc, b_enc, activation="relu", precision=precision)
-    return _loss(code, W_dec, b_dec, x if target is None else target, Objective(l1_coefficient, dialect))
+    return _loss(code, W_dec, b_dec, x if target is None else target, objective)
 
 
 def _loss(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, objective: Objective) -> Loss:

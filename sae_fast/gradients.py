@@ -14,42 +14,10 @@ import torch
 from torch import Tensor
 
 from sae_fast import ops
-from sae_fast.code import Layer, RowGradient, SparseCode, Transposed
+from sae_fast.code import Decoder, Layer, RowGradient, SparseCode, Transposed
+from sae_fast.objectives import Objective, Prefixes, Revived
 from sae_fast.ops import checks
 from sae_fast.ops.autograd import function
-from sae_fast.reference import DIALECTS
-
-# ---- The objective ---------------------------------------------------------------------------------------------------
-
-
-class Objective(NamedTuple):
-    """The loss: its sparsity coefficient λ, a number or 0-d, and the dialect (MATH.md §1).
-
-    ``paper``: x̂_aux is stopped.  ``saelens``: it is not, and feature i's activation costs λ‖d_i‖.
-    """
-
-    l1: float | Tensor
-    dialect: str = "paper"
-
-    @property
-    def stops_auxiliary(self) -> bool:
-        return self.dialect == "paper"
-
-    @property
-    def costs_norm(self) -> bool:
-        return self.dialect == "saelens"
-
-    def sparsity_weight(self, W_dec: Tensor) -> Tensor:
-        """[F]: what each feature's activation costs."""
-        if self.dialect not in DIALECTS:
-            raise ValueError(f"dialect: got {self.dialect!r}, want one of {DIALECTS}")
-        return self.l1 * (W_dec.norm(dim=1) if self.costs_norm else W_dec.new_ones(W_dec.shape[0]))
-
-    def norm_cost(self, W_dec: Tensor, values: Tensor, n: int) -> Tensor:
-        """[F], times W_dec: the gradient of Σ λ/n · values_i ‖d_i‖ with respect to W_dec; values [F]: sums of a code's."""
-        norm = W_dec.norm(dim=1)
-        return torch.where(norm > 0, values * (self.l1 / n) / norm, 0)  # at 0 the subgradient that autograd takes
-
 
 # ---- Sums by feature -------------------------------------------------------------------------------------------------
 
@@ -102,13 +70,14 @@ def weighted_rows(weights: Tensor, W: Tensor) -> Tensor:
 
 
 class Entries(NamedTuple):
-    """Losses and gradients on the entries of a code.  losses [3]; residuals: a [B, d_out] for each value set; delta
-    [nnz], the gradient of u; columns [nnz, 2 + P or more]: delta and the gradients of the bias and the activation's
-    parameters;
-    decoder [nnz]: the magnitudes times 2/B, the weights of the residuals in W_dec's gradient."""
+    """Losses and gradients on the entries of a code.  losses [3]; residuals [B, d_out] of each value set, or [G · B, d_out]
+    of prefixes, the suffix sums R of MATH.md §8; error [B, d_out] = x̂ − target; delta [nnz], the gradient of u; columns
+    [nnz, 2 + P or more]: delta and the gradients of the bias and the activation's parameters; decoder [nnz]: the magnitudes
+    times 2/B, the weights of the residuals in W_dec's gradient."""
 
     losses: Tensor
     residuals: tuple[Tensor, ...]
+    error: Tensor
     delta: Tensor
     columns: Tensor
     decoder: Tensor
@@ -117,20 +86,12 @@ class Entries(NamedTuple):
 class Kernels(Protocol):
     """The kernels that a step is made of."""
 
-    def entries(self, code: Any, layer: Layer, decoder: Decoder, target: Tensor, weight: Tensor) -> Entries: ...
+    def entries(self, code: Any, layer: Layer, decoder: Decoder, target: Tensor, objective: Objective) -> Entries: ...
 
     def transpose(self, code: Any) -> Transposed: ...
 
     def sums(self, csc: Transposed, columns: Tensor, also: Tensor | None, rows: int) -> list[Tensor]:
         """[F] each: the sums over a feature's entries of columns [nnz, n] and of ``also`` [nnz], of a batch of ``rows``."""
-
-
-class Decoder(NamedTuple):
-    """W_dec [F, d_out] and b_dec [d_out]; ``centred``: whether the encoder is given x − b_dec."""
-
-    W: Tensor
-    b: Tensor
-    centred: bool = True
 
 
 class StepGradients(NamedTuple):
@@ -148,15 +109,19 @@ class HostKernels:
     def __init__(self, in_one_pass: bool = False):
         self.in_one_pass = in_one_pass
 
-    def entries(self, code: SparseCode, layer: Layer, decoder: Decoder, target: Tensor, weight: Tensor) -> Entries:
-        n = target.shape[0]
-        out = ops.decode_loss(code, decoder.W, decoder.b, target, weight, n)
-        pulled = layer.activation.pullback(code.u, list(out.grads), code.indices, layer.vectors)
+    def entries(self, code: SparseCode, layer: Layer, decoder: Decoder, target: Tensor, objective: Objective) -> Entries:
+        n, prefixes = target.shape[0], objective.prefixes
+        weight, costs = objective.sparsity_weight(decoder.W), None if prefixes is None else prefixes.costs(decoder.W)
+        ends = None if prefixes is None else prefixes.ends(code.d_sae)
+        more = dict(prefixes=ends, prefix_weights=costs, zeros=objective.zeros) if ends or objective.zeros else {}
+        out = ops.decode_loss(code, decoder.W, decoder.b, target, weight, n, **more)
+        losses, pulled = objective.pull(code, layer, decoder.W, out.losses, out.grads, n)
         delta = pulled[0]
         assert delta is not None
         columns = torch.stack([torch.zeros_like(delta) if p is None else p for p in pulled], dim=1)
-        residuals = (out.residual, out.residual_aux)[: code.values.shape[0]]
-        return Entries(out.losses, residuals, delta, columns, code.magnitudes * (2 / n))
+        error = out.residual if costs is None else out.residual[-1] / costs[-1]
+        residuals = tuple(r.reshape(-1, r.shape[-1]) for r in (out.residual, out.residual_aux)[: code.values.shape[0]])
+        return Entries(losses, residuals, error, delta, columns, code.magnitudes * (2 / n))
 
     def transpose(self, code: SparseCode) -> Transposed:
         return ops.transpose(code)
@@ -171,51 +136,98 @@ class HostKernels:
 
 def of_step(
     code: Any, x_c: Tensor, target: Tensor, layer: Layer, decoder: Decoder, objective: Objective,
-    kernels: Kernels | None = None,
+    kernels: Kernels | None = None, revived: Callable[[Tensor], Revived | None] | None = None,
 ) -> StepGradients:  # fmt: skip
-    """The step of a sparse ``code`` of the rows x_c [B, d] that the encoder was given: no gradient of a weight is dense."""
-    n, weight, kernels = target.shape[0], objective.sparsity_weight(decoder.W), kernels or HostKernels()
-    entries = kernels.entries(code, layer, decoder, target, weight)
-    csc = kernels.transpose(code)
-    delta, *sums = kernels.sums(csc, entries.columns, code.values[-1] if objective.costs_norm else None, n)
-    own = objective.norm_cost(decoder.W, sums.pop(), n) if objective.costs_norm else None
-    values, residuals = [entries.decoder], entries.residuals
+    """The step of a sparse ``code`` of the rows x_c [B, d] that the encoder was given: no gradient of a weight is dense.
+    ``revived`` gives what dead features make of an error x − x̂."""
+    n, kernels = target.shape[0], kernels or HostKernels()
+    entries = kernels.entries(code, layer, decoder, target, objective)
+    values = [entries.decoder]
+    residuals = entries.residuals
     if objective.stops_auxiliary:
         residuals = residuals[:1]
     elif len(residuals) == 2:
         values.append(code.values[1] * (2 / n))
-    through_decoder = torch.stack([r.sum(0) for r in residuals]).sum(0) * (2 / n)
+    also = objective.norm_entries(code, decoder.W) if objective.costs_norm else None
+    through_decoder = torch.stack([r[:n].sum(0) for r in residuals]).sum(0) * (2 / n)
+    shift = None if objective.prefixes is None else _groups(code.indices, objective.prefixes, code.d_sae) * n
+    alive = None if revived is None else revived(-entries.error)
+    if alive is None:
+        csc = kernels.transpose(code)
+    else:
+        entries, csc, shift = _joined(code, entries, alive, kernels, shift)
+        values = [entries.decoder, *(_padded(v, alive) for v in values[1:])]
+        residuals = (entries.residuals[0], *(torch.cat([r, torch.zeros_like(alive.residual)]) for r in residuals[1:]))
+        also = None if also is None else _padded(also, alive)
+    delta, *sums = kernels.sums(csc, entries.columns, also, n)
+    own = None if also is None else objective.norm_cost(decoder.W, sums.pop(), n)
+    of_decoder = csc if shift is None else replace(csc, rows=csc.rows + shift[csc.perm])
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": RowGradient(csc, [entries.delta], [x_c]),
-        **_of_parameters(layer, sums),
-        "W_dec": RowGradient(csc, values, list(residuals), own),
+        **_of_parameters(layer, objective, sums),
+        "W_dec": RowGradient(of_decoder, values, list(residuals), own),
         "b_dec": _b_dec(through_decoder, delta, layer, decoder),
     }
-    return StepGradients(entries.losses, entries.residuals[0], gradients)
+    for name, constant in objective.constants(code, layer, n).items():
+        gradients[name] = gradients[name] + constant
+    return StepGradients(entries.losses, entries.error, gradients)
+
+
+def _groups(indices: Tensor, prefixes: Prefixes, features: int) -> Tensor:
+    """[nnz] int32: the group of each entry, counted from 0."""
+    ends = torch.tensor(prefixes.ends(features), dtype=torch.int32, device=indices.device)
+    return torch.bucketize(indices, ends, right=True, out_int32=True)
+
+
+def _joined(
+    code: SparseCode, entries: Entries, alive: Revived, kernels: Kernels, shift: Tensor | None
+) -> tuple[Entries, Transposed, Tensor]:
+    """A code's entries and then those of dead features; all by feature; how far the residuals of each lie behind those of
+    the first prefix."""
+    both, order = code.beside(alive.code)
+    csc = kernels.transpose(both)
+    csc = replace(csc, perm=order[csc.perm])
+    columns = entries.columns.new_zeros(alive.delta.shape[0], entries.columns.shape[1])
+    columns[:, :2] = alive.delta[:, None]
+    first, *others = entries.residuals
+    shift = csc.rows.new_zeros(code.nnz) if shift is None else shift
+    joined = entries._replace(
+        losses=entries.losses + torch.stack([alive.loss.new_zeros(()), alive.loss.new_zeros(()), alive.loss]),
+        residuals=(torch.cat([first, alive.residual]), *others),
+        delta=torch.cat([entries.delta, alive.delta]),
+        columns=torch.cat([entries.columns, columns]),
+        decoder=torch.cat([entries.decoder, alive.decoder]),
+    )
+    return joined, csc, torch.cat([shift, shift.new_full((alive.code.nnz,), first.shape[0])])
+
+
+def _padded(values: Tensor, alive: Revived) -> Tensor:
+    """Values [nnz] of a code's entries, and zeros for those of dead features."""
+    return torch.cat([values, values.new_zeros(alive.code.nnz)])
 
 
 def of_dense_step(
     code: SparseCode, x_c: Tensor, target: Tensor, layer: Layer, decoder: Decoder, objective: Objective
 ) -> StepGradients:
-    """The same for a code so dense that its gradients are."""
+    """The same for a code so dense that its gradients are, and a plain objective."""
     weight = objective.sparsity_weight(decoder.W)
     out = ops.dense_gradients(code, x_c, target, layer, decoder.W, decoder.b, weight, objective.stops_auxiliary)
     if objective.costs_norm:
         out.W_dec.addcmul_(objective.norm_cost(decoder.W, out.values, target.shape[0])[:, None], decoder.W)
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": out.W_enc,
-        **_of_parameters(layer, out.parameters),
+        **_of_parameters(layer, objective, out.parameters),
         "W_dec": out.W_dec,
         "b_dec": _b_dec(out.residual, out.delta, layer, decoder),
     }
     return StepGradients(out.losses, out.errors, gradients)
 
 
-def _of_parameters(layer: Layer, sums: Sequence[Tensor]) -> dict[str, Tensor]:
+def _of_parameters(layer: Layer, objective: Objective, sums: Sequence[Tensor]) -> dict[str, Any]:
     """The gradients of the bias and of the activation's parameters, from the sums of all of its slots."""
     activation = layer.activation
     by_name = dict(zip((activation.bias, *activation.parameters), sums, strict=False))
-    return {name: by_name[name] for name in (activation.bias, *activation.trained)}
+    return {name: by_name[name] for name in (activation.bias, *objective.trained(activation))}
 
 
 def _b_dec(through_decoder: Tensor, delta: Tensor, layer: Layer, decoder: Decoder) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: x [B, d] (any leading dimensions), W_enc and W_dec [F, d] (one feature a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,66 @@ def gated_to_jumprelu(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tenso
     """
     scale = torch.exp(r_mag)
     return scale[:, None] * W_enc, b_mag.clone(), b_mag - scale * b_gate
+
+
+# ---- JumpReLU, trained by straight-through estimators ---------------------------------------------------------------
+
+
+class _StepEstimate(torch.autograd.Function):
+    """1[π > θ] times π (``of_pi``) or 1.  Its slope in θ is −K((π − θ)/ε)/ε times θ or 1 (2407.14435, equations 11 and 12),
+    and with ``to_pi`` the opposite is added to the slope in π."""
+
+    @staticmethod
+    def forward(ctx, pi, threshold, bandwidth, of_pi, to_pi):
+        ctx.save_for_backward(pi, threshold)
+        ctx.options = bandwidth, of_pi, to_pi
+        return torch.where(pi > threshold, pi if of_pi else torch.ones_like(pi), 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (pi, threshold), (bandwidth, of_pi, to_pi) = ctx.saved_tensors, ctx.options
+        inside = ((pi - threshold) / bandwidth).abs() < 0.5
+        estimate = torch.where(inside, grad * (threshold if of_pi else 1) / bandwidth, 0)
+        through = torch.where(pi > threshold, grad, 0) if of_pi else torch.zeros_like(grad)
+        return through + estimate if to_pi else through, -estimate.sum(0), None, None, None
+
+
+def jump(pi: Tensor, threshold: Tensor, bandwidth: float, to_pi: bool = False) -> Tensor:
+    """f = π 1[π > θ] of π [B, F] and θ [F], with its pseudo-derivative in θ."""
+    return _StepEstimate.apply(pi, threshold, bandwidth, True, to_pi)
+
+
+def step(pi: Tensor, threshold: Tensor, bandwidth: float, to_pi: bool = False) -> Tensor:
+    """1[π > θ], with its pseudo-derivative in θ: the sum over a row is its L0."""
+    return _StepEstimate.apply(pi, threshold, bandwidth, False, to_pi)
+
+
+# ---- TopK, prefixes, dead features ----------------------------------------------------------------------------------
+
+
+def topk_encode(pi: Tensor, k: int, whole: bool = False) -> Tensor:
+    """The k largest ReLU(π) of each row of π [B, F]; if ``whole``, the k · B largest of all.  Of equal ones, the first."""
+    flat = torch.relu(pi).reshape(1 if whole else pi.shape[0], -1)
+    order = flat.detach().sort(dim=1, descending=True, stable=True).indices[:, : k * pi.shape[0] if whole else k]
+    return torch.zeros_like(flat).scatter(1, order, flat.gather(1, order)).reshape(pi.shape)
+
+
+def prefix_reconstruction(
+    target: Tensor, f: Tensor, W_dec: Tensor, b_dec: Tensor, ends: Sequence[int], weights: Sequence[float] | Tensor
+) -> Tensor:
+    """Σ_g c_g E‖target − x̂_g‖² of the first e_g features each (Matryoshka).  MATH.md §8."""
+    terms = [(target - decode(f[:, :end], W_dec[:end], b_dec)).pow(2).sum(-1).mean() for end in ends]
+    return sum((c * term for c, term in zip(weights, terms, strict=True)), torch.zeros_like(terms[0]))
+
+
+def auxk_loss(pi: Tensor, error: Tensor, W_dec: Tensor, dead: Tensor, k: int, coefficient: float = 1 / 32) -> Tensor:
+    """α E‖e − ê‖² / E‖e − ē‖², ê of the k largest ReLU(π) of the features ``dead`` [F] bool; e the error x − x̂, stopped.
+    Gao et al. 2024 (arXiv 2406.04093), appendix A.2.  MATH.md §10."""
+    error = error.detach()
+    z = topk_encode(torch.where(dead, pi, -torch.inf), min(k, int(dead.sum())))
+    spread = (error - error.mean(0)).pow(2).sum(-1).mean()
+    loss = (error - z @ W_dec).pow(2).sum(-1).mean()
+    return coefficient * loss / spread if spread > 0 else 0 * loss
 
 
 # ---- One optimizer step ---------------------------------------------------------------------------------------------

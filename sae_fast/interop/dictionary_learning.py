@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_fast import functional, nn, ops
 from sae_fast.extras import require
-from sae_fast.gradients import Objective
+from sae_fast.objectives import of_dialect
 from sae_fast.signals import uninterrupted
 from sae_fast.train import Trainer
 
@@ -149,7 +149,7 @@ class _OnEngine:
         with torch.no_grad():
             sae = self._sae
             code = sae.encode_sparse(x)
-            x_hat, weight = sae.decode(code), Objective(l1).sparsity_weight(sae.W_dec)
+            x_hat, weight = sae.decode(code), of_dialect(sae.activation, l1).sparsity_weight(sae.W_dec)
             terms = ops.decode_loss(code, sae.W_dec, sae.b_dec, sae.check_input(x), weight, code.batch).losses
             losses = {"mse_loss": terms[0], "sparsity_loss": self._sparsity(code), "loss": terms.sum()}
             losses |= self._logged(terms, x - x_hat)

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from sae_fast import gradients, ops
 from sae_fast.activations import Activation, named
-from sae_fast.code import Layer, RowGradient, SparseCode
+from sae_fast.code import Decoder, Layer, RowGradient, SparseCode
 from sae_fast.extras import require
-from sae_fast.gradients import Decoder, HostKernels, Objective
+from sae_fast.gradients import HostKernels
+from sae_fast.objectives import of_dialect
 from sae_fast.ops import crossovers
 from sae_fast.ops.dispatch import cpu_rejects, without_autocast
 from sae_fast.ops.encode import screen
@@ -65,7 +66,7 @@ class _Step(NamedTuple):
     def outputs(self, x: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
         """The differentiable outputs of _Forward, made of differentiable ops: what it is the short cut of."""
         _, code = self.code(x, W_enc.T, b_dec, *vectors)
-        weight = Objective(self.l1, "saelens").sparsity_weight(W_dec)
+        weight = of_dialect(self.activation.name, self.l1, "saelens").sparsity_weight(W_dec)
         losses = ops.decode_loss(code, W_dec, b_dec, x, weight, x.shape[0], stop_auxiliary=False).losses.unbind()
         acts = code.magnitudes if _listed(code) else code.to_dense()
         return _sum(losses), *losses, ops.decode(code, W_dec) + b_dec, acts
@@ -134,7 +135,7 @@ def _sum(losses) -> Tensor:
 
 def _pass(step, code, x_c, x, W, W_dec, b_dec, bias, *vectors):
     """losses [3], x̂, and the gradients of their sum for W_enc, W_dec, b_dec and the vectors, or None.  W is W_enc.T."""
-    objective = Objective(step.l1, "saelens")
+    objective = of_dialect(step.activation.name, step.l1, "saelens")
     if not step.gradients:
         out = ops.decode_loss(code, W_dec, b_dec, x, objective.sparsity_weight(W_dec), x.shape[0], stop_auxiliary=False)
         return out.losses, out.residual + x, None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast import activations, gradients, ops
-from sae_fast.code import Layer, RowGradient, SparseCode
+from sae_fast.code import Decoder, Layer, RowGradient, SparseCode
 from sae_fast.nn import arguments
+from sae_fast.objectives import Objective, Revived
 from sae_fast.ops import checks
 from sae_fast.ops.dispatch import without_autocast
 
@@ -222,10 +223,10 @@ class SparseAutoencoder(nn.Module):
         bias, options = self.encoder_bias, self._encoder(**choice)
         return ops.encode(x_c, self.W_enc, bias, precision=self.precision, shadow=shadow, **options)
 
-    def _encoder(self) -> dict[str, Any]:
-        """The arguments of ops.encode that say which function this is."""
+    def _encoder(self, slack: float = 0.0) -> dict[str, Any]:
+        """The arguments of ops.encode that say which function this is, and which entries below the threshold it keeps."""
         parameters = activations.named(self.activation).parameters
-        return {"activation": self.activation} | {name: getattr(self, name) for name in parameters}
+        return {"activation": self.activation, "slack": slack} | {name: getattr(self, name) for name in parameters}
 
     def _shaped(self, code: SparseCode, x: Tensor) -> SparseCode:
         """A code of rows with the leading dimensions of x."""
@@ -265,20 +266,34 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     @without_autocast()
     def row_gradients(
-        self, x: Tensor, l1_coefficient: float, dialect: str = "paper", shadow: ops.Shadow | None = None
-    ) -> tuple[Tensor, SparseCode, dict[str, RowGradient | Tensor]]:
+        self, x: Tensor, objective: Objective, shadow: ops.Shadow | None = None,
+        dead: Callable[[SparseCode], Tensor] | None = None,
+    ) -> tuple[Tensor, SparseCode, dict[str, RowGradient | Tensor]]:  # fmt: skip
         """(losses [3], code, gradient of each parameter by name) for rows x [B, d_in], without autograd.
 
         Those of the weights are RowGradients: nothing dense of their size exists, unless the code is dense.  This is the
-        Trainer's fused path; the losses and gradients are those of :meth:`loss`.  ``shadow`` is W_enc's, if the caller
-        keeps one.
+        Trainer's fused path; for a Gated or L1 objective the losses and gradients are those of :meth:`loss`.  ``shadow`` is
+        W_enc's, if the caller keeps one; ``dead`` gives the features [F] bool that are dead after a code, for an aid.
         """
-        x_c = self.centred(x)
-        code = self._code(x_c, shadow)
-        step = gradients.of_dense_step if ops.dense_step_pays(code, self.W_dec) else gradients.of_step
-        decoder = gradients.Decoder(self.W_dec, self.b_dec, self.apply_b_dec_to_input)
-        done = step(code, x_c, x, self.layer(), decoder, gradients.Objective(l1_coefficient, dialect))
+        x_c, layer = self.centred(x), self.layer(shadow)
+        code = objective.code(self._train_code(x_c, shadow, objective.slack(layer)), layer)
+        decoder = Decoder(self.W_dec, self.b_dec, self.apply_b_dec_to_input)
+        if objective.plain and ops.dense_step_pays(code, self.W_dec):
+            done = gradients.of_dense_step(code, x_c, x, layer, decoder, objective)
+            return done.losses, code, done.by_name
+        revived = None
+        if objective.aux is not None and dead is not None:
+            aux = objective.aux
+
+            def revived(error: Tensor) -> Revived | None:
+                return aux.revive(x_c, error, layer, self.W_dec, dead(code), self.precision)
+
+        done = gradients.of_step(code, x_c, x, layer, decoder, objective, revived=revived)
         return done.losses, code, done.by_name
+
+    def _train_code(self, x_c: Tensor, shadow: ops.Shadow | None, slack: float) -> SparseCode:
+        """The code that a step is taken on."""
+        return self._code(x_c, shadow, **({} if slack == 0 else {"slack": slack}))
 
     def layer(self, shadow: ops.Shadow | None = None) -> Layer:
         """The encoder by threshold, as the kernels take it."""

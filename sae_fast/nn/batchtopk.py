@@ -1,4 +1,4 @@
-"""BatchTopKSAE, for inference (Bussmann et al. 2024, arXiv 2412.06410)."""
+"""BatchTopKSAE (Bussmann et al. 2024, arXiv 2412.06410)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast import ops
 from sae_fast.code import SparseCode
 from sae_fast.nn import arguments
 from sae_fast.nn.grouped import GroupedSAE
@@ -42,6 +43,9 @@ class BatchTopKSAE(GroupedSAE):
     def encode(self, x: Tensor, use_threshold: bool | None = None) -> Tensor:
         """The dense code [..., F]; arguments as :meth:`encode_sparse`."""
         return self.encode_sparse(x, use_threshold).to_dense()
+
+    def _train_code(self, x_c: Tensor, shadow: ops.Shadow | None, slack: float) -> SparseCode:
+        return self._code(x_c, shadow, use_threshold=False)
 
     def has_threshold(self) -> bool:
         """True if a threshold is set.  Synchronises on a GPU."""

@@ -17,7 +17,7 @@ from sae_fast.ops.dispatch import without_autocast
 
 
 class GroupedSAE(SparseAutoencoder):
-    """An SAE that keeps about k features an example, for inference.  Parameters W_enc [F, d], b_enc [F], W_dec [F, d] (unit
+    """An SAE that keeps about k features an example.  Parameters W_enc [F, d], b_enc [F], W_dec [F, d] (unit
     rows at the start), b_dec [d].
 
     ``group_sizes`` cuts the features into runs, one after the other, of which any first few are an SAE of their own.

@@ -1,4 +1,4 @@
-"""JumpReluSAE, for inference (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
+"""JumpReluSAE (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class JumpReluSAE(SparseAutoencoder):
     b_enc: nn.Parameter
     threshold: nn.Parameter
 
-    def _encoder(self) -> dict[str, Any]:
-        return {**super()._encoder(), "threshold": self.threshold.to(self.W_enc.dtype)}
+    def _encoder(self, slack: float = 0.0) -> dict[str, Any]:
+        return {**super()._encoder(slack), "threshold": self.threshold.to(self.W_enc.dtype)}

@@ -1,4 +1,4 @@
-"""TopKSAE, for inference (Gao et al. 2024, arXiv 2406.04093)."""
+"""TopKSAE (Gao et al. 2024, arXiv 2406.04093)."""
 
 from __future__ import annotations
 

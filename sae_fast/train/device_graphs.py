@@ -26,7 +26,7 @@ class DeviceGraphs:
     ):  # fmt: skip
         settings, self.state, self.key = state.settings, state, key
         self.step = DeviceStep(
-            state.sae, state.optimizer, shadow, settings.dialect, settings.betas[1], settings.eps, settings.grad_clip,
+            state.sae, state.optimizer, shadow, state.objective, settings.betas[1], settings.eps, settings.grad_clip,
             capacity,
         )  # fmt: skip
         self._slots: list[Tensor]

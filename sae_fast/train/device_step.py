@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sae_fast import gradients, nn
-from sae_fast.code import Layer, RowGradient, Rows, Shadow, Transposed
-from sae_fast.gradients import Decoder, Entries, Objective
+from sae_fast.code import Decoder, Layer, RowGradient, Rows, Shadow, Transposed
+from sae_fast.gradients import Entries
 from sae_fast.kernels.compact import Gapped
 from sae_fast.kernels.decode_loss import Outputs, StepOutputs, decode_loss
 from sae_fast.kernels.encode import Screened, candidates, members
@@ -20,6 +20,7 @@ from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
 from sae_fast.kernels.outer import Runs, outer, runs
 from sae_fast.kernels.transpose import transpose
 from sae_fast.kernels.weight_step import Update, new_adam, row_step, set_adam, weight_step
+from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast
 from sae_fast.optim import RowAdam
 
@@ -33,13 +34,14 @@ class DeviceKernels:
         self.ones, self.features = ones, features
         self.runs: Runs | None = None
 
-    def entries(self, code: Gapped, layer: Layer, decoder: Decoder, target: Tensor, weight: Tensor) -> Entries:
-        B, C = target.shape[0], code.values.shape[1]
+    def entries(self, code: Gapped, layer: Layer, decoder: Decoder, target: Tensor, objective: Objective) -> Entries:
+        B, C, weight = target.shape[0], code.values.shape[1], objective.sparsity_weight(decoder.W)
         delta, weights = self.ones.new_zeros(2, C)  # zeros in the gaps
         step, out = StepOutputs(layer, code.u, delta, self.ones.new_empty(C, 4), weights), Outputs.of(code.values, target)
         of_code = code.begin, code.end, code.indices, code.values
         decode_loss(of_code, decoder.W, decoder.b, target, weight, float(B), out, step)
-        return Entries(out.losses.sum(0, dtype=torch.float64) / B, tuple(out.residuals), delta, step.entries, weights)
+        losses, residuals = out.losses.sum(0, dtype=torch.float64) / B, tuple(out.residuals)
+        return Entries(losses, residuals, residuals[0], delta, step.entries, weights)
 
     def transpose(self, code: Gapped) -> Transposed:
         csc = Transposed.empty(self.features, code.indices)
@@ -61,10 +63,10 @@ class DeviceStep:
     """The step of one SAE at β1 = 0, with a code of up to ``capacity`` candidates."""
 
     def __init__(
-        self, sae: nn.SparseAutoencoder, optimizer: RowAdam, shadow: Shadow, dialect: str, beta2: float, eps: float,
+        self, sae: nn.SparseAutoencoder, optimizer: RowAdam, shadow: Shadow, objective: Objective, beta2: float, eps: float,
         grad_clip: float | None, capacity: int,
     ):  # fmt: skip
-        self.sae, self.optimizer, self.shadow, self.dialect, self.capacity = sae, optimizer, shadow, dialect, capacity
+        self.sae, self.optimizer, self.shadow, self.objective, self.capacity = sae, optimizer, shadow, objective, capacity
         self.beta2, self.eps, self.grad_clip = beta2, eps, grad_clip
         device = sae.W_enc.device
         self.adam = new_adam(device)
@@ -87,7 +89,8 @@ class DeviceStep:
         screened = candidates(x, layer, exact, sae.b_dec, x_c, self.flag)
         code = members(x_c, layer, screened, self.capacity, self.flag, exact)
         kernels, decoder = DeviceKernels(self.ones, sae.d_sae), Decoder(sae.W_dec, sae.b_dec)
-        step = gradients.of_step(code, x_c, x, layer, decoder, Objective(self.l1, self.dialect), kernels)
+        objective = self.objective.now(self.l1, 0, sae.d_sae)
+        step = gradients.of_step(code, x_c, x, layer, decoder, objective, kernels)
         self._flag_unless_finite(step, screened, x.shape[0])
         self._update(step.by_name, kernels.runs)
         fired = (code.values[0] != 0).sum()  # the gaps hold zeros
@@ -126,5 +129,5 @@ class DeviceStep:
                 vector = Rows(W.detach().view(-1, 1), v.view(-1, 1), last)
                 row_step(vector, g.view(-1, 1), Update(self.adam, False, scale, self.flag))
                 continue
-            unit, shadow = (False, self.shadow) if name == "W_enc" else (self.dialect == "paper", None)
+            unit, shadow = (False, self.shadow) if name == "W_enc" else (self.objective.unit_rows, None)
             weight_step(Rows(W.detach(), v, last, shadow), g, Update(self.adam, unit, scale, self.flag), runs=split)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sae_fast import backend, ops
 from sae_fast.devices import on_device
+from sae_fast.objectives import L1, Gated
 from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cuda_rejects, may_run, triton_rejects
 from sae_fast.ops.encode import gpu
@@ -48,6 +49,10 @@ class Report:
     def l0(self) -> float:
         return self.numbers[3] / self.batch
 
+    @property
+    def dead(self) -> None:
+        """Not counted."""
+
 
 @dataclass(eq=False, repr=False)
 class DeviceResult:
@@ -76,6 +81,10 @@ class DeviceResult:
     def l0(self) -> float:
         return self.steps.settle(self).l0
 
+    @property
+    def dead(self) -> None:
+        """Not counted."""
+
 
 class DeviceSteps:
     """Steps on the GPU.  ``refuses`` says why the next one has to be the host's."""
@@ -93,7 +102,11 @@ class DeviceSteps:
 
     def refuses(self) -> str | None:
         settings, optimizer, sae = self.state.settings, self.state.optimizer, self.state.sae
-        W, step_count = sae.W_enc, self.state.step_count
+        W, step_count, objective = sae.W_enc, self.state.step_count, self.state.objective
+        if not (isinstance(objective, Gated | L1) and objective.plain):
+            return f"it has no step of its own for {objective}"
+        if settings.dead_after is not None:
+            return "it counts no dead features"
         if W.dtype != torch.float32:
             return f"the weights are {W.dtype}"
         if settings.betas[0] != 0 or not settings.eps > 0:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast import files
+from sae_fast import files, objectives
 from sae_fast.optim import check_group
 from sae_fast.train.checkpoint import MANIFEST, entry
 from sae_fast.train.state import Settings, TrainState
 
+SINCE_FIRED = "since_fired"  # among the optimizer's tensors, which are of parameters
 GROUP_SETTINGS = ("betas", "eps", "unit_rows", "unit_start")  # of the optimizer, which may change in mid-run
 
 
@@ -27,10 +28,12 @@ def describe(state: TrainState) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 numbers[f"{name}.{key}"] = value
     groups = [{key: group[key] for key in GROUP_SETTINGS} for group in state.optimizer.param_groups]
     frozen = [name for name, parameter in state.sae.named_parameters() if not parameter.requires_grad]
-    about = {
-        "step": state.step_count, "settings": dataclasses.asdict(state.settings), "optimizer": numbers, "groups": groups,
-        "frozen": frozen,
-    }  # fmt: skip
+    settings = dataclasses.asdict(state.settings)
+    if state.settings.objective is not None:
+        settings["objective"] = objectives.describe(state.settings.objective)
+    if state.since_fired is not None:
+        tensors[SINCE_FIRED] = state.since_fired
+    about = {"step": state.step_count, "settings": settings, "optimizer": numbers, "groups": groups, "frozen": frozen}
     return about, tensors
 
 
@@ -42,6 +45,8 @@ def settings(manifest: dict[str, Any]) -> dict[str, Any]:
     missing, unknown = sorted(needed - set(saved)), sorted(set(saved) - {field.name for field in fields})
     if missing or unknown:
         raise ValueError(f"{MANIFEST}: trainer.settings: {missing} missing, {unknown} unknown")
+    if saved.get("objective") is not None:
+        saved = {**saved, "objective": objectives.rebuild(entry(manifest, dict, "trainer", "settings", "objective"))}
     return {**saved, "betas": tuple(entry(manifest, list, "trainer", "settings", "betas"))}
 
 
@@ -50,6 +55,8 @@ def restore(state: TrainState, manifest: dict[str, Any], tensors: dict[str, Tens
     state.step_count = entry(manifest, int, "trainer", "step")
     _restore_groups(state, manifest["trainer"])
     parameters = dict(state.sae.named_parameters())
+    tensors = dict(tensors)
+    _restore_counts(state, tensors.pop(SINCE_FIRED, None))
     entries: dict[str, Any] = {**tensors, **entry(manifest, dict, "trainer", "optimizer")}
     for full_name, value in entries.items():
         name, key = full_name.rsplit(".", 1)
@@ -64,6 +71,17 @@ def restore(state: TrainState, manifest: dict[str, Any], tensors: dict[str, Tens
             held.clear()  # never stepped
         elif state.step_count:
             _check(name, parameter, held, momentum[parameter])
+
+
+def _restore_counts(state: TrainState, since: Tensor | None) -> None:
+    """Sets ``since_fired``; ``ValueError`` unless it is there where the settings count."""
+    want = state.since_fired
+    if want is None and since is None:
+        return
+    if want is None or since is None or since.shape != want.shape or since.dtype != want.dtype:
+        got, wanted = (None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (since, want))
+        raise ValueError(f"optimizer: {SINCE_FIRED}: got {got}, want {wanted}")
+    state.since_fired = since.to(want.device)
 
 
 def _restore_groups(state: TrainState, about: dict[str, Any]) -> None:

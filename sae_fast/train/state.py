@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sae_fast import nn, ops
+from sae_fast.code import SparseCode
+from sae_fast.objectives import Matryoshka, Objective, TopK, of_dialect
 from sae_fast.optim import RowAdam
 from sae_fast.reference import DIALECTS
 
@@ -18,7 +20,7 @@ class Settings:
     """A Trainer's arguments, as its checkpoint keeps them."""
 
     lr: float
-    l1_coefficient: float
+    l1_coefficient: float | None
     betas: tuple[float, float]
     eps: float
     dialect: str
@@ -29,6 +31,8 @@ class Settings:
     init_l0: float | None
     grad_clip: float | None
     unit_start: bool = True
+    objective: Objective | None = None
+    dead_after: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -37,7 +41,7 @@ class Settings:
         for name in ("lr_warmup_steps", "l1_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want ≥ 0")
-        if not self.l1_coefficient >= 0:
+        if self.l1_coefficient is not None and not self.l1_coefficient >= 0:
             raise ValueError(f"l1_coefficient: got {self.l1_coefficient}, want ≥ 0")
         if (self.lr_decay_start is None) != (self.total_steps is None):
             raise ValueError("lr_decay_start, total_steps: got one without the other, want both or neither")
@@ -47,19 +51,47 @@ class Settings:
             raise ValueError(f"init_l0: got {self.init_l0}, want > 0 or None")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip: got {self.grad_clip}, want > 0 or None")
+        if self.dead_after is not None and not self.dead_after > 0:
+            raise ValueError(f"dead_after: got {self.dead_after}, want a number of examples > 0 or None")
+        if self.objective is not None and self.objective.aux is not None and self.dead_after is None:
+            raise ValueError(
+                "dead_after: got None with an aid for dead features, want the examples after which one is dead"
+            )
 
 
 class TrainState:
     """All that a step reads and writes.  ``kept`` is W_enc's Shadow; ``step_count`` counts the steps that were taken, those
-    under way on a GPU among them."""
+    under way on a GPU among them; ``since_fired`` [F] int64, with ``dead_after``: examples since a feature fired."""
 
     def __init__(self, sae: nn.SparseAutoencoder, settings: Settings):
         self.sae, self.settings = sae, settings
+        check_objective(self.objective, sae)
         rest = [p for name, p in sae.named_parameters() if name != "W_dec"]
-        groups = [{"params": [sae.W_dec], "unit_rows": settings.dialect == "paper"}, {"params": rest}]
+        groups = [{"params": [sae.W_dec], "unit_rows": self.objective.unit_rows}, {"params": rest}]
         self.optimizer = RowAdam(groups, settings.lr, settings.betas, settings.eps, unit_start=settings.unit_start)
         self.kept = ops.KeptShadow()
         self.step_count = 0
+        counts = settings.dead_after is not None
+        self.since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device) if counts else None
+
+    @property
+    def objective(self) -> Objective:
+        settings = self.settings
+        return settings.objective or default_objective(self.sae, settings.l1_coefficient, settings.dialect)
+
+    def fired(self, code: SparseCode) -> Tensor | None:
+        """``since_fired`` after a step on ``code``."""
+        if self.since_fired is None:
+            return None
+        since = self.since_fired + code.batch
+        since[code.indices[code.magnitudes > 0].long()] = 0
+        return since
+
+    def dead(self, code: SparseCode) -> Tensor:
+        """[F] bool: the features that are dead after a step on ``code``."""
+        since = self.fired(code)
+        assert since is not None and self.settings.dead_after is not None
+        return since >= self.settings.dead_after
 
     def check_parameters(self, where: str = "") -> None:
         """``ValueError`` that names a parameter of the SAE which is not the optimizer's, or not as its state is."""
@@ -83,8 +115,44 @@ class TrainState:
             raise ValueError(f"{where}optimizer: got {len(held)} parameters that are not the SAE's, want its own only")
 
 
+def default_objective(sae: nn.SparseAutoencoder, l1_coefficient: float | None, dialect: str) -> Objective:
+    """The objective of a kind where none is given; ``ValueError`` for a coefficient that is missing or of no use."""
+    if isinstance(sae, nn.GroupedSAE):
+        if l1_coefficient is not None:
+            raise ValueError(f"l1_coefficient: got {l1_coefficient} for a {type(sae).__name__}, want None: its k decides")
+        return TopK() if sae.group_sizes is None else Matryoshka(TopK(), sae.group_sizes)
+    if isinstance(sae, nn.JumpReluSAE):
+        raise ValueError(
+            "objective: got None for a JumpReluSAE, want one such as sae_fast.objectives.L0(target=40, bandwidth=1e-3): the "
+            "active features wanted an example, and the window's width, in the units of x"
+        )
+    if l1_coefficient is None:
+        raise ValueError(
+            "l1_coefficient: got None, want λ ≥ 0, the weight of the sparsity beside ‖x − x̂‖².  It goes with the scale "
+            "of x; at unit variance per dimension begin with 1 to 10, and raise it where L0 ends too high"
+        )
+    return of_dialect(sae.activation, l1_coefficient, dialect)
+
+
+def check_objective(objective: Objective, sae: nn.SparseAutoencoder) -> None:
+    """``ValueError`` unless a step of this SAE can be taken by the objective."""
+    objective.check(sae.activation)
+    grouped = isinstance(sae, nn.GroupedSAE)
+    if grouped != isinstance(objective, TopK):
+        wanted = "TopK" if grouped else "one with a penalty"
+        raise ValueError(f"objective: got {type(objective).__name__} for a {type(sae).__name__}, want {wanted}")
+    if objective.prefixes is None:
+        return
+    sizes = objective.prefixes.drawn(sae.d_sae, 0).sizes(sae.d_sae)
+    if isinstance(sae, nn.GroupedSAE) and sae.group_sizes is not None:
+        if objective.prefixes.random or sizes != sae.group_sizes:
+            raise ValueError(f"objective: got prefixes of groups {sizes}, want the SAE's own, {sae.group_sizes}")
+        if not sae.all_active:
+            raise ValueError(f"sae: got active_groups = {sae.active_groups}, want all {len(sizes)} groups to train")
+
+
 class Rates(NamedTuple):
-    """The schedules' values in one step."""
+    """The schedules' values in one step; ``l1_coefficient`` is the objective's."""
 
     lr: float
     l1_coefficient: float
@@ -100,6 +168,10 @@ class Result(Protocol):
     @property
     def l0(self) -> float:
         """Mean number of non-zero features an example."""
+
+    @property
+    def dead(self) -> int | None:
+        """Dead features after the step; None where they are not counted."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,3 +213,8 @@ class StepLog:
     def l0(self) -> float:
         """Mean number of non-zero features an example."""
         return self.result.l0
+
+    @property
+    def dead(self) -> int | None:
+        """Features that have not fired for ``dead_after`` examples; None where they are not counted."""
+        return self.result.dead

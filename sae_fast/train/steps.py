@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sae_fast import gradients, ops
-from sae_fast.code import SparseCode
+from sae_fast import gradients, nn, ops
+from sae_fast.code import RowGradient, SparseCode
+from sae_fast.objectives import L0, Objective, TopK
 from sae_fast.ops import checks
 from sae_fast.train.state import Rates, Result, TrainState
 
@@ -31,10 +32,10 @@ class Steps(Protocol):
 
 
 class HostResult:
-    """Losses and code of a step that the host has taken."""
+    """Losses and code of a step that the host has taken, and the number of dead features, if they are counted."""
 
-    def __init__(self, losses: Tensor, code: SparseCode):
-        self.losses, self.code = losses, code
+    def __init__(self, losses: Tensor, code: SparseCode, dead: int | None = None):
+        self.losses, self.code, self.dead = losses, code, dead
 
     @cached_property
     def fired(self) -> float:
@@ -78,13 +79,23 @@ class HostSteps:
 def update(state: TrainState, rows: Tensor, index: int, rates: Rates, shadow: ops.Shadow | None) -> HostResult:
     """Step ``index`` op by op on rows [B, d_in]; ``shadow`` is W_enc's as it is now, and is brought up to date."""
     sae, optimizer = state.sae, state.optimizer
-    losses, code, by_name = sae.row_gradients(rows, rates.l1_coefficient, state.settings.dialect, shadow)
+    objective = state.objective.now(rates.l1_coefficient, index, sae.d_sae)
+    losses, code, by_name = sae.row_gradients(rows, objective, shadow, state.dead)
     parameters = {name: sae.get_parameter(name) for name in by_name}
     by_name = {name: g for name, g in by_name.items() if parameters[name].requires_grad}
     for name, value in gradients.finite(losses, by_name, lambda name, g: gradients.largest(parameters[name], g)).items():
         if not bool(torch.isfinite(checks.largest(value))):
             raise FloatingPointError(f"step {index}: the {name} is not finite; the weights are unchanged")
-    scale = gradients.clip(state.settings.grad_clip, by_name, lambda name, g: ops.grad_sqnorm(g, parameters[name]))
+    projected = {"W_dec"} if objective.projects_first and objective.unit_rows else set()
+
+    def sqnorm(name: str, g: RowGradient) -> Tensor:
+        return ops.grad_sqnorm(g, parameters[name], project=name in projected)
+
+    clipped = dict(by_name)
+    for name in projected:
+        if isinstance(dense := by_name.get(name), Tensor):
+            clipped[name] = ops.project_rows(dense, parameters[name])
+    scale = gradients.clip(state.settings.grad_clip, clipped, sqnorm)
     for group in optimizer.param_groups:
         group["lr"] = rates.lr
     optimizer.step(
@@ -94,7 +105,19 @@ def update(state: TrainState, rows: Tensor, index: int, rates: Rates, shadow: op
     )
     if shadow is not None:
         state.kept.follows(sae.W_enc)
-    return HostResult(losses, code)
+    return HostResult(losses, code, _follow(state, objective, code, index))
+
+
+@torch.no_grad()
+def _follow(state: TrainState, objective: Objective, code: SparseCode, index: int) -> int | None:
+    """Moves on what follows from step ``index`` but has no gradient; returns the number of dead features."""
+    sae = state.sae
+    if isinstance(objective, TopK) and isinstance(sae, nn.BatchTopKSAE):
+        sae.threshold.copy_(objective.next_threshold(sae.threshold, code, index))
+    if isinstance(objective, L0) and objective.positive:
+        sae.get_parameter("threshold").clamp_(min=0)
+    state.since_fired = state.fired(code)
+    return None if state.since_fired is None else int((state.since_fired >= state.settings.dead_after).sum())
 
 
 # ---- Before a step -------------------------------------------------------------------------------------------------------
@@ -145,7 +168,11 @@ def _prepare(state: TrainState, rows: Tensor) -> dict[str, Tensor]:
         for p, before in zip(vectors, undo.values(), strict=True):
             if not p.requires_grad:
                 p.copy_(before)
-    unit = settings.dialect == "paper" and settings.unit_start
+    if state.step_count == 0 and isinstance(state.objective, L0) and state.objective.positive:
+        threshold = sae.get_parameter("threshold")
+        undo.setdefault("threshold", threshold.clone())
+        threshold.clamp_(min=0)
+    unit = state.objective.unit_rows and settings.unit_start
     if not unit or not W.requires_grad or state.optimizer.state.get(W):
         return undo
     norms = W.norm(dim=1)

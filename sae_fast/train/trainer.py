@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_fast import nn
+from sae_fast.objectives import AuxK, Objective
 from sae_fast.ops.dispatch import log_once
 from sae_fast.optim import RowAdam
 from sae_fast.signals import uninterrupted
 from sae_fast.train import checkpoint, resume, schedules
 from sae_fast.train.device_steps import DeviceSteps
-from sae_fast.train.state import Rates, Settings, StepLog, TrainState
+from sae_fast.train.state import Rates, Settings, StepLog, TrainState, default_objective
 from sae_fast.train.steps import HostSteps, Steps
 
 
@@ -30,15 +32,18 @@ def _held(name: str) -> Any:
 
 
 class Trainer:
-    """Trains a GatedSAE or ReluSAE; the sole writer of its weights between steps.
+    """Trains an SAE of any kind; the sole writer of its weights between steps.
 
-    The ``paper`` dialect holds the decoder rows at unit norm (projection, Adam, renormalisation); ``saelens`` weights the
-    sparsity by the decoder norms instead. ``l1_coefficient``, λ, has to be given. lr and l1_coefficient are constant unless
-    warm-up or decay steps are given: both warm up linearly from 0; the learning rate falls linearly to 0 from
-    ``lr_decay_start`` to ``total_steps``. ``init_l0``: calibrate the encoder biases on the first batch (see
-    ``calibrate_``). ``grad_clip``: the largest global gradient norm. ``betas[0] = 0`` takes the lazy optimizer;
-    ``unit_start`` is for decoder rows that are not unit at first (see RowAdam for both). A frozen parameter (requires_grad
-    False) keeps its bits. Ctrl-C in a step waits for its end.
+    ``objective`` is one of sae_fast.objectives; without one a GatedSAE and a ReluSAE take that of ``l1_coefficient``, λ,
+    and of ``dialect``: ``paper`` holds the decoder rows at unit norm (projection, Adam, renormalisation), ``saelens``
+    weights the sparsity by the decoder norms instead. A TopKSAE and a BatchTopKSAE take TopK(), prefixes of their groups.
+    lr and the objective's coefficient (λ) are constant unless warm-up or decay steps are given: both warm up linearly from
+    0; the learning rate falls linearly to 0 from ``lr_decay_start`` to ``total_steps``. ``init_l0``: calibrate the encoder
+    biases on the first batch (see ``calibrate_``). ``grad_clip``: the largest global gradient norm. ``betas[0] = 0`` takes
+    the lazy optimizer; ``unit_start`` is for decoder rows that are not unit at first (see RowAdam for both).
+    ``dead_after``: features that have not fired for so many examples count as dead. ``aux``, with it: the coefficient of
+    AuxK for them, usually 1/32, or an AuxK. A frozen parameter (requires_grad False) keeps its bits. Ctrl-C in a step waits
+    for its end.
     """
 
     sae: nn.SparseAutoencoder = _held("sae")
@@ -61,17 +66,19 @@ class Trainer:
         init_l0: float | None = None,
         grad_clip: float | None = None,
         unit_start: bool = True,
+        objective: Objective | None = None,
+        dead_after: int | None = None,
+        aux: float | AuxK | None = None,
     ):
-        if not hasattr(sae, "loss"):
-            raise ValueError(f"sae: got {type(sae).__name__}, want a GatedSAE or ReluSAE; others are for inference")
-        if l1_coefficient is None:
-            raise ValueError(
-                "l1_coefficient: got None, want λ ≥ 0, the weight of the sparsity beside ‖x − x̂‖².  It goes with the scale "
-                "of x; at unit variance per dimension begin with 1 to 10, and raise it where L0 ends too high"
-            )
+        if objective is not None and l1_coefficient is not None:
+            raise ValueError(f"l1_coefficient: got {l1_coefficient} beside an objective, want its coefficient there")
+        if aux is not None:
+            objective = objective or default_objective(sae, l1_coefficient, dialect)
+            objective = replace(objective, aux=aux if isinstance(aux, AuxK) else AuxK(aux))
+            l1_coefficient = None
         settings = Settings(
             lr, l1_coefficient, betas, eps, dialect, lr_warmup_steps, lr_decay_start, total_steps, l1_warmup_steps, init_l0,
-            grad_clip, unit_start,
+            grad_clip, unit_start, objective, dead_after,
         )  # fmt: skip
         self.state = TrainState(sae, settings)
         self._host, self._device = HostSteps(self.state), DeviceSteps(self.state)
@@ -114,7 +121,7 @@ class Trainer:
         settings = self.settings
         lr = settings.lr * schedules.warmup(index, settings.lr_warmup_steps)
         lr *= schedules.decay(index, settings.lr_decay_start, settings.total_steps)
-        return Rates(lr, settings.l1_coefficient * schedules.warmup(index, settings.l1_warmup_steps))
+        return Rates(lr, self.state.objective.coefficient * schedules.warmup(index, settings.l1_warmup_steps))
 
     def fit(
         self, batches: Iterable[Tensor], steps: int | None = None, log_every: int = 10, progress: bool = True
@@ -122,7 +129,7 @@ class Trainer:
         """Steps through ``batches`` (at most ``steps`` of them) under a progress bar.
 
         Returns one record every ``log_every`` steps and for the last: step, loss, reconstruction, sparsity, auxiliary, l0,
-        fvu (of that batch), lr, l1_coefficient, seconds (since the start of this call).
+        fvu (of that batch), lr, l1_coefficient, seconds (since the start of this call), and dead if that is counted.
         """
         if log_every < 1:
             raise ValueError(f"log_every: got {log_every}, want ≥ 1")
@@ -173,4 +180,5 @@ def _record(log: StepLog, x: Tensor, seconds: float) -> dict[str, float]:
         "step": log.step, "loss": log.loss, "reconstruction": log.reconstruction, "sparsity": log.sparsity,
         "auxiliary": log.auxiliary, "l0": log.l0, "fvu": log.reconstruction / variance if variance else float("nan"),
         "lr": log.lr, "l1_coefficient": log.l1_coefficient, "seconds": seconds,
+        **({} if log.dead is None else {"dead": log.dead}),
     }  # fmt: skip

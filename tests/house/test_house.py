@@ -18,6 +18,7 @@ FLOORS = """
     backend code devices extras files metrics reference signals
     kernels
     ops
+    objectives
     gradients
     functional
     nn

@@ -8,6 +8,7 @@ from helpers import Judge, assert_repeats, randn
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
+from sae_fast.objectives import of_dialect
 from sae_fast.ops import crossovers, dense_step
 from sae_fast.optim import to_dense
 from sae_fast.reference import DIALECTS
@@ -30,7 +31,7 @@ def layer(kind: type, density: float, seed: int = 0) -> tuple[sf.nn.SparseAutoen
 
 
 def gradients(sae, x, dialect) -> dict[str, torch.Tensor]:
-    losses, _, grads = sae.row_gradients(x, L1, dialect)
+    losses, _, grads = sae.row_gradients(x, of_dialect(sae.activation, L1, dialect))
     return {"losses": losses, **{name: to_dense(g, sae.get_parameter(name)) for name, g in grads.items()}}
 
 

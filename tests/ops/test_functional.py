@@ -28,7 +28,8 @@ from torch import Tensor
 from sae_fast import functional, ops, reference, use_backend
 from sae_fast.activations import named
 from sae_fast.code import SparseCode
-from sae_fast.gradients import Objective, feature_sums
+from sae_fast.gradients import feature_sums
+from sae_fast.objectives import Gated
 from sae_fast.ops import crossovers
 
 SHAPES = [*FEW_SHAPES, (1, 769, 31), (3, 1, 100), (257, 63, 1), (257, 63, 33)]
@@ -331,8 +332,8 @@ def test_feature_sums_adds_up_each_features_entries():
 
 def test_sparsity_weight_is_lambda_or_lambda_times_the_rows_norm():
     W = randn(33, 63)
-    assert torch.equal(Objective(0.7, "paper").sparsity_weight(W), torch.full((33,), 0.7))
-    judge(Objective(0.7, "saelens").sparsity_weight(W), lambda W: 0.7 * W.norm(dim=1), W)
+    assert torch.equal(Gated(0.7, "paper").sparsity_weight(W), torch.full((33,), 0.7))
+    judge(Gated(0.7, "saelens").sparsity_weight(W), lambda W: 0.7 * W.norm(dim=1), W)
 
 
 def test_value_gradients_go_through_the_activation():

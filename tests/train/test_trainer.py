@@ -346,8 +346,8 @@ def test_an_error_in_fit_leaves_the_weights_of_the_last_good_step():
 # ---- Refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_a_jumprelu_layer_is_refused():
-    with pytest.raises(ValueError, match=r"^sae: got JumpReluSAE, want a GatedSAE or ReluSAE"):
+def test_a_jumprelu_layer_wants_an_objective():
+    with pytest.raises(ValueError, match=r"^objective: got None for a JumpReluSAE, want one such as"):
         sf.Trainer(sf.JumpReluSAE(4, 8))
 
 

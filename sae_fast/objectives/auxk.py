@@ -1,0 +1,78 @@
+"""AuxK: dead features reconstruct the error that the others leave (Gao et al. 2024, arXiv 2406.04093, appendix A.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_fast import ops
+from sae_fast.code import Layer, SparseCode
+
+DIALECTS = ("dictionary_learning", "saelens")
+
+
+class Revived(NamedTuple):
+    """The second value set, on entries of dead features alone: their ``code`` among all F features; loss, 0-d; delta [nnz],
+    the gradient of u and of the bias; decoder [nnz], the weights of residual [B, d_out] in W_dec's gradient."""
+
+    code: SparseCode
+    loss: Tensor
+    delta: Tensor
+    decoder: Tensor
+    residual: Tensor
+
+
+@dataclass(frozen=True)
+class AuxK:
+    """α E‖e − ê‖² / E‖e − ē‖², α the coefficient: e the error x − x̂, ē its batch mean, and ê what the ``k`` largest
+    ReLU(π) of dead features, by default d/2, decode to without b_dec.  e and the denominator carry no gradient.
+
+    ``dialect`` "saelens": α min(|dead| / k, 1) E‖e − ê‖² of the k largest π, negative ones too.  MATH.md §10.
+    """
+
+    coefficient: float = 1 / 32
+    k: int | None = None
+    dialect: str = "dictionary_learning"
+
+    def __post_init__(self) -> None:
+        if not self.coefficient > 0:
+            raise ValueError(f"aux: got a coefficient of {self.coefficient}, want > 0")
+        if self.k is not None and not (isinstance(self.k, int) and self.k > 0):
+            raise ValueError(f"aux: got k = {self.k!r}, want a positive int or None")
+        if self.dialect not in DIALECTS:
+            raise ValueError(f"aux: got dialect {self.dialect!r}, want one of {DIALECTS}")
+
+    def revive(
+        self, x_c: Tensor, error: Tensor, layer: Layer, W_dec: Tensor, dead: Tensor, precision: str
+    ) -> Revived | None:
+        """The entries of the features ``dead`` [F] bool for encoder inputs x_c and errors x − x̂ [B, d_out]; None without
+        any.  Synchronises on a GPU."""
+        ids = dead.nonzero()[:, 0]
+        if ids.shape[0] == 0:
+            return None
+        n, wanted = error.shape[0], self.k or max(1, error.shape[1] // 2)
+        code = self._code(x_c, layer.W[ids], layer.bias[ids], min(wanted, ids.shape[0]), precision)
+        nothing = error.new_zeros(error.shape[1])
+        W = W_dec[ids]
+        out = ops.decode_loss(code, W, nothing, error, W.new_zeros(W.shape[0]), n)
+        if self.dialect == "saelens":
+            scale = error.new_tensor(self.coefficient * min(ids.shape[0] / wanted, 1.0))
+        else:
+            spread = (error - error.mean(0)).pow(2).sum() / n
+            scale = torch.where(spread > 0, self.coefficient / spread, 0)
+        code = replace(code, shape=torch.Size((n, W_dec.shape[0])), indices=ids[code.indices.long()].int())
+        decoder = code.magnitudes * (scale * (2 / n))
+        return Revived(code, out.losses[0] * scale, out.grads[0] * scale, decoder, out.residual)
+
+    def _code(self, x_c: Tensor, W: Tensor, bias: Tensor, k: int, precision: str) -> SparseCode:
+        if self.dialect == "dictionary_learning":
+            return ops.encode(x_c, W, bias, activation="relu", support="topk", k=k, precision=precision)
+        u = x_c @ W.T
+        chosen = (u + bias).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+        u = u.gather(1, chosen)
+        indptr = torch.arange(0, chosen.numel() + 1, k, device=u.device)
+        values = (u + bias[chosen]).reshape(1, -1)
+        return SparseCode(torch.Size((x_c.shape[0], W.shape[0])), indptr, chosen.reshape(-1).int(), u.reshape(-1), values)

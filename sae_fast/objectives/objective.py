@@ -1,0 +1,110 @@
+"""Objective: what an objective is to the algebra of a step, which gradients.py has."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_fast.activations.activation import Activation, Pulled
+from sae_fast.code import Layer, SparseCode
+from sae_fast.objectives.auxk import AuxK
+from sae_fast.objectives.prefixes import Prefixes
+
+
+class Pull(NamedTuple):
+    """losses [3] of a code, and what its entries' values pull on: the gradients [nnz] of u, of the bias and of each
+    parameter of the activation, None for one that has none."""
+
+    losses: Tensor
+    pulled: Pulled
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a step: reconstruction, a penalty on the entries, and what else its parts say.
+
+    ``coefficient``: the weight of the penalty, a number or 0-d, which a Trainer's schedule scales.  ``prefixes``:
+    reconstruction from the first features as well (Matryoshka).  ``aux``: the aid for dead features.  ``unit_rows``:
+    decoder rows are held at unit norm.
+    """
+
+    activations: ClassVar[tuple[str, ...]] = ()  # the names of those that it is for
+    stops_auxiliary: ClassVar[bool] = True  # x̂_aux has no gradient for W_dec and b_dec
+    projects_first: ClassVar[bool] = False  # gradients are clipped as unit rows leave them
+    zeros: ClassVar[bool] = False  # entries of value 0 have a gradient
+
+    coefficient: float | Tensor = 0.0
+    prefixes: Prefixes | None = field(default=None, kw_only=True)
+    aux: AuxK | None = field(default=None, kw_only=True)
+    unit_rows: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.coefficient, Tensor) and not self.coefficient >= 0:
+            raise ValueError(f"coefficient: got {self.coefficient}, want ≥ 0")
+
+    @property
+    def plain(self) -> bool:
+        """True if losses and gradients are those of ops.decode_loss with :meth:`sparsity_weight`, and no more."""
+        return self.prefixes is None and self.aux is None
+
+    @property
+    def costs_norm(self) -> bool:
+        """True if the penalty has a gradient for the norms of the decoder's rows: :meth:`norm_entries`."""
+        return False
+
+    def now(self, coefficient: float | Tensor, step: int, features: int) -> Objective:
+        """The objective of a step, with its coefficient and its prefixes."""
+        prefixes = self.prefixes and self.prefixes.drawn(features, step)
+        if coefficient is self.coefficient and prefixes is self.prefixes:
+            return self
+        now = replace(self, prefixes=prefixes) if prefixes is not self.prefixes else copy(self)
+        object.__setattr__(now, "coefficient", coefficient)  # TopK has none to give
+        return now
+
+    def check(self, activation: str) -> None:
+        """``ValueError`` unless it is for this activation."""
+        if activation not in self.activations:
+            wanted = " or ".join(repr(name) for name in self.activations)
+            raise ValueError(f"objective: got {type(self).__name__} for activation {activation!r}, want one for {wanted}")
+
+    def trained(self, activation: Activation) -> tuple[str, ...]:
+        """The activation's parameters that have a gradient."""
+        return activation.trained
+
+    def slack(self, layer: Layer) -> float:
+        """How far below its threshold an entry still has a gradient."""
+        return 0.0
+
+    def code(self, code: SparseCode, layer: Layer) -> SparseCode:
+        """The code with the values that the loss is of."""
+        return code
+
+    def sparsity_weight(self, W_dec: Tensor) -> Tensor:
+        """[F]: the cost of each feature's activation, of the last value set."""
+        return W_dec.new_zeros(W_dec.shape[0])
+
+    def norm_entries(self, code: SparseCode, W_dec: Tensor) -> Tensor:
+        """[nnz]: n / coefficient times the gradient of the penalty with respect to ‖d_i‖."""
+        return code.values[-1]
+
+    def norm_cost(self, W_dec: Tensor, sums: Tensor, n: int) -> Tensor:
+        """[F], times W_dec: the gradient of the penalty through the rows' norms; sums [F], of :meth:`norm_entries`."""
+        norm = W_dec.norm(dim=1)
+        return torch.where(norm > 0, sums * (self.coefficient / n) / norm, 0)  # at 0 the subgradient that autograd takes
+
+    def pull(self, code: SparseCode, layer: Layer, W_dec: Tensor, losses: Tensor, grads: Tensor, n: int) -> Pull:
+        """The losses and what values pull on, from those of ops.decode_loss and its grads [V, nnz]."""
+        return Pull(losses, layer.activation.pullback(code.u, list(grads), code.indices, layer.vectors))
+
+    def constants(self, code: SparseCode, layer: Layer, n: int) -> dict[str, Tensor]:
+        """[F] by parameter: gradients that are no sum over entries."""
+        return {}
+
+
+def penalised(losses: Tensor, penalty: Tensor) -> Tensor:
+    """losses [3] with another sparsity term."""
+    return torch.stack([losses[0], penalty.to(losses.dtype), losses[2]])

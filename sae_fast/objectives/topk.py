@@ -1,0 +1,43 @@
+"""TopK: of the SAEs that keep the largest (Gao et al. 2024, arXiv 2406.04093; BatchTopK: Bussmann et al., 2412.06410)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sae_fast.code import SparseCode
+from sae_fast.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class TopK(Objective):
+    """‖x − x̂‖² alone: the support is what holds L0 down.
+
+    A threshold for inference follows the smallest activation that each batch keeps: τ ← β τ + (1 − β) · smallest, in steps
+    after ``threshold_start``, the first of which sets it.
+    """
+
+    coefficient: float | Tensor = field(default=0.0, init=False, repr=False)
+    threshold_beta: float = 0.999
+    threshold_start: int = 1000
+
+    activations = ("relu",)
+    projects_first = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.threshold_beta < 1:
+            raise ValueError(f"threshold_beta: got {self.threshold_beta}, want 0 ≤ β < 1")
+        if self.threshold_start < 0:
+            raise ValueError(f"threshold_start: got {self.threshold_start}, want ≥ 0")
+
+    def next_threshold(self, threshold: Tensor, code: SparseCode, step: int) -> Tensor:
+        """0-d: what a threshold, negative while it is not set, is after a step on ``code``."""
+        if step <= self.threshold_start:
+            return threshold
+        kept = code.magnitudes[code.magnitudes > 0]
+        smallest = (kept.amin() if kept.shape[0] else kept.new_zeros(())).to(threshold.dtype)
+        moved = self.threshold_beta * threshold + (1 - self.threshold_beta) * smallest
+        return torch.where(threshold < 0, smallest, moved)
