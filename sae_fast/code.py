@@ -42,6 +42,16 @@ class Transposed:
         """An op's arguments."""
         return self.colptr, self.rows, self.perm
 
+    def beside(self, other: Transposed) -> Transposed:
+        """The entries of two codes of one batch, this one's first in a feature; ``perm`` counts this code's entries and
+        then the other's."""
+        n, at = self.rows.shape[0], torch.arange(self.rows.shape[0] + other.rows.shape[0], device=self.rows.device)
+        features = row_ids(self.colptr, n), row_ids(other.colptr, other.rows.shape[0])
+        order = torch.empty_like(at)
+        order[torch.cat([at[:n] + other.colptr[features[0]], at[: at.shape[0] - n] + self.colptr[features[1] + 1]])] = at
+        rows, perm = torch.cat([self.rows, other.rows]), torch.cat([self.perm, other.perm + n])
+        return Transposed(self.colptr + other.colptr, rows[order], perm[order])
+
 
 @dataclass(frozen=True, repr=False)
 class SparseCode:
@@ -96,18 +106,6 @@ class SparseCode:
     def row_sums(self, values: Tensor) -> Tensor:
         """[B]: the sum of values [nnz] over each row's entries."""
         return torch.segment_reduce(values.contiguous(), "sum", offsets=self.indptr, initial=0)
-
-    def beside(self, other: SparseCode) -> tuple[SparseCode, Tensor]:
-        """(the support of this code and of another of as many rows and other features, order [nnz] int64): entry j of it is
-        entry ``order[j]`` of this one's and then the other's.  In a row they are not ascending; values are this one's."""
-        at = torch.arange(self.nnz + other.nnz, device=self.indptr.device)
-        places = torch.cat(
-            [at[: self.nnz] + other.indptr[self.row_ids()], at[: other.nnz] + self.indptr[other.row_ids() + 1]]
-        )
-        order = torch.empty_like(at)
-        order[places] = at
-        indices = torch.cat([self.indices, other.indices])[order]
-        return replace(self, indptr=self.indptr + other.indptr, indices=indices), order
 
     def l0(self) -> Tensor:
         """[...] int64: features with a non-zero magnitude, for each example."""

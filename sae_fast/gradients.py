@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.code import Decoder, Layer, RowGradient, SparseCode, Transposed
-from sae_fast.objectives import Objective, Prefixes, Revived
+from sae_fast.objectives import Objective, Revived
 from sae_fast.ops import checks
 from sae_fast.ops.autograd import function
+from sae_fast.ops.decode_loss import prefix_rows
 
 # ---- Sums by feature -------------------------------------------------------------------------------------------------
 
@@ -113,8 +114,9 @@ class HostKernels:
         n, prefixes = target.shape[0], objective.prefixes
         weight, costs = objective.sparsity_weight(decoder.W), None if prefixes is None else prefixes.costs(decoder.W)
         ends = None if prefixes is None else prefixes.ends(code.d_sae)
-        more = dict(prefixes=ends, prefix_weights=costs, zeros=objective.zeros) if ends or objective.zeros else {}
-        out = ops.decode_loss(code, decoder.W, decoder.b, target, weight, n, **more)
+        out = ops.decode_loss(
+            code, decoder.W, decoder.b, target, weight, n, prefixes=ends, prefix_weights=costs, zeros=objective.zeros
+        )
         losses, pulled = objective.pull(code, layer, decoder.W, out.losses, out.grads, n)
         delta = pulled[0]
         assert delta is not None
@@ -150,18 +152,21 @@ def of_step(
         values.append(code.values[1] * (2 / n))
     also = objective.norm_entries(code, decoder.W) if objective.costs_norm else None
     through_decoder = torch.stack([r[:n].sum(0) for r in residuals]).sum(0) * (2 / n)
-    shift = None if objective.prefixes is None else _groups(code.indices, objective.prefixes, code.d_sae) * n
     alive = None if revived is None else revived(-entries.error)
     if alive is None:
         csc = kernels.transpose(code)
     else:
-        entries, csc, shift = _joined(code, entries, alive, kernels, shift)
+        entries, csc, x_c = _joined(entries, alive), _by_feature(code, alive, kernels), torch.cat([x_c, x_c])
         values = [entries.decoder, *(_padded(v, alive) for v in values[1:])]
-        residuals = (entries.residuals[0], *(torch.cat([r, torch.zeros_like(alive.residual)]) for r in residuals[1:]))
+        residuals = entries.residuals[: len(residuals)]
         also = None if also is None else _padded(also, alive)
-    delta, *sums = kernels.sums(csc, entries.columns, also, n)
+    delta, *sums = kernels.sums(csc, entries.columns, also, x_c.shape[0])
     own = None if also is None else objective.norm_cost(decoder.W, sums.pop(), n)
-    of_decoder = csc if shift is None else replace(csc, rows=csc.rows + shift[csc.perm])
+    of_decoder = csc
+    if objective.prefixes is not None:
+        ends = objective.prefixes.ends(decoder.W.shape[0])
+        rows = prefix_rows(csc, ends, n).rows
+        of_decoder = replace(csc, rows=torch.where(csc.rows < n, rows, csc.rows + n * (len(ends) - 1)))
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": RowGradient(csc, [entries.delta], [x_c]),
         **_of_parameters(layer, objective, sums),
@@ -173,32 +178,24 @@ def of_step(
     return StepGradients(entries.losses, entries.error, gradients)
 
 
-def _groups(indices: Tensor, prefixes: Prefixes, features: int) -> Tensor:
-    """[nnz] int32: the group of each entry, counted from 0."""
-    ends = torch.tensor(prefixes.ends(features), dtype=torch.int32, device=indices.device)
-    return torch.bucketize(indices, ends, right=True, out_int32=True)
-
-
-def _joined(
-    code: SparseCode, entries: Entries, alive: Revived, kernels: Kernels, shift: Tensor | None
-) -> tuple[Entries, Transposed, Tensor]:
-    """A code's entries and then those of dead features; all by feature; how far the residuals of each lie behind those of
-    the first prefix."""
-    both, order = code.beside(alive.code)
-    csc = kernels.transpose(both)
-    csc = replace(csc, perm=order[csc.perm])
+def _joined(entries: Entries, alive: Revived) -> Entries:
+    """A code's entries and then those of dead features, whose residuals are the last."""
     columns = entries.columns.new_zeros(alive.delta.shape[0], entries.columns.shape[1])
     columns[:, :2] = alive.delta[:, None]
     first, *others = entries.residuals
-    shift = csc.rows.new_zeros(code.nnz) if shift is None else shift
-    joined = entries._replace(
-        losses=entries.losses + torch.stack([alive.loss.new_zeros(()), alive.loss.new_zeros(()), alive.loss]),
-        residuals=(torch.cat([first, alive.residual]), *others),
+    return entries._replace(
+        losses=torch.cat([entries.losses[:2], entries.losses[2:] + alive.loss]),
+        residuals=(torch.cat([first, alive.residual]), *(torch.cat([r, torch.zeros_like(alive.residual)]) for r in others)),
         delta=torch.cat([entries.delta, alive.delta]),
         columns=torch.cat([entries.columns, columns]),
         decoder=torch.cat([entries.decoder, alive.decoder]),
     )
-    return joined, csc, torch.cat([shift, shift.new_full((alive.code.nnz,), first.shape[0])])
+
+
+def _by_feature(code: SparseCode, alive: Revived, kernels: Kernels) -> Transposed:
+    """The same by feature; those of dead ones are of examples of their own, as both codes may have an entry."""
+    csc = kernels.transpose(alive.code)
+    return kernels.transpose(code).beside(replace(csc, rows=csc.rows + code.batch))
 
 
 def _padded(values: Tensor, alive: Revived) -> Tensor:

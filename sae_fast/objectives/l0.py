@@ -92,12 +92,12 @@ class L0(Objective):
             g = g + (1 - squashed.square()) * (norms * (self.tanh_scale * self.coefficient / n))
             estimate = inside * g * (threshold / self.bandwidth)
         else:
-            penalty, slopes = self._penalty(fires, code)
+            penalty, slopes = self._penalty(fires, code, layer.vectors[0])
             of_step = inside
             if self.window == "f":  # inactive entries: the feature's constant, of all n, less what the active ones have
                 of_step = (inside & fires).to(g.dtype) - (fires & self._window(threshold / self.bandwidth)).to(g.dtype)
             slope = slopes if slopes.dim() == 0 else slopes[code.row_ids()]
-            estimate = inside * g * (threshold / self.bandwidth) + of_step * (slope / (n * self.bandwidth))
+            estimate = inside * g * (threshold / self.bandwidth) + of_step * (slope / (n * self.bandwidth)).to(g.dtype)
         delta = torch.where(fires, g, 0)
         if self.ste_to_input:
             delta = delta + estimate
@@ -107,12 +107,16 @@ class L0(Objective):
         if self.window != "f" or self.form == "tanh":
             return {}
         pi, threshold = self._at(code, layer)
-        _, slopes = self._penalty(pi > threshold, code)
-        return {"threshold": -self._window(layer.vectors[0] / self.bandwidth) * (slopes.mean() / self.bandwidth)}
+        _, slopes = self._penalty(pi > threshold, code, layer.vectors[0])
+        constant = (-slopes.mean() / self.bandwidth).to(code.u.dtype)
+        return {"threshold": torch.where(self._window(layer.vectors[0] / self.bandwidth), constant, 0)}
 
-    def _penalty(self, fires: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
-        """(the penalty, n times its slope in an entry's step: 0-d, or [n] by example)."""
-        l0, c, t = code.row_sums(fires.to(code.u.dtype)), self.coefficient, self.target
+    def _penalty(self, fires: Tensor, code: SparseCode, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """(the penalty, n times its slope in an entry's step: 0-d, or [n] by example), in float64."""
+        l0, c, t = code.row_sums(fires.double()), self.coefficient, self.target
+        if self.window == "f":  # what does not fire is 0, and so above a threshold below that
+            below = threshold < 0
+            l0 = code.row_sums((fires & ~below[code.indices]).double()) + below.sum()
         if self.form == "step":
             return c * l0.mean(), c * l0.new_ones(())
         assert t is not None

@@ -17,7 +17,8 @@ class Prefixes:
 
     Groups are runs of features, of ``group_sizes``, which add up to F, or of ``fractions`` of F, which add up to 1 (all
     but the last rounded down).  ``weights``: the c_g, by default 1/G each.  ``random`` = n > 0: instead of groups n
-    prefixes, all of F and n − 1 shorter ones, drawn anew in each step with a density ∝ 1/√length, of step and ``seed`` alone.
+    prefixes, all of F and n − 1 shorter ones, drawn anew in each step, which alone says which with ``seed``, with a
+    density ∝ 1/√length.
     """
 
     group_sizes: tuple[int, ...] | None = None

@@ -123,8 +123,8 @@ def default_objective(sae: nn.SparseAutoencoder, l1_coefficient: float | None, d
         return TopK() if sae.group_sizes is None else Matryoshka(TopK(), sae.group_sizes)
     if isinstance(sae, nn.JumpReluSAE):
         raise ValueError(
-            "objective: got None for a JumpReluSAE, want one such as sae_fast.objectives.L0(target=40, bandwidth=1e-3): the "
-            "active features wanted an example, and the window's width, in the units of x"
+            "objective: got None for a JumpReluSAE, want one such as sae_fast.objectives.L0(target=40, bandwidth=1e-3): "
+            "the active features wanted an example, and the window's width, in the units of x"
         )
     if l1_coefficient is None:
         raise ValueError(
