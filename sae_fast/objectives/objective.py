@@ -76,7 +76,7 @@ class Objective:
         return activation.trained
 
     def slack(self, layer: Layer) -> float:
-        """How far below its threshold an entry still has a gradient."""
+        """The distance below its threshold at which an entry still has a gradient."""
         return 0.0
 
     def code(self, code: SparseCode, layer: Layer) -> SparseCode:
