@@ -92,12 +92,12 @@ static double value_gradients(const args::decode_loss& a, const Sets& sets, int6
   double cost = 0;
   const auto finish = [&](int64_t at, float dot_mag, float dot_aux) {
     const float weight = a.sparsity_weight[indices[at]];
-    const float g = magnitudes[at] == 0.0f && !kZeros ? 0.0f : two * dot_mag;
+    const float gradient = magnitudes[at] == 0.0f && !kZeros ? 0.0f : two * dot_mag;
     if (gates) {
-      g_mag[at] = g;
+      g_mag[at] = gradient;
       g_gate[at] = gates[at] == 0.0f ? (kZeros ? two * dot_aux : 0.0f) : two * dot_aux + one * weight;
     } else {
-      g_gate[at] = magnitudes[at] == 0.0f ? g : g + one * weight;
+      g_gate[at] = magnitudes[at] == 0.0f ? gradient : gradient + one * weight;
     }
     cost += weight * sparse[at];
   };

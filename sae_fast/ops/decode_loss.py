@@ -214,9 +214,11 @@ def _cpu_dense(p: _Given):
         block, base = p.target.new_empty(last - first, features), p.b_dec - p.target[first:last]
         for v, values in enumerate(p.values):
             crossovers.scatter(p.indptr, p.indices, None, first, last, values, block)
-            r = base
+            sums = base if len(groups) == 1 else torch.zeros_like(base)
             for g, (a, b) in enumerate(groups):
-                r = torch.addmm(r, block[:, a:b], p.W_dec[a:b], out=residuals[v, g, first:last])
+                sums = torch.addmm(sums, block[:, a:b], p.W_dec[a:b], out=residuals[v, g, first:last])
+            if len(groups) > 1:  # last, for what rounds in a prefix is in all longer ones
+                residuals[v, :, first:last] += base
 
     def dots(reaching):
         out = torch.empty_like(p.values)

@@ -14,6 +14,7 @@ from sae_fast import ops, reference
 from sae_fast.activations import named
 from sae_fast.code import RowGradient, SparseCode
 from sae_fast.gradients import feature_sums
+from sae_fast.ops.decode_loss import prefix_rows
 
 LAMBDA = 0.7
 NAMES = ["W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec"]
@@ -341,7 +342,8 @@ def jumprelu_plain(p: Problem, threshold: Tensor, dtype: torch.dtype) -> dict[st
     return {"residual": residual.detach()} | dict(zip([*names, "threshold"], grads, strict=True))
 
 
-def test_a_jumprelu_straight_through_step(route):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_jumprelu_straight_through_step(fused, route):
     """The window below the threshold comes from encode's slack; entries in it decode to nothing."""
     p, B = problem(), SHAPE[0]
     threshold = 0.5 + randn(100, seed=5).abs()
@@ -354,8 +356,11 @@ def test_a_jumprelu_straight_through_step(route):
     window, fires = distance.abs() < WIDTH / 2, distance > 0
     assert (window & fires).any() and (window & ~fires).any() and (fires & ~window).any()
     assert not code.magnitudes[~fires].any()
-    r = ops.decode(code, p.W_dec) + p.b_dec - p.x
-    dots = ops.sampled_dots(code, 2 / B * r, p.W_dec)
+    if fused:
+        _, r, _, (dots,) = ops.decode_loss(code, p.W_dec, p.b_dec, p.x, torch.zeros(100), B, zeros=True)
+    else:
+        r = ops.decode(code, p.W_dec) + p.b_dec - p.x
+        dots = ops.sampled_dots(code, 2 / B * r, p.W_dec)
     delta, csc = dots * fires, ops.transpose(code)
     ours = {
         "residual": r,
@@ -403,6 +408,21 @@ def test_matryoshka_prefixes_by_hand(route):
         "b_dec": 2 / B * residuals.sum((0, 1)) - ops.decode(code, p.W_enc, dots).sum(0),
     }
     judge(ours, lambda dtype: matryoshka_plain(p, dtype))
+
+
+def test_matryoshka_prefixes_fused(route):
+    """decode_loss has what reaches each group; one outer sums every feature's entries times its own group's."""
+    p, (B, _, F) = problem(), SHAPE
+    code = ops.encode(p.x_c, p.W_enc, p.b_gate, activation="relu")
+    out = ops.decode_loss(code, p.W_dec, p.b_dec, p.x, torch.zeros(F), B, prefixes=PREFIXES[1:])
+    csc, (dots,) = ops.transpose(code), out.grads
+    ours = {
+        "W_enc": ops.outer(csc, [dots], [p.x_c]),
+        "b_gate": feature_sums(csc, dots, B),
+        "W_dec": ops.outer(prefix_rows(csc, PREFIXES[1:], B), [code.magnitudes * (2 / B)], [out.residual.flatten(0, 1)]),
+        "b_dec": 2 / B * out.residual[0].sum(0) - ops.decode(code, p.W_enc, dots).sum(0),
+    }
+    judge(ours, lambda dtype: {name: matryoshka_plain(p, dtype)[name] for name in ours})
 
 
 def test_matryoshka_prefixes_by_autograd(route):

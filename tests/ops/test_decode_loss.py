@@ -18,6 +18,7 @@ from helpers import (
     make_inputs,
     opcheck,
     raises_and_changes_nothing,
+    randn,
     random_code,
     rows_of,
     strided,
@@ -26,35 +27,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import bodies
 from problems.bodies import moved
-from problems.decode_loss import inputs, judge_one, plain
+from problems.decode_loss import PREFIXES, inputs, judge_one, plain
 
 from sae_fast import ops, use_backend
 from sae_fast.ops import crossovers
 
 
 @cache
-def trials_of(shape: tuple, V: int, normaliser: float, dtype: torch.dtype) -> list:
-    """(code, arguments, torch's results, float64's).  A trial gives three losses only, so there are several: by seed, or
-    by blocks of rows of a large batch."""
+def trials_of(shape: tuple, V: int, normaliser: float, dtype: torch.dtype, kind: str, zeros: bool) -> list:
+    """(code, arguments, options, torch's results, float64's).  A trial gives three losses only, so there are several: by
+    seed, or by blocks of rows of a large batch."""
     trials, (B, d, F) = [], shape
+    prefixes = PREFIXES[kind](F)
+    weights = prefixes and randn(len(prefixes), seed=7).abs().to(dtype)
+    options = dict(prefixes=prefixes, prefix_weights=weights, zeros=zeros)
     for seed in range(64 if B * d * F < 10_000 else 12) if B <= 3 else range(3) if B < 32 else [0]:
         code, *arguments = moved(list(inputs(B, d, F, V, seed)), "cpu", dtype)
         for first, last in [(0, B)] + ([] if B < 256 else [(k, k + 32) for k in range(0, 256, 32)]):
             block, scale = rows_of(code, first, last), normaliser * (last - first) / B
             W_dec, b_dec, target, weight = arguments
             given_ = (W_dec, b_dec, target[first:last], weight)
-            trials.append((block, (*given_, scale), *both(plain(block, scale), block.values, *given_)))
+            results = both(plain(block, scale, **options), block.values, *given_)
+            trials.append((block, (*given_, scale), options, *results))
     return trials
 
 
-def judge_body(body: bodies.Body, shapes: list, V: int, normaliser_of, monkeypatch) -> None:
+def judge_body(body: bodies.Body, shapes, V: int, normaliser_of, monkeypatch, kind="none", zeros=False) -> None:
     for shape, dtype in product(shapes, body.dtypes):
         B, _, F = shape
         monkeypatch.setattr(crossovers, "CHUNK", F * max(3, B // 4))
         judge = Judge()
-        for code, arguments, torchs, exact in trials_of(shape, V, normaliser_of(B), dtype):
-            out = body.run(ops.decode_loss, code, *arguments)
-            assert all(t.dtype == dtype for t in out) and not out.grads[code.values == 0].any()
+        for code, arguments, options, torchs, exact in trials_of(shape, V, normaliser_of(B), dtype, kind, zeros):
+            out = body.run(ops.decode_loss, code, *arguments, **options)
+            assert all(t.dtype == dtype for t in out) and (zeros or not out.grads[code.values == 0].any())
             judge_one(judge, out, torchs, exact)
         judge.verdict()
 
@@ -70,6 +75,99 @@ def test_by_any_positive_number_and_with_one_value_set(V, body, monkeypatch):
     """The loss of a micro-batch is divided by the whole batch's size; one value set pays its own sparsity and has no
     auxiliary loss."""
     judge_body(body, body.few_shapes, V, lambda B: 1.75, monkeypatch)
+
+
+# ---- Prefixes, and values that are 0 ---------------------------------------------------------------------------------
+
+
+@bodies.but_cuda
+@pytest.mark.parametrize("kind, V, zeros", [("fractions", 2, False), ("single features", 1, True), ("none", 2, True)])
+def test_prefixes_and_zeros_are_as_near_to_float64_as_torchs(kind, V, zeros, body, monkeypatch):
+    judge_body(body, body.few_shapes, V, lambda B: 1.75, monkeypatch, kind, zeros)
+
+
+@bodies.but_cuda
+@pytest.mark.parametrize("V", [1, 2])
+def test_every_feature_may_end_a_prefix(V, body, monkeypatch):
+    shapes = [shape for shape in body.few_shapes if shape[2] < 50]
+    judge_body(body, shapes, V, float, monkeypatch, "each", zeros=V == 2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("weights", [None, torch.ones(1)])
+@pytest.mark.parametrize("V", [1, 2])
+def test_one_prefix_is_as_none_bit_for_bit(V, weights, backend, route, isa):
+    code, *arguments = inputs(57, 63, 100, V)
+    with use_backend(backend):
+        without = ops.decode_loss(code, *arguments, 57)
+        out = ops.decode_loss(code, *arguments, 57, prefixes=(100,), prefix_weights=weights)
+    assert out.residual.shape == (1, 57, 63) and out.residual_aux.shape == (V - 1, 57, 63)
+    assert_same_bits([out.losses, out.residual[0], out.grads], [without.losses, without.residual, without.grads])
+    assert_same_bits(out.residual_aux.flatten(0, 1), without.residual_aux)
+
+
+@pytest.mark.parametrize("kind", ["fractions", "each"])
+def test_prefixes_weigh_1_by_default(kind, route):
+    code, *arguments = inputs(9, 43, 33, 2)
+    prefixes = PREFIXES[kind](33)
+    weights = torch.ones(len(prefixes))
+    ones = ops.decode_loss(code, *arguments, 9, prefixes=prefixes, prefix_weights=weights)
+    assert_same_bits(ones, ops.decode_loss(code, *arguments, 9, prefixes=prefixes))
+
+
+@pytest.mark.parametrize("kind", ["all", "fractions"])
+@pytest.mark.parametrize("batch", [0, 9])
+@bodies.but_cuda
+def test_prefixes_without_an_entry_leave_b_dec_minus_the_target(batch, kind, body):
+    code, W, b_dec, target, weight = inputs(batch, 19, 33, 2)
+    empty = replace(code, indptr=code.indptr * 0, indices=code.indices[:0], u=code.u[:0], values=code.values[:, :0])
+    prefixes = PREFIXES[kind](33)
+    G = len(prefixes)
+    out = body.run(ops.decode_loss, empty, W, b_dec, target, weight, 9, prefixes=prefixes)
+    R = torch.stack([k * (b_dec - target) for k in range(G, 0, -1)])
+    torch.testing.assert_close([out.residual, out.residual_aux], [R, R], rtol=1e-6, atol=0)
+    assert out.losses[1] == 0 and out.losses[0] == out.losses[2] and out.grads.shape == (2, 0)
+
+
+@bodies.but_cuda
+def test_prefixes_repeat_bit_for_bit_at_every_thread_count(body):
+    code, *arguments = inputs(*body.size(257, 100, 1000), 2)
+    prefixes = PREFIXES["fractions"](code.d_sae)
+    options = dict(prefixes=prefixes, prefix_weights=torch.arange(1.0, len(prefixes) + 1), zeros=True)
+    assert_repeats(lambda: body.run(ops.decode_loss, code, *arguments, 257, **options), body.threads)
+
+
+def test_a_gpus_own_kernel_has_no_prefixes_yet():
+    code, *arguments = inputs(9, 5, 33, 2)
+    with use_backend("cuda"), pytest.raises(ValueError, match="no kernel of prefixes"):
+        ops.decode_loss(code, *arguments, 9, prefixes=[1, 33])
+
+
+def test_prefixes_of_any_batch_compile_once():
+    """Forward and backward, in one graph."""
+    graphs = []
+
+    def of(code, *arguments):
+        losses = ops.decode_loss(code, *arguments, arguments[2].shape[0], prefixes=[1, 20, 33], zeros=True).losses
+        return losses @ torch.tensor([1.0, 0.5, 2.0])
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(of, fullgraph=True, dynamic=True, backend=count)
+    for batch in (9, 12):
+        code, *arguments = inputs(batch, 5, 33, 2)
+        results = []
+        for f in (of, compiled):
+            leaves = [t.clone().requires_grad_() for t in (code.values, *arguments)]
+            loss = f(code.with_values(leaves[0]), *leaves[1:])
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        assert_same_bits(*results)
+    assert len(graphs) == 1
+
+
+# ---- Values at the kinks ---------------------------------------------------------------------------------------------
 
 
 def test_an_entry_with_an_open_gate_and_magnitude_zero_carries_the_gate_gradient_only(route):
@@ -153,18 +251,22 @@ def test_repeats_bit_for_bit_at_every_thread_count(body):
 @given(
     B=st.integers(0, 20), d=st.integers(1, 40), F=st.integers(1, 70), V=st.integers(1, 2), seed=st.integers(0, 1000),
     apart=st.booleans(), crossover=st.sampled_from([-1.0, 2.0]), normaliser=st.sampled_from([0.25, 1.0, 4096.0]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    dtype=st.sampled_from([torch.float32, torch.float64]), kind=st.sampled_from(["none", "fractions", "each"]),
+    zeros=st.booleans(),
 )  # fmt: skip
-def test_any_shape_stride_and_dtype_on_a_grid_is_exact(B, d, F, V, seed, apart, crossover, normaliser, dtype):
+def test_any_shape_stride_and_dtype_on_a_grid_is_exact(B, d, F, V, seed, apart, crossover, normaliser, dtype, kind, zeros):
     code = random_code(B, F, V, seed=seed)
     code = replace(code, values=(code.values > 0.5).to(dtype))
     sizes = {"W_dec": (F, d), "b_dec": (d,), "target": (B, d), "weight": (F,)}
     arguments = [grid(*size, step=1, reach=1, seed=seed + k).to(dtype) for k, size in enumerate(sizes.values())]
+    prefixes = PREFIXES[kind](F)
+    weights = prefixes and strided(torch.arange(len(prefixes), dtype=dtype) % 3)
+    options = dict(prefixes=prefixes, prefix_weights=weights, zeros=zeros)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(crossovers.CROSSOVER, "decode_loss", crossover)
         given_ = [strided(t) if apart else t for t in arguments]
-        out = ops.decode_loss(replace(code, values=strided(code.values)), *given_, normaliser)
-    exact = plain(code, normaliser)(code.values.double(), *(t.double() for t in arguments))
+        out = ops.decode_loss(replace(code, values=strided(code.values)), *given_, normaliser, **options)
+    exact = plain(code, normaliser, **options)(code.values.double(), *(t.double() for t in arguments))
     for result, ref64 in zip(out, exact, strict=True):
         assert result.dtype == dtype and torch.equal(result.double(), ref64)
 
@@ -186,6 +288,21 @@ BAD = {
     "normaliser 0": (dict(normaliser=0.0), "normaliser: got 0"),
     "negative normaliser": (dict(normaliser=-1.0), "normaliser: got -1"),
     "normaliser that is not a number": (dict(normaliser=float("nan")), "normaliser: got nan"),
+    "no prefix": (dict(prefixes=[]), r"prefixes: got \[\], want ends that ascend from at least 1 to F = 33"),
+    "a prefix of nothing": (dict(prefixes=[0, 33]), r"prefixes: got \[0, 33\]"),
+    "a prefix twice": (dict(prefixes=[5, 5, 33]), "prefixes: got"),
+    "prefixes that descend": (dict(prefixes=[9, 5, 33]), "prefixes: got"),
+    "prefixes short of F": (dict(prefixes=[5, 32]), "prefixes: got"),
+    "prefixes beyond F": (dict(prefixes=[5, 34]), "prefixes: got"),
+    "prefix weights alone": (dict(prefix_weights=torch.ones(2)), r"prefix_weights: got \(2,\) without prefixes"),
+    "too few prefix weights": (
+        dict(prefixes=[5, 33], prefix_weights=torch.ones(1)), r"prefix_weights: got shape \(1,\), want \[2\]"),
+    "prefix weights of another dtype": (
+        dict(prefixes=[5, 33], prefix_weights=torch.ones(2).double()), "prefix_weights: got torch.float64"),
+    "a negative prefix weight": (
+        dict(prefixes=[5, 33], prefix_weights=torch.tensor([1.0, -1.0])), r"prefix_weights: got \[1.0, -1.0\]"),
+    "a prefix weight that is not a number": (
+        dict(prefixes=[33], prefix_weights=torch.tensor([torch.nan])), r"prefix_weights: got \[nan\]"),
 }  # fmt: skip
 
 
@@ -193,7 +310,7 @@ BAD = {
 def test_bad_input_is_a_value_error_that_names_it(case):
     change, message = BAD[case]
     kwargs = SOUND | change
-    with use_backend("reference"), raises_and_changes_nothing(message, CODE, list(kwargs.values())):
+    with use_backend("reference"), raises_and_changes_nothing(message, CODE, *kwargs.values()):
         ops.decode_loss(CODE, **kwargs)
 
 

@@ -300,25 +300,33 @@ def test_sampled_dots_is_differentiable_in_rows_and_weights(route):
     compare(ours, plain, A, W)
 
 
-@pytest.mark.parametrize("stop_auxiliary", [True, False])
-@pytest.mark.parametrize("V", [1, 2])
-def test_decode_loss_is_differentiable_in_everything(V, stop_auxiliary, route):
+@pytest.mark.parametrize(
+    "prefixes, zeros", [([100], False), (None, True), ([1, 10, 40, 100], False), ([30, 99, 100], True)]
+)
+@pytest.mark.parametrize("V, stop_auxiliary", [(1, True), (2, True), (2, False)])
+def test_decode_loss_is_differentiable_in_everything(V, stop_auxiliary, prefixes, zeros, route):
     """Also in sparsity_weight; each of the three losses with its own factor; the other outputs are constants."""
-    code = random_code(57, 100, V)
+    code, ends = random_code(57, 100, V), prefixes or [100]
     inputs = (code.values, randn(100, 63), randn(63, seed=1), randn(57, 63, seed=2), randn(100, seed=3).abs())
+    c = None if prefixes is None else randn(len(ends), seed=4).abs()
 
     def ours(values, W, b, target, weight):
-        out = ops.decode_loss(code.with_values(values), W, b, target, weight, 13.0, stop_auxiliary)
+        options = dict(prefixes=prefixes, prefix_weights=c if c is None else c.to(W.dtype), zeros=zeros)
+        out = ops.decode_loss(code.with_values(values), W, b, target, weight, 13.0, stop_auxiliary, **options)
         assert not out.residual.requires_grad or out.residual.grad_fn is not None
         return (out.losses * numbers(1, 3, like=W)).sum()
 
     def plain(values, W, b, target, weight):
-        factors, f = numbers(1, 3, like=W), torch.relu(dense(code, values))
-        r = f[0] @ W + b - target
-        loss = factors[0] * r.pow(2).sum() + factors[1] * (f[-1] * weight).sum()
+        factors, positive = numbers(1, 3, like=W), torch.relu(dense(code, values))
+        f = dense(code, values) if zeros else positive
+
+        def squares(f, W, b):
+            each = [(f[:, :end] @ W[:end] + b - target).pow(2).sum() for end in ends]
+            return (torch.stack(each) * (1 if c is None else c.to(W.dtype))).sum()
+
+        loss = factors[0] * squares(f[0], W, b) + factors[1] * (positive[-1] * weight).sum()
         if V == 2:
-            aux_W, aux_b = (W.detach(), b.detach()) if stop_auxiliary else (W, b)
-            loss = loss + factors[2] * (f[1] @ aux_W + aux_b - target).pow(2).sum()
+            loss = loss + factors[2] * squares(f[1], *((W.detach(), b.detach()) if stop_auxiliary else (W, b)))
         return loss / 13.0
 
     compare(ours, plain, *inputs)

@@ -5,21 +5,37 @@ from __future__ import annotations
 import torch
 from helpers import Judge, at_entries, decoded, randn, random_code
 
+PREFIXES = {  # by the kind: the ends of F features' prefixes
+    "none": lambda F: None,
+    "all": lambda F: [F],
+    "fractions": lambda F: sorted({max(1, F // n) for n in (32, 16, 8, 4, 1)}),
+    "single features": lambda F: sorted({1, max(1, F // 2), max(1, F - 1), F}),
+    "each": lambda F: list(range(1, F + 1)),
+}
 
-def plain(code, normaliser: float):
+
+def plain(code, normaliser: float, prefixes=None, prefix_weights=None, zeros: bool = False):
     """The contract of decode_loss with dense matrices: (losses, residual, residual_aux, grads)."""
+    ends = prefixes or [code.d_sae]
+    group = torch.bucketize(code.indices, torch.tensor(ends[:-1]), right=True)
 
     def formula(values, W_dec, b_dec, target, weight):
-        residuals = decoded(code, values, W_dec) + b_dec - target
-        squares = residuals.pow(2).sum((1, 2))
-        weight = weight[code.indices.long()]
+        c = torch.ones(len(ends)) if prefix_weights is None else prefix_weights
+        c = c.to(values.dtype)[:, None, None]
+        sums = [decoded(code, values * (code.indices < end), W_dec) for end in ends]
+        residuals = torch.stack(sums, dim=1) + b_dec - target
+        squares = (c * residuals.pow(2)).sum((1, 2, 3))
+        reaching = (c * residuals).flip(1).cumsum(1).flip(1)
+        dots = at_entries(code, 2 * reaching @ W_dec.T)[:, group, torch.arange(code.nnz)]
+        weight, on = weight[code.indices.long()], values > 0
         penalty = torch.zeros_like(values)
-        penalty[-1] = weight
-        grads = (at_entries(code, 2 * residuals @ W_dec.T) + penalty) / normaliser * (values > 0)
+        penalty[-1] = weight * on[-1]
+        grads = (dots + penalty) / normaliser * (on | zeros)
         gated = values.shape[0] == 2
         auxiliary = squares[1] if gated else torch.zeros_like(squares[0])
         losses = torch.stack([squares[0], (values[-1] * weight).sum(), auxiliary]) / normaliser
-        return losses, residuals[0], residuals[1] if gated else residuals[0, :0], grads
+        outer = reaching[:, 0] if prefixes is None else reaching
+        return losses, outer[0], outer[1] if gated else outer[0, :0], grads
 
     return formula
 

@@ -242,6 +242,9 @@ def record_code(code: SparseCode, d: int) -> None:
     ops.decode(code, W, code.values, groups=[F // 4, F // 2, F])
     ops.sampled_dots(code, A, W)
     ops.decode_loss(code, W, A[:1].sum(0), A, vector, float(max(B, 1)))
+    for ends, weights in (([F], None), (sorted({1, max(1, F // 4), max(1, F // 2), F}), vector)):
+        weights = weights if weights is None else weights[: len(ends)].contiguous()
+        ops.decode_loss(code, W, A[:1].sum(0), A, vector, 1.0, prefixes=ends, prefix_weights=weights, zeros=len(ends) > 1)
     csc = ops.transpose(code)
     two = RowGradient(csc, list(code.values[[0, -1]]), [A, A.flip(0)], vector)
     one = RowGradient(csc, [code.values[0]], [A])
