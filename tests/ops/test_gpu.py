@@ -213,11 +213,12 @@ def test_opcheck(op):
     csc = ops.transpose(code)
     parts, state = csc.parts(), (W.square(), torch.zeros(features, dtype=torch.int64, device=DEVICE), None)
     adam, values = (1, 0.1, 0.0, 0.9, 1e-3), code.values.clone()
+    plain_losses = (float(rows), False, None, None, False)
     call = {
         "encode": (x, W, bias, bias, bias, "gated", "threshold", 0, 0.0),
         "decode": (code.indptr, code.indices, values, W, None),
         "sampled_dots": (code.indptr, code.indices, x, W),
-        "decode_loss": (code.indptr, code.indices, values, W, x[0].clone(), x, bias.abs(), float(rows), False),
+        "decode_loss": (code.indptr, code.indices, values, W, x[0].clone(), x, bias.abs(), *plain_losses),
         "transpose": (code.indptr, code.indices, features),
         "outer": (*parts, [values[0].clone()], [x], None, 0, features),
         "weight_step": (W, *state, *parts, [values[0].clone()], [x], None, 0, *adam, True, *4 * [None]),
