@@ -7,6 +7,7 @@ Formulas: MATH.md §2.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from sae_fast.objectives import Objective, of_dialect
 from sae_fast.ops.autograd import call, differentiable, function
 from sae_fast.ops.decode_loss import decode_loss, prefix_rows
 from sae_fast.ops.encode import encode
+from sae_fast.ops.weight_step import dense_gradient
 from sae_fast.reference import Loss
 
 _ops = torch.ops.sae_fast
@@ -67,6 +69,30 @@ def _loss(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, object
     weight, stop = objective.sparsity_weight(W_dec), objective.stops_auxiliary
     losses = decode_loss(code, W_dec, b_dec, target, weight, target.shape[0], stop_auxiliary=stop).losses
     return Loss(losses.sum(), *losses.unbind())
+
+
+class _TakenAlong(torch.autograd.Function):
+    """losses [3] of a step, and their sum's gradients, which its own kernels take."""
+
+    @staticmethod
+    def forward(ctx, sae: Any, x: Tensor, objective: Objective, dead: Tensor | None, *parameters: Tensor) -> Tensor:
+        done, _ = sae.row_gradients(x, objective, dead=None if dead is None else lambda code: dead)
+        ctx.gradients = [
+            g if g is None or isinstance(g, Tensor) else dense_gradient(p, g, 0)
+            for g, p in ((done.by_name.get(name), p) for name, p in sae.named_parameters())
+        ]
+        return done.losses.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, None, *(None if g is None else g * grad_losses[0] for g in ctx.gradients)
+
+
+def taken_along(sae: Any, x: Tensor, objective: Objective, dead: Tensor | None) -> Loss:
+    """The terms of an objective on rows x [B, d] of a layer; the total alone is differentiable."""
+    losses = _TakenAlong.apply(sae, x, objective, dead, *sae.parameters())
+    return Loss(losses.sum(), *losses.detach().unbind())
 
 
 # ---- encode ---------------------------------------------------------------------------------------------------------

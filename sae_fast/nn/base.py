@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast import activations, gradients, ops
-from sae_fast.code import Decoder, Layer, RowGradient, SparseCode
+from sae_fast import activations, functional, gradients, ops
+from sae_fast.code import Decoder, Layer, SparseCode
 from sae_fast.nn import arguments
 from sae_fast.objectives import Objective, Revived
 from sae_fast.ops import checks
 from sae_fast.ops.dispatch import without_autocast
+from sae_fast.reference import Loss
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -263,13 +264,24 @@ class SparseAutoencoder(nn.Module):
         activation = activations.named(self.activation)
         activation.calibrate(bias, {name: getattr(self, name) for name in activation.parameters})
 
+    def loss(self, x: Tensor, objective: Objective, dead: Tensor | None = None) -> Loss:
+        """An objective's terms on x [..., d_in]: .total .reconstruction .sparsity .auxiliary, means over the examples.
+
+        ``total`` is differentiable, with respect to the parameters; its gradients are taken along.  ``dead`` [F] bool: the
+        features that an objective with an aid is to revive.  ``ValueError`` for an x that requires a gradient.
+        """
+        objective.check(self.activation)
+        if x.requires_grad:
+            raise ValueError("x: got a tensor that requires a gradient, want x.detach(): this loss has none for it")
+        return functional.taken_along(self, self.check_input(x), objective, dead)
+
     @torch.no_grad()
     @without_autocast()
     def row_gradients(
         self, x: Tensor, objective: Objective, shadow: ops.Shadow | None = None,
         dead: Callable[[SparseCode], Tensor] | None = None,
-    ) -> tuple[Tensor, SparseCode, dict[str, RowGradient | Tensor]]:  # fmt: skip
-        """(losses [3], code, gradient of each parameter by name) for rows x [B, d_in], without autograd.
+    ) -> tuple[gradients.StepGradients, SparseCode]:  # fmt: skip
+        """(losses, residual x̂ − x and the gradient of each parameter by name; the code) of rows x [B, d_in], no autograd.
 
         Those of the weights are RowGradients: nothing dense of their size exists, unless the code is dense.  This is the
         Trainer's fused path; for a Gated or L1 objective the losses and gradients are those of :meth:`loss`.  ``shadow`` is
@@ -279,8 +291,7 @@ class SparseAutoencoder(nn.Module):
         code = objective.code(self._train_code(x_c, shadow, objective.slack(layer)), layer)
         decoder = Decoder(self.W_dec, self.b_dec, self.apply_b_dec_to_input)
         if objective.plain and ops.dense_step_pays(code, self.W_dec):
-            done = gradients.of_dense_step(code, x_c, x, layer, decoder, objective)
-            return done.losses, code, done.by_name
+            return gradients.of_dense_step(code, x_c, x, layer, decoder, objective), code
         revived = None
         if objective.aux is not None and dead is not None:
             aux = objective.aux
@@ -288,8 +299,7 @@ class SparseAutoencoder(nn.Module):
             def revived(error: Tensor) -> Revived | None:
                 return aux.revive(x_c, error, layer, self.W_dec, dead(code), self.precision)
 
-        done = gradients.of_step(code, x_c, x, layer, decoder, objective, revived=revived)
-        return done.losses, code, done.by_name
+        return gradients.of_step(code, x_c, x, layer, decoder, objective, revived=revived), code
 
     def _train_code(self, x_c: Tensor, shadow: ops.Shadow | None, slack: float) -> SparseCode:
         """The code that a step is taken on."""

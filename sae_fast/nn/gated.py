@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sae_fast import functional, reference
 from sae_fast.nn.base import SparseAutoencoder
 from sae_fast.nn.jumprelu import JumpReluSAE
+from sae_fast.objectives import Objective
 from sae_fast.reference import Loss
 
 
@@ -25,9 +26,15 @@ class GatedSAE(SparseAutoencoder):
     b_mag: nn.Parameter
     r_mag: nn.Parameter
 
-    def loss(self, x: Tensor, l1_coefficient: float, dialect: str = "paper", target: Tensor | None = None) -> Loss:
+    def loss(  # type: ignore[override]
+        self, x: Tensor, l1_coefficient: float | Objective, dialect: str = "paper", target: Tensor | None = None,
+        dead: Tensor | None = None,
+    ) -> Loss:  # fmt: skip
         """Equation (8) on x [..., d_in]: .total .reconstruction .sparsity .auxiliary, differentiable, means over the
-        examples.  ``dialect``: "paper" or "saelens" (MATH.md §1); ``target`` replaces x in the errors."""
+        examples.  ``dialect``: "paper" or "saelens" (MATH.md §1); ``target`` replaces x in the errors.  An
+        Objective in λ's place, and ``dead``: as SparseAutoencoder.loss."""
+        if isinstance(l1_coefficient, Objective):
+            return super().loss(x, l1_coefficient, dead)
         target = None if target is None else self.check_input(target, "target")
         return functional.gated_loss(
             self.check_input(x), self.W_enc, self.b_gate, self.b_mag, self.r_mag, self.W_dec, self.b_dec,

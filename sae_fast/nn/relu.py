@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from sae_fast import functional
 from sae_fast.nn.base import SparseAutoencoder
+from sae_fast.objectives import Objective
 from sae_fast.reference import Loss
 
 
@@ -16,8 +17,13 @@ class ReluSAE(SparseAutoencoder):
     per_feature = ("b_enc",)
     b_enc: nn.Parameter
 
-    def loss(self, x: Tensor, l1_coefficient: float, dialect: str = "paper", target: Tensor | None = None) -> Loss:
+    def loss(  # type: ignore[override]
+        self, x: Tensor, l1_coefficient: float | Objective, dialect: str = "paper", target: Tensor | None = None,
+        dead: Tensor | None = None,
+    ) -> Loss:  # fmt: skip
         """‖x − x̂‖² + λ‖f‖₁ on x [..., d_in], differentiable; the auxiliary term is 0.  Arguments as GatedSAE.loss."""
+        if isinstance(l1_coefficient, Objective):
+            return super().loss(x, l1_coefficient, dead)
         target = None if target is None else self.check_input(target, "target")
         return functional.relu_loss(
             self.check_input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec, l1_coefficient, dialect, target,

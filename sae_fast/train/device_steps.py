@@ -46,6 +46,10 @@ class Report:
         return torch.tensor(self.numbers[:3], dtype=torch.float32)
 
     @property
+    def squared_error(self) -> float:
+        return float(self.losses[0])
+
+    @property
     def l0(self) -> float:
         return self.numbers[3] / self.batch
 
@@ -76,6 +80,10 @@ class DeviceResult:
     @property
     def losses(self) -> Tensor:
         return self.steps.settle(self).losses
+
+    @property
+    def squared_error(self) -> float:
+        return float(self.losses[0])
 
     @property
     def l0(self) -> float:

@@ -66,6 +66,8 @@ class TrainState:
     def __init__(self, sae: nn.SparseAutoencoder, settings: Settings):
         self.sae, self.settings = sae, settings
         check_objective(self.objective, sae)
+        if settings.init_l0 is not None and isinstance(sae, nn.GroupedSAE):
+            raise ValueError(f"init_l0: got {settings.init_l0} for a {type(sae).__name__}, want None: its k decides")
         rest = [p for name, p in sae.named_parameters() if name != "W_dec"]
         groups = [{"params": [sae.W_dec], "unit_rows": self.objective.unit_rows}, {"params": rest}]
         self.optimizer = RowAdam(groups, settings.lr, settings.betas, settings.eps, unit_start=settings.unit_start)
@@ -166,6 +168,10 @@ class Result(Protocol):
         """[3]: reconstruction, sparsity, auxiliary."""
 
     @property
+    def squared_error(self) -> float:
+        """Mean of ‖x − x̂‖², of all features."""
+
+    @property
     def l0(self) -> float:
         """Mean number of non-zero features an example."""
 
@@ -195,6 +201,11 @@ class StepLog:
     @property
     def reconstruction(self) -> float:
         return float(self.losses[0])
+
+    @property
+    def squared_error(self) -> float:
+        """Mean of ‖x − x̂‖²: the reconstruction, or with prefixes the last one's."""
+        return self.result.squared_error
 
     @property
     def sparsity(self) -> float:

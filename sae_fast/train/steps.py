@@ -32,10 +32,14 @@ class Steps(Protocol):
 
 
 class HostResult:
-    """Losses and code of a step that the host has taken, and the number of dead features, if they are counted."""
+    """Losses, squared error and code of a step that the host has taken; how many features are dead, if that is counted."""
 
-    def __init__(self, losses: Tensor, code: SparseCode, dead: int | None = None):
-        self.losses, self.code, self.dead = losses, code, dead
+    def __init__(self, losses: Tensor, squared: Tensor, code: SparseCode, dead: int | None = None):
+        self.losses, self._squared, self.code, self.dead = losses, squared, code, dead
+
+    @property
+    def squared_error(self) -> float:
+        return float(self._squared)
 
     @cached_property
     def fired(self) -> float:
@@ -80,7 +84,8 @@ def update(state: TrainState, rows: Tensor, index: int, rates: Rates, shadow: op
     """Step ``index`` op by op on rows [B, d_in]; ``shadow`` is W_enc's as it is now, and is brought up to date."""
     sae, optimizer = state.sae, state.optimizer
     objective = state.objective.now(rates.l1_coefficient, index, sae.d_sae)
-    losses, code, by_name = sae.row_gradients(rows, objective, shadow, state.dead)
+    done, code = sae.row_gradients(rows, objective, shadow, state.dead)
+    losses, by_name = done.losses, done.by_name
     parameters = {name: sae.get_parameter(name) for name in by_name}
     by_name = {name: g for name, g in by_name.items() if parameters[name].requires_grad}
     for name, value in gradients.finite(losses, by_name, lambda name, g: gradients.largest(parameters[name], g)).items():
@@ -105,7 +110,8 @@ def update(state: TrainState, rows: Tensor, index: int, rates: Rates, shadow: op
     )
     if shadow is not None:
         state.kept.follows(sae.W_enc)
-    return HostResult(losses, code, _follow(state, objective, code, index))
+    squared = losses[0] if objective.prefixes is None else done.residual.pow(2).sum() / rows.shape[0]
+    return HostResult(losses, squared, code, _follow(state, objective, code, index))
 
 
 @torch.no_grad()

@@ -178,7 +178,7 @@ def _record(log: StepLog, x: Tensor, seconds: float) -> dict[str, float]:
     variance = float((rows - rows.mean(0)).pow(2).sum(1).mean())
     return {
         "step": log.step, "loss": log.loss, "reconstruction": log.reconstruction, "sparsity": log.sparsity,
-        "auxiliary": log.auxiliary, "l0": log.l0, "fvu": log.reconstruction / variance if variance else float("nan"),
+        "auxiliary": log.auxiliary, "l0": log.l0, "fvu": log.squared_error / variance if variance else float("nan"),
         "lr": log.lr, "l1_coefficient": log.l1_coefficient, "seconds": seconds,
         **({} if log.dead is None else {"dead": log.dead}),
     }  # fmt: skip

@@ -31,8 +31,9 @@ def layer(kind: type, density: float, seed: int = 0) -> tuple[sf.nn.SparseAutoen
 
 
 def gradients(sae, x, dialect) -> dict[str, torch.Tensor]:
-    losses, _, grads = sae.row_gradients(x, of_dialect(sae.activation, L1, dialect))
-    return {"losses": losses, **{name: to_dense(g, sae.get_parameter(name)) for name, g in grads.items()}}
+    done, _ = sae.row_gradients(x, of_dialect(sae.activation, L1, dialect))
+    grads = {name: to_dense(g, sae.get_parameter(name)) for name, g in done.by_name.items()}
+    return {"losses": done.losses, **grads}
 
 
 def by_autograd(sae, x, dialect) -> dict[str, torch.Tensor]:

@@ -53,8 +53,9 @@ class Problem:
 
     def by_engine(self) -> dict[str, Tensor]:
         """The losses [3] and the gradient of each parameter, dense."""
-        losses, _, grads = self.sae.row_gradients(self.x, self.objective, dead=lambda code: self.dead)
-        return {"losses": losses, **{name: to_dense(g, self.sae.get_parameter(name)) for name, g in grads.items()}}
+        done, _ = self.sae.row_gradients(self.x, self.objective, dead=lambda code: self.dead)
+        gradients = {name: to_dense(g, self.sae.get_parameter(name)) for name, g in done.by_name.items()}
+        return {"losses": done.losses, **gradients}
 
     def by_autograd(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The same through plain PyTorch, in a dtype."""
@@ -80,7 +81,7 @@ def problem(case: str, B: int, d: int, F: int, seed: int = 0) -> Problem:
         objective = replace(objective, prefixes=objectives.Prefixes((1,) * F))
     dead = randn(F, seed=seed + 40) > 0.6
     if objective.aux is not None:  # what is dead has not fired
-        _, code, _ = sae.row_gradients(x, replace(objective, aux=None))
+        _, code = sae.row_gradients(x, replace(objective, aux=None))
         dead[code.indices[code.magnitudes > 0].long()] = False
     return Problem(sae, x, objective, dead)
 

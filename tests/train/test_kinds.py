@@ -1,0 +1,208 @@
+"""Training by every kind of objective: what a step leaves behind, resuming, counting, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_same_bits, randn
+from problems.objectives import CASES
+
+import sae_fast as sf
+from sae_fast.objectives import L0, L1, AuxK, Gated, Matryoshka, Prefixes, TopK
+
+B, D, F = 64, 16, 50
+KINDS = {
+    "gated aux": (sf.GatedSAE, Gated(0.3, aux=AuxK()), {}),
+    "relu p": (sf.ReluSAE, L1(0.3, p=0.5), {}),
+    "jumprelu": (sf.JumpReluSAE, L0(1.0, target=5, bandwidth=0.1, aux=AuxK()), {}),
+    "topk": (sf.TopKSAE, TopK(aux=AuxK()), {"k": 4}),
+    "batchtopk": (sf.BatchTopKSAE, TopK(threshold_start=3, aux=AuxK()), {"k": 4}),
+    "matryoshka": (sf.BatchTopKSAE, Matryoshka(TopK(threshold_start=3, aux=AuxK()), (5, 15, 30)), {"k": 4}),
+    "random prefixes": (sf.BatchTopKSAE, Matryoshka(random=3), {"k": 4}),
+}
+each = pytest.mark.parametrize("kind", KINDS)
+momentum = pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=["no momentum", "momentum"])
+
+
+def trainer_of(kind: str, dead_after: int | None = 3 * B, **settings) -> sf.Trainer:
+    cls, objective, options = KINDS[kind]
+    sae = cls(D, F, seed=0, **options)
+    if objective.aux is not None:
+        with torch.no_grad():
+            sae.encoder_bias[::5] = -1.5  # some features are dead for a while
+    init_l0 = None if isinstance(sae, sf.nn.GroupedSAE) or objective.aux is not None else 5
+    return sf.Trainer(sae, lr=1e-2, objective=objective, dead_after=dead_after, init_l0=init_l0, **settings)
+
+
+def batches(n: int, first: int = 0) -> list[torch.Tensor]:
+    return [randn(B, D, seed=first + i) for i in range(n)]
+
+
+def everything(trainer: sf.Trainer) -> list[torch.Tensor]:
+    kept = [sorted(trainer.optimizer.state[p].items()) for p in trainer.sae.parameters()]
+    states = [t for state in kept for _, t in state if isinstance(t, torch.Tensor)]
+    return [*trainer.sae.state_dict().values(), *states, trainer.state.since_fired]
+
+
+@momentum
+@each
+def test_a_training_goes_on_bit_for_bit_from_its_checkpoint(kind, betas, tmp_path):
+    trainer = trainer_of(kind, betas=betas, grad_clip=1.0)
+    for x in batches(8):
+        trainer.step(x)
+    trainer.save(tmp_path / "checkpoint")
+    again, copied = sf.Trainer.load(tmp_path / "checkpoint"), copy.deepcopy(trainer)
+    assert again.settings == trainer.settings
+    for x in batches(8, first=100):
+        logs = [t.step(x) for t in (trainer, again, copied)]
+        assert len({(log.loss, log.l0, log.dead) for log in logs}) == 1
+    assert_same_bits(everything(trainer), everything(again))
+    assert_same_bits(everything(trainer), everything(copied))
+
+
+@each
+def test_training_lowers_the_loss(kind):
+    trainer = trainer_of(kind)
+    x = randn(B, D, seed=1)
+    losses = [trainer.step(x) for _ in range(30)]
+    assert losses[-1].loss < 0.8 * losses[0].loss
+
+
+def test_a_feature_is_dead_after_so_many_examples_without_firing():
+    trainer = trainer_of("topk", dead_after=2 * B)
+    since = torch.zeros(F, dtype=torch.int64)
+    for x in batches(12):
+        f = trainer.sae.encode(x)
+        since = torch.where((f > 0).any(0), 0, since + B)
+        log = trainer.step(x)
+        assert torch.equal(trainer.state.since_fired, since)
+        assert log.dead == int((since >= 2 * B).sum())
+    assert log.dead > 0
+
+
+def test_an_aid_revives_dead_features():
+    data, dead = batches(150), {}
+    for aux in (None, 1 / 32):
+        sae = sf.TopKSAE(D, F, k=4, seed=0)
+        with torch.no_grad():
+            sae.b_enc[::5] = -2.5
+        trainer = sf.Trainer(sae, lr=3e-3, dead_after=2 * B, aux=aux)
+        for x in data:
+            log = trainer.step(x)
+        dead[aux] = log.dead
+    assert dead[1 / 32] < 0.7 * dead[None]
+
+
+def test_the_threshold_follows_the_smallest_that_each_batch_keeps():
+    trainer, wanted = trainer_of("batchtopk"), -1.0
+    for index, x in enumerate(batches(9)):
+        f = trainer.sae.encode(x, use_threshold=False)
+        smallest = float(f[f > 0].min())
+        trainer.step(x)
+        if index > 3:
+            wanted = smallest if wanted < 0 else 0.999 * wanted + 0.001 * smallest
+        assert float(trainer.sae.threshold) == pytest.approx(wanted, rel=1e-6)
+    assert trainer.sae.has_threshold()
+    assert (trainer.sae.encode(x) > 0).sum() != B * 4  # by the threshold now
+
+
+def test_thresholds_stay_positive():
+    sae = sf.JumpReluSAE(D, F, seed=0)
+    with torch.no_grad():
+        sae.threshold -= 0.1
+    trainer = sf.Trainer(sae, lr=1e-1, objective=L0(1e-3, bandwidth=0.5))
+    for x in batches(5):
+        trainer.step(x)
+        assert bool((sae.threshold >= 0).all())
+    trainer = sf.Trainer(sae, lr=1e-1, objective=L0(1e-3, bandwidth=0.5, positive=False))
+    for x in batches(30):
+        trainer.step(x)
+    assert bool((sae.threshold < 0).any())
+
+
+def test_a_step_that_fails_counts_nothing():
+    trainer = trainer_of("matryoshka")
+    for x in batches(6):
+        trainer.step(x)
+    before = [t.clone() for t in everything(trainer)]
+    with pytest.raises(FloatingPointError, match=r"^step 6: the "):
+        trainer.step(torch.full((B, D), 1e30))
+    assert_same_bits(before, everything(trainer))
+
+
+def test_random_prefixes_differ_by_step_and_repeat_by_seed():
+    prefixes = Prefixes(random=3)
+    ends = [prefixes.drawn(F, step).ends(F) for step in range(20)]
+    assert all(len(e) == 3 and e[-1] == F for e in ends) and len(set(ends)) > 10
+    assert ends == [prefixes.drawn(F, step).ends(F) for step in range(20)]
+    assert ends != [Prefixes(random=3, seed=1).drawn(F, step).ends(F) for step in range(20)]
+
+
+def test_the_logged_fvu_is_of_all_features():
+    trainer = trainer_of("matryoshka")
+    x = randn(B, D, seed=1)
+    x_hat = trainer.sae(x)
+    (record,) = trainer.fit([x], progress=False)
+    assert record["fvu"] == pytest.approx(float((x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("case", ["gated p", "target", "matryoshka aux", "relu"])
+def test_a_loss_has_the_steps_gradients(case):
+    cls, objective = CASES[case]
+    sae = cls(D, F, seed=0, **({"k": 4} if issubclass(cls, sf.nn.GroupedSAE) else {}))
+    x, dead = randn(2, B // 2, D, seed=1), torch.zeros(F, dtype=torch.bool)
+    dead[::7] = True
+    loss = sae.loss(x, objective, dead=dead)
+    (2 * loss.total).backward()
+    done, _ = sae.row_gradients(x.reshape(B, D), objective, dead=lambda code: dead)
+    assert float(loss.total) == pytest.approx(float(done.losses.sum()))
+    for name, g in done.by_name.items():
+        parameter = sae.get_parameter(name)
+        torch.testing.assert_close(parameter.grad, 2 * sf.optim.to_dense(g, parameter))
+    with pytest.raises(ValueError, match=r"^x: got a tensor that requires a gradient"):
+        sae.loss(x.requires_grad_(), objective)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: L0(target=0), "target: got 0, want > 0"),
+        (lambda: L0(target=5, bandwidth=0), "bandwidth: got 0, want > 0"),
+        (lambda: L0(form="quadratic"), "target: got None with form 'quadratic'"),
+        (lambda: L0(form="cubic"), "form: got 'cubic'"),
+        (lambda: L0(window="f", ste_to_input=True), "ste_to_input: got True"),
+        (lambda: Gated(-1), "coefficient: got -1"),
+        (lambda: Gated(1, "papers"), "dialect: got 'papers'"),
+        (lambda: L1(1, p=0), "p: got 0"),
+        (lambda: L1(1, decoder_norms=True, p=0.5), "p: got 0.5 with a penalty on decoder norms"),
+        (lambda: AuxK(0), "aux: got a coefficient of 0"),
+        (lambda: AuxK(k=0), "aux: got k = 0"),
+        (lambda: TopK(threshold_beta=1), "threshold_beta: got 1"),
+        (lambda: Prefixes(), "group_sizes, fractions, random: got none"),
+        (lambda: Prefixes((1, 2), random=2), "group_sizes, fractions, random: got"),
+        (lambda: Prefixes((1, 0)), "group_sizes: got"),
+        (lambda: Prefixes(fractions=(0.5, 0.6)), "fractions: got"),
+        (lambda: Prefixes((1, 2), weights=(1.0,)), "weights: got"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=9)), "k: got 9"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), l1_coefficient=1.0), "l1_coefficient: got 1.0 for a TopKSAE"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), objective=Gated(1)), "objective: got Gated for activation 'relu'"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), objective=L1(1)), "objective: got L1 for a TopKSAE"),
+        (lambda: sf.Trainer(sf.ReluSAE(4, 8), objective=TopK()), "objective: got TopK for a ReluSAE"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), objective=Matryoshka(None, (3, 4))), "group_sizes: got a sum of 7"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), aux=1 / 32), "dead_after: got None with an aid"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), dead_after=0), "dead_after: got 0"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), init_l0=4), "init_l0: got 4"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), betas=(1.0, 0.9)), "betas: got"),
+        (lambda: sf.Trainer(sf.GatedSAE(4, 8), l1_coefficient=1.0, objective=Gated(1)), "l1_coefficient: got 1.0 beside"),
+        (
+            lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2, group_sizes=(4, 4)), objective=Matryoshka(group_sizes=(2, 6))),
+            "objective: got prefixes of groups",
+        ),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2, group_sizes=(4, 4), active_groups=1)), "sae: got active_groups = 1"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(make, message):
+    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")):
+        make()
