@@ -54,15 +54,17 @@ def code_by_feature():
 
 def gradients():
     """outer and weight_step, with features of several runs of five entries."""
-    from problems.triton_features import a_step, arguments, stepped
+    from problems.bodies import Body
+    from problems.weight_step import make_step, stepped
 
     from sae_fast import ops
     from sae_fast.kernels import _config
 
     for generation in _config.SHIPPED.values():
         generation["outer"] = {**generation["outer"], "run": 5}
-    step = a_step(1, 260, unit=True, rows=40, features=9)
-    return [ops.outer(*arguments(step, torch.float32)), *stepped(step, True).tensors()]
+    step, body = make_step(40, 260, 9, unit=True, long=True), Body("cuda")
+    gradient = step.gradient()
+    return [ops.outer(gradient.csc, gradient.values, gradient.A), *stepped(body, step, True).tensors()]
 
 
 SCENARIOS: dict[str, Callable] = {f.__name__: f for f in (decode_loss, one_row, verify, code_by_feature, gradients)}

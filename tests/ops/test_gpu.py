@@ -27,14 +27,11 @@ from helpers import (
 )
 from problems.encode import arguments
 from problems.encode import plain as plain_encode
-from problems.grad_sqnorm import plain as plain_sqnorm
-from problems.weight_step import ADAM, Step, make_step
-from problems.weight_step import plain as plain_step
 from torch import Tensor
 
 import sae_fast as sf
 from sae_fast import ops, reference, use_backend
-from sae_fast.code import RowGradient, SparseCode, Transposed
+from sae_fast.code import SparseCode, Transposed
 from sae_fast.ops import dispatch
 from sae_fast.ops.encode import shadow as shadowing
 
@@ -152,44 +149,6 @@ def test_every_screen_finds_the_same_members(d, kernel, monkeypatch):
     assert_same_bits(code, ops.encode(**on_all(given)))
     if kernel == "plain":
         judge_code(home(code), given)
-
-
-@cache
-def a_step(S: int = 2, unit: bool = False) -> Step:
-    return make_step(B, D, F, S, unit=unit, own=True, density=DENSITY)
-
-
-def gradient_of(step: Step) -> RowGradient:
-    return RowGradient(ops.transpose(on(step.code)), on(list(step.values)), on(list(step.A)), on(step.self_coefficient))
-
-
-@pytest.mark.parametrize("unit_rows", [False, True])
-def test_weight_step_row_step_and_grad_sqnorm(unit_rows):
-    step, judge = a_step(2, unit_rows), Judge()
-    gradient, touched = gradient_of(step), step.touched()
-    expected = [plain_step(step, dtype, unit_rows, 0.5) for dtype in (torch.float32, torch.float64)]
-    scale = torch.tensor(0.5, device=DEVICE)
-    W, v, last = state = on(step.state.tensors())
-    before = [t.clone() for t in state]
-    ops.weight_step(*state, gradient, unit_rows=unit_rows, grad_scale=scale, skip=torch.tensor(True, device=DEVICE), **ADAM)
-    assert_same_bits(state, before)
-    ops.weight_step(*state, gradient, unit_rows=unit_rows, grad_scale=scale, **ADAM)
-    decay = ADAM["beta2"] ** (ADAM["step"] - last.cpu()).double()[:, None]
-    judge.add("W", W.cpu(), *(W for W, _ in expected))
-    judge.add("v", v.cpu().double() * decay, *(v for _, v in expected))
-    assert torch.equal(last.cpu() == ADAM["step"], touched)
-
-    grad = on(step.dense_gradient(torch.float32))
-    W, v, last = state = on(step.state.tensors())
-    ops.row_step(*state, grad, unit_rows=unit_rows, grad_scale=scale, **ADAM)
-    judge.add("W of row_step", W.cpu(), *(W for W, _ in expected))
-    judge.add("v of row_step", v.cpu(), *(v for _, v in expected))
-    judge.verdict()
-
-    norm = ops.grad_sqnorm(gradient, on(step.state.W), project=unit_rows)
-    parts = (step.code, step.values, step.A, step.state.W, step.self_coefficient * touched)
-    assert norm.dtype == torch.float64
-    assert float(norm) == pytest.approx(float(plain_sqnorm(*parts, unit_rows, torch.float64)), rel=1e-5)
 
 
 def test_no_rows():

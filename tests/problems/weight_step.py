@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from helpers import dense, randn, random_code
+from helpers import Judge, assert_same_bits, dense, randn, random_code
 from torch import Tensor
 
+from problems.bodies import Body, moved
+from problems.outer import csc_of, long_code
 from sae_fast import ops, reference
 from sae_fast.code import RowGradient, SparseCode
 
@@ -50,7 +52,7 @@ class Step:
     self_coefficient: Tensor | None = None
 
     def gradient(self) -> RowGradient:
-        return RowGradient(ops.transpose(self.code), list(self.values), list(self.A), self.self_coefficient)
+        return RowGradient(csc_of(self.code), list(self.values), list(self.A), self.self_coefficient)
 
     def touched(self) -> Tensor:
         return torch.bincount(self.code.indices.long(), minlength=self.code.d_sae) > 0
@@ -68,21 +70,41 @@ class Step:
 @cache
 def make_step(
     B: int, d: int, F: int, S: int = 1, unit: bool = False, own: bool = False, seed: int = 0, density: float = 0.05,
-    momentum: bool = False,
+    momentum: bool = False, long: bool = False,
 ) -> Step:  # fmt: skip
     """v is positive everywhere: from v = 0, Adam with β1 = 0 turns the rounding of a small gradient into a full step.
-    With ``momentum`` about half of the rows have some."""
+    With ``momentum`` about half of the rows have some; ``long``: feature 0 has entries in nearly all rows."""
     W = randn(F, d, seed=seed)
     if unit:
         W = torch.nn.functional.normalize(W, dim=1)
     v = randn(F, d, seed=seed + 1).square() + 0.1
     last_step = torch.randint(0, STEP, (F,), generator=torch.Generator().manual_seed(seed))
-    code = random_code(B, F, S, density, seed=seed)
+    code = long_code(B, F, S, seed) if long else random_code(B, F, S, density, seed=seed)
     own_coefficient = randn(F, seed=seed + 3) if own else None
     m = randn(F, d, seed=seed + 4) * (randn(F, 1, seed=seed + 5) > 0) if momentum else None
     if unit and m is not None:  # projected, as gradients are: a row of one element does not move
         m -= (m * W).sum(1, keepdim=True) * W
     return Step(State(W, v, last_step, m), code, code.values - 0.3, randn(S, B, d, seed=seed + 2), own_coefficient)
+
+
+def stepped(
+    body: Body, step: Step, unit_rows: bool = False, adam: dict = ADAM, gradient: RowGradient | None = None, **settings
+) -> State:
+    """The state after weight_step where a body runs, on the CPU."""
+    state, gradient = moved((step.state.clone(), gradient or step.gradient()), body.device)
+    settings = {name: moved(value, body.device) for name, value in settings.items()}
+    ops.weight_step(*state.tensors(), gradient, unit_rows=unit_rows, **adam, **settings)
+    return moved(state, "cpu")
+
+
+def add_state(judge: Judge, after: State, step: Step, unit_rows: bool, scale: float | None = None, adam: dict = ADAM):
+    """W and v; only rows with entries have moved."""
+    results = [plain(step, dtype, unit_rows, scale or 1.0, adam) for dtype in (torch.float32, torch.float64)]
+    judge.add("W", after.W, *(W for W, _ in results))
+    judge.add("v", after.v_now(adam["beta2"], adam["step"]), *(v for _, v in results))
+    idle = ~step.touched()
+    assert bool((after.last_step[~idle] == adam["step"]).all())
+    assert_same_bits(after.rows(idle), step.state.rows(idle))
 
 
 def plain(step: Step, dtype: torch.dtype, unit_rows: bool, scale: float = 1.0, adam: dict = ADAM) -> tuple[Tensor, Tensor]:
