@@ -82,7 +82,7 @@ GROUPS["encode"] = [
            "return vectors[0].clamp(min=0)", "return vectors[0]",
            "test_encode.py::test_codes_are_as_near_to_float64_as_torchs -k 'jumprelu and cpu'"),
     Mutant("slack narrows", "sae_fast/code.py",
-           "if cut is None else cut) - slack", "if cut is None else cut) + slack",
+           "if self.cut is None else self.cut) - slack", "if self.cut is None else self.cut) + slack",
            "test_encode.py -k 'ties_are_not_members and reference'"),
     Mutant("a magnitude without its gate", "sae_fast/activations/gated.py",
            "(pi > 0) * torch.relu(scale * u + b_mag)", "torch.relu(scale * u + b_mag)",
