@@ -317,7 +317,7 @@ def test_momentum_is_as_near_to_float64_as_torchs(unit_rows, body, monkeypatch):
 @pytest.mark.parametrize("beta1", [0.0, 0.3, 0.5, 0.99])
 @pytest.mark.parametrize("scale", [None, 1e-3, 30.0])
 def test_momentum_of_any_beta1_and_the_gradient_scale(scale, beta1, body):
-    steps = [make_step(57, 63, 100, seed=seed, momentum=True) for seed in range(3)]
+    steps = [make_step(57, 63, 400, seed=seed, density=0.01, momentum=True) for seed in range(3)]
     judge_momentum(steps, False, scale, MOMENTUM | dict(beta1=beta1, step=12))
 
 
@@ -335,8 +335,8 @@ def test_a_row_without_entries_moves_while_it_has_momentum_and_else_rests_bit_fo
 
 @bodies.with_momentum
 def test_one_last_element_of_momentum_moves_its_row(body):
-    step = make_step(3, 63, 33, momentum=True)
-    m = torch.zeros(33, 63)
+    step = make_step(3, 63, 400, momentum=True)
+    m = torch.zeros(400, 63)
     m[:, -1] = 1e-30
     still = replace(step, state=replace(step.state, m=m), values=step.values * 0)
     assert bool((take(still).last_step == STEP).all())
@@ -344,7 +344,7 @@ def test_one_last_element_of_momentum_moves_its_row(body):
 
 @bodies.with_momentum
 def test_a_step_at_beta1_of_0_keeps_the_gradient_and_moves_as_without_momentum(body):
-    step = make_step(57, 63, 100, unit=True, momentum=True)
+    step = make_step(57, 63, 400, unit=True, density=0.01, momentum=True)
     touched, state = step.touched(), replace(step.state.clone(), m=None)
     kept = take(step, True, adam=MOMENTUM | dict(beta1=0.0))
     ops.weight_step(*state.tensors(), step.gradient(), unit_rows=True, **ADAM)
@@ -405,12 +405,12 @@ class Adam:
         return {"W": self.W, "v": state["exp_avg_sq"], "m": state["exp_avg"]}
 
 
-@pytest.mark.parametrize("first", [0, 1, 50, 97, 100])
+@pytest.mark.parametrize("first", [0, 1, 200, 397, 400])
 def test_ranges_of_features_with_momentum_step_as_the_whole(first, isa, monkeypatch):
     monkeypatch.setitem(crossovers.CROSSOVER, "weight_step", 2.0)
-    step = make_step(57, 63, 100, S=2, unit=True, own=True, momentum=True)
+    step = make_step(57, 63, 400, S=2, unit=True, own=True, density=0.01, momentum=True)
     gradient, whole, parts = step.gradient(), take(step, unit_rows=True), step.state.clone()
-    for a, b in ((0, first), (first, 100)):
+    for a, b in ((0, first), (first, 400)):
         own, part = replace(gradient, self_coefficient=step.self_coefficient[a:b]), parts.rows(slice(a, b))
         ops.weight_step(*part.tensors(), own, m=part.m, first_feature=a, unit_rows=True, **MOMENTUM)
     assert_same_bits(whole, parts)
@@ -418,13 +418,13 @@ def test_ranges_of_features_with_momentum_step_as_the_whole(first, isa, monkeypa
 
 @bodies.with_momentum
 def test_momentum_repeats_bit_for_bit_at_every_thread_count(body):
-    step = make_step(257, 100, 1000, S=2, unit=True, own=True, momentum=True)
+    step = make_step(100, 100, 1000, S=2, unit=True, own=True, density=0.01, momentum=True)
     assert_repeats(lambda: take(step, unit_rows=True), body.threads)
 
 
 @bodies.with_momentum
 def test_momentum_is_left_alone_by_a_step_that_is_skipped(body):
-    step = make_step(57, 63, 100, momentum=True)
+    step = make_step(57, 63, 400, density=0.01, momentum=True)
     assert_same_bits(take(step, skip=torch.tensor(True)), step.state)
     assert_same_bits(take(step, skip=torch.tensor(False)), take(step))
 
