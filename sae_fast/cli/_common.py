@@ -20,6 +20,7 @@ from sae_fast.signals import leaving
 if TYPE_CHECKING:
     from sae_fast.runs.train import Run
 
+Kind = Annotated[str, typer.Option(help="gated, relu, jumprelu, topk, batchtopk or matryoshka.")]
 Steps = Annotated[int, typer.Option(help="Training steps.")]
 Out = Annotated[Path, typer.Option(help="The folder for checkpoint, metrics, plot and features.")]
 Seed = Annotated[int, typer.Option(help="Of the weights and of the order of the tokens.")]
@@ -77,6 +78,18 @@ def notes() -> Iterator[None]:
 def say(kind: str, style: str, message: str) -> None:
     """Print one line on stderr."""
     Console(stderr=True).print(Text.assemble((kind, style), " ".join(message.split())), soft_wrap=True)
+
+
+def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """The numbers of an option that are separated by commas: ints where all are whole, else floats."""
+    if text is None:
+        return None
+    for number in (int, float):
+        try:
+            return tuple(number(part) for part in text.split(","))
+        except ValueError:
+            pass
+    raise ValueError(f"{name}: got {text!r}, want numbers with commas between them")
 
 
 def bars(quiet: bool) -> bool:

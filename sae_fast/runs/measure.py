@@ -28,14 +28,16 @@ def evaluate(sae: Any, store: ActivationStore, tally: features.Tally | None = No
     return metrics
 
 
-def measure_speedup(sae: sf.GatedSAE, x: torch.Tensor, lr: float, l1: float, rounds: int = 9) -> dict[str, float]:
-    """Milliseconds of a training step on x [B, d] by the engine and by dense eager PyTorch, here and now.
+def measure_speedup(
+    sae: Any, x: torch.Tensor, lr: float, l1: float, betas: tuple[float, float] = (0.0, 0.999), rounds: int = 9
+) -> dict[str, float]:
+    """Milliseconds of a training step of a Gated SAE on x [B, d] by the engine and by dense eager PyTorch, here and now.
 
     Both train copies of `sae`, in turn, on the same threads; the median of `rounds` is taken after a warm-up.
     """
     trainers: tuple[Any, Any] = (
-        sf.Trainer(copy.deepcopy(sae), lr=lr, l1_coefficient=l1),
-        EagerTrainer(copy.deepcopy(sae), lr=lr, l1_coefficient=l1),
+        sf.Trainer(copy.deepcopy(sae), lr, l1, betas),
+        EagerTrainer(copy.deepcopy(sae), lr, l1, betas),
     )
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds + 1):

@@ -19,53 +19,22 @@ from sae_fast import files
 from sae_fast.analysis import features, plots
 from sae_fast.data.activations import ActivationStore
 from sae_fast.data.harvest import harvest
-from sae_fast.devices import usable
 from sae_fast.extras import require
 from sae_fast.metrics import Metrics
+from sae_fast.nn import SparseAutoencoder
 from sae_fast.nn.scale import INPUT_SCALE, unscale_
 from sae_fast.runs.folder import CHECKPOINT, FEATURES, METRICS, PLOT, claimed
 from sae_fast.runs.measure import evaluate, measure_speedup
+from sae_fast.runs.recipe import Recipe
 from sae_fast.runs.source import source_of
 from sae_fast.signals import Interrupted, noticing
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of a training. lr and l1 are for activations of unit variance per dimension; `train` scales them so."""
-
-    d_sae: int = 6144
-    batch_size: int = 1024
-    steps: int = 1500
-    lr: float = 2e-3
-    l1: float = 2.5
-    init_l0: float = 64.0
-    holdout: float = 0.1
-    seed: int = 0
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def __post_init__(self) -> None:
-        for name in ("d_sae", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
-        usable(self.device)
-        self.trainer(sf.GatedSAE(1, 1, seed=self.seed))  # whose checks come before a harvest, not after it
-
-    def trainer(self, sae: sf.GatedSAE) -> sf.Trainer:
-        return sf.Trainer(
-            sae,
-            lr=self.lr,
-            l1_coefficient=self.l1,
-            init_l0=self.init_l0,
-            lr_decay_start=self.steps * 4 // 5,
-            total_steps=self.steps,
-        )
 
 
 @dataclass(frozen=True)
 class Run:
     """A trained SAE, on the scale of the activations it was harvested from, and what was measured on the way."""
 
-    sae: sf.GatedSAE
+    sae: SparseAutoencoder
     held_out: Metrics
     tally: features.Tally  # of the held-out tokens
     history: list[dict[str, float]]
@@ -102,7 +71,7 @@ def run(
     """Harvests, trains, measures on the held-out tokens, and writes the results into the folder `out`.
 
     layer, hook, context_length: as of `harvest`. name: what the results call the model. text_from: the file of the
-    text, for `sae-fast encode` to find it again. compare: time a step against dense PyTorch too. `out` gets
+    text, for `sae-fast encode` to find it again. compare: time a Gated SAE's step against dense PyTorch too. `out` gets
     checkpoint/ (for `sae_fast.load` and `Trainer.load`), written after the first step and every `save_minutes`;
     when training is done metrics.json, training.png and features.md. Ctrl-C and SIGTERM in the training end it with a
     checkpoint, as Interrupted.
@@ -112,6 +81,8 @@ def run(
     """
     for package in ("transformers", "matplotlib"):
         require(package, extra="demo")
+    if compare and recipe.kind != "gated":
+        raise ValueError(f"compare: got it with kind {recipe.kind!r}, want 'gated', whose step in dense PyTorch is here")
     out = Path(out)
     with claimed(out, overwrite) as clear:
         try:
@@ -138,14 +109,14 @@ def train(
     compare: bool = False,
     progress: bool = True,
 ) -> Run:
-    """Trains a calibrated Gated SAE on all but the last contexts of a store and measures it on those.
+    """Trains an SAE of the recipe's kind on all but the last contexts of a store and measures it on those.
 
     metadata: what the SAE says of itself, beside its recipe. With `saving` Ctrl-C and SIGTERM end the training after
     the step that they come in, and raise Interrupted when the checkpoint is written.
     """
     train_part, held_part = store.split(recipe.holdout)
     mean, scale = train_part.mean_and_scale()
-    sae = sf.GatedSAE(store.d, recipe.d_sae, seed=recipe.seed, device=recipe.device)
+    sae = recipe.sae(store.d)
     with torch.no_grad():
         sae.b_dec.copy_(mean / scale)
     about = dataclasses.asdict(recipe) | {"tokens": train_part.n_tokens, "version": sf.__version__}
@@ -174,7 +145,7 @@ def train(
     if compare:
         sample = next(train_part.batches(recipe.batch_size, seed=recipe.seed + 1)).to(recipe.device) / scale
         try:
-            step = measure_speedup(sae, sample, recipe.lr, recipe.l1)
+            step = measure_speedup(sae, sample, recipe.lr, recipe.l1 or 0.0, recipe.betas)
         except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
             warnings.warn(f"no comparison with dense PyTorch: {str(error).splitlines()[0]}", stacklevel=2)
     unscale_(sae)
@@ -272,7 +243,7 @@ def write_results(result: Run, store: ActivationStore, out: Path, recipe: Recipe
         "history": result.history,
     }
     files.write_json(out / METRICS, numbers)
-    title = f"Gated SAE, {recipe.d_sae} features, on {about['hook_name']} of {about['model_name']}"
+    title = f"{recipe.title} SAE, {recipe.d_sae} features, on {about['hook_name']} of {about['model_name']}"
     plots.plot_training(result.history, result.held_out.density().cpu(), out / PLOT, held_out, title)
     found = features.describe(result.sae, store, features.spread(result.tally), progress=progress)
     files.write_text(out / FEATURES, features.markdown(found, title, store.n_tokens))
