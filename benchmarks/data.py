@@ -98,6 +98,7 @@ def world(shape: Shape, n_batches: int = N_BATCHES, seed: int = 0) -> World:
     """
     source = Superposition(shape.d, shape.F, max(4, DIRECTIONS * shape.d), seed)
     sae = GatedSAE(shape.d, shape.F, seed=seed)
+    sae.metadata["l0"] = shape.l0  # the k of other kinds
     n = round(min(4096, max(512, 64 * shape.F / shape.l0)))  # examples to calibrate on: a feature fires on 64 of them
     sample, fresh = source.batch(n), source.batch(n)
     with torch.no_grad():

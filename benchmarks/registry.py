@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from benchmarks.data import FULL, Shape, World
+from benchmarks.data import FULL, Shape, World, mean_l0
 from sae_fast import GatedSAE
 
 OURS = "sae_fast"
@@ -68,6 +68,7 @@ class Case:
                  rounding can open a gate or, by Adam at β₁ = 0, turn an update around.  Above 1 the inputs are [n, d],
                  and the outcome is made of parameters
     goals        ratios to reach
+    l0           active features on a mean example, of a provider's SAE
     """
 
     name: str
@@ -78,6 +79,7 @@ class Case:
     memory: bool = False
     orders: int = 1
     goals: tuple[Goal, ...] = ()
+    l0: Callable[[GatedSAE, Tensor], float] = mean_l0
     providers: dict[str, Provider] = field(default_factory=dict)
 
     def provider(self, name: str, **flags: bool) -> Callable[[Start], Start]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.data import N_BATCHES, mean_l0, world
+from benchmarks.data import N_BATCHES, world
 from benchmarks.gate import reason, sift
 from benchmarks.registry import OURS, Case, Provider, Run, Shape, World
 
@@ -75,7 +75,7 @@ def _time(case: Case, providers: dict[str, Provider], rounds: int, here: World, 
             result.seconds[name].append(seconds(runs[name], x))
     result.others = others.share()
     trained = saes.get(OURS, here.sae)
-    result.l0 = sum(mean_l0(trained, x) for x in here.batches) / len(here.batches)
+    result.l0 = sum(case.l0(trained, x) for x in here.batches) / len(here.batches)
 
 
 def _warm(run: Run, inputs: Sequence[Any]) -> Run:

@@ -4,8 +4,8 @@ They live in an environment of their own, which `make bench-peers` builds: they 
 dictionary_learning imports, patches torch for the whole process (`torch.compile` is never measured beside it).
 """
 
-from benchmarks.peers import dictionary_learning, sae_lens, sparsify
+from benchmarks.peers import dictionary_learning, kinds, sae_lens, sparsify
 
 PACKAGES = {"dictionary_learning": "dictionary-learning", "sae_lens": "sae-lens", "sparsify": "eai-sparsify"}
 
-__all__ = ["PACKAGES", "dictionary_learning", "sae_lens", "sparsify"]
+__all__ = ["PACKAGES", "dictionary_learning", "kinds", "sae_lens", "sparsify"]

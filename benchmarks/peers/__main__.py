@@ -17,8 +17,9 @@ from rich.console import Console
 from benchmarks import machine, memory, plots, results
 from benchmarks.cases import CASES
 from benchmarks.data import FULL, QUICK, SMALL
-from benchmarks.peers import PACKAGES
+from benchmarks.peers import PACKAGES, kinds
 from benchmarks.peers.dictionary_learning import in_columns
+from benchmarks.peers.kinds import TRAINERS
 from benchmarks.plan import Job
 from benchmarks.registry import OURS
 from benchmarks.runner import measure
@@ -29,7 +30,9 @@ PROVIDERS = {
     "step_saelens": (OURS, "bare_product", "sae_lens"),
     "step_topk": ("bare_product", "sparsify"),
     "decode": (OURS, "eager", "embedding_bag"),
+    **{f"kind_{name}": (OURS, "bare_product", "dictionary_learning") for name in TRAINERS},
 }
+REFERENCES = {"step": in_columns} | {f"kind_{name}": kinds.in_columns(name) for name in TRAINERS}
 app = typer.Typer(add_completion=False)
 
 
@@ -37,7 +40,7 @@ def jobs(quick: bool) -> Iterator[Job]:
     """Shape by shape, so that the cases of one share its world."""
     for shape in (QUICK,) if quick else (FULL, SMALL):
         for name, providers in PROVIDERS.items():
-            case = replace(CASES[name], reference=in_columns) if name == "step" else CASES[name]
+            case = replace(CASES[name], reference=REFERENCES.get(name, CASES[name].reference))
             yield Job(case, shape, 3 if quick else 7, providers, memory=case.memory)
 
 

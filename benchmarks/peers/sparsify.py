@@ -1,4 +1,4 @@
-"""step_topk: EleutherAI sparsify's TopK step, for scale: a support of fixed size, no gates.  sae_fast has no TopK trainer.
+"""step_topk: EleutherAI sparsify's TopK step, for scale: its loss is FVU, its support of fixed size.
 
 Its trainer runs only inside a language model's hook, so the step is put together here from the package's parts as that hook
 does: unit rows, forward, FVU, backward, projection, Adam (its `optimizer="adam"`, where bitsandbytes is absent).

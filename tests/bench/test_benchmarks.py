@@ -14,11 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import __main__ as main
 from benchmarks import candidates, crossover, gate, machine, memory, plan, plots, results, runner
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, kinds
 from benchmarks.cases.floors import step_bytes
 from benchmarks.cases.step import SETTINGS
 from benchmarks.data import FULL, SMALL, Shape, mean_l0, world
 from benchmarks.registry import OURS, Goal
+from sae_fast import TopKSAE
+from sae_fast.objectives import L0, Matryoshka, TopK
 from sae_fast.ops import crossovers
 from sae_fast.train.eager import EagerTrainer
 
@@ -91,6 +93,23 @@ def non_finite(sae):
 @pytest.mark.parametrize("wrong", [wrong_l1, wrong_rate, wrong_beta, no_projection, no_step, non_finite])
 def test_the_check_finds_a_wrong_step(wrong):
     case = planted("step", {"wrong": wrong})
+    faults, _ = gate.sift(case, world(TINY).head(rows=33, batches=3), case.providers)
+    assert list(faults) == ["wrong"]
+
+
+WRONG_KINDS = {
+    "gated": dict(settings=kinds.MOMENTUM | dict(betas=(0.8, 0.999))),
+    "topk": dict(settings=kinds.CLIPPED | dict(grad_clip=None)),
+    "topk_dead": dict(dead=False),
+    "batchtopk": dict(layer=kinds.grouped(TopKSAE)),
+    "matryoshka": dict(objective=lambda sae: Matryoshka(TopK(), fractions=kinds.FRACTIONS[::-1])),
+    "jumprelu": dict(objective=lambda sae: L0(target=kinds.l0_of(sae), bandwidth=kinds.BANDWIDTH, positive=False)),
+}
+
+
+@pytest.mark.parametrize("name, changes", WRONG_KINDS.items(), ids=list(WRONG_KINDS))
+def test_the_check_finds_a_wrong_step_of_a_kind(name, changes):
+    case = planted(f"kind_{name}", {"wrong": replace(kinds.STEPS[name], **changes).start})
     faults, _ = gate.sift(case, world(TINY).head(rows=33, batches=3), case.providers)
     assert list(faults) == ["wrong"]
 
