@@ -115,7 +115,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](int64_t rows, int64_t k, bool whole, int64_t room, int lift) {
         return std::make_unique<Largest>(*current, rows, k, whole, room, lift);
       }), py::kw_only(), py::arg("rows"), py::arg("k"), py::arg("whole"), py::arg("room"), py::arg("lift"))
-      .def("begin", &Largest::begin, py::kw_only(), py::arg("first"), py::arg("n"))
+      .def("begin", [](Largest& self, int64_t first, int64_t n, py::handle guess) {
+        self.begin(first, n, array<const float>("guess", guess));
+      }, py::kw_only(), py::arg("first"), py::arg("n"), py::arg("guess"))
       .def("settle", &Largest::settle, py::kw_only(), py::arg("layer"), py::arg("threads"), release())
       .def("select", &Largest::select, py::kw_only(), py::arg("threads"), release());
 

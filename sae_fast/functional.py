@@ -121,7 +121,7 @@ def _encode_backward(ctx, _indptr, _indices, grad_u, grad_values):
     ]
     grad_x = call("decode", indptr, indices, delta[None], W_enc, None)[0] if need_x else None
     grad_W = outer(csc, [delta], [x], 0, W_enc.shape[0]) if need_W else None
-    return grad_x, grad_W, *sums, *[None] * 7
+    return grad_x, grad_W, *sums, *[None] * 8
 
 
 differentiable("encode", _encode_setup, _encode_backward)

@@ -17,10 +17,17 @@ class Largest : public Tiles {  // of layers without a cut
   Largest(const Kernels& kernels, int64_t rows, int64_t k, bool whole, int64_t room, int lift)
       : Tiles(kernels), k_(k), budget_(whole ? k * rows : k), whole_(whole), room_a_row_(room), lift_(lift), rows_(rows) {}
 
-  // The tiles that follow are of the rows first .. first + n.
-  void begin(int64_t first, int64_t n) {
+  // The tiles that follow are of the rows first .. first + n.  guess [n], or null: what the last that is chosen of a row (of
+  // the whole batch: the least guess) is thought to reach.  It is the first floor; if it was too high, that is noticed.
+  void begin(int64_t first, int64_t n, const float* guess) {
     first_ = first, n_ = n, seen_ = 0, excess_.assign(n, 0.0f);
     room_ = n * room_a_row_;
+    for (int64_t b = 0; b < n; ++b) {
+      row(b).kept.clear();
+      row(b).floor = row(b).guess = guess && !whole_ && guess[b] > 0 ? host::bits(guess[b]) : 0;
+    }
+    const float least = guess && whole_ && n > 0 ? *std::min_element(guess, guess + n) : 0.0f;
+    if (least > 0) floor_ = std::max(floor_, guessed_ = host::bits(least));
   }
 
   void add_tile(const args::add_tile& a) override {
@@ -98,18 +105,40 @@ class Largest : public Tiles {  // of layers without a cut
     added(a);
   }
 
-  // After the last tile of a block of rows: what still waits is decided.
-  void settle(const Layer& layer, int threads) {
+  // After the last tile of a block of rows: what still waits is decided, and rows whose guess was too high are dotted.  False
+  // if those are so many that the block had better begin again without a guess.
+  bool settle(const Layer& layer, int threads) {
     narrow(layer, true, threads);
+    std::vector<int64_t> again;
+    for (int64_t b = 0; b < n_ && !whole_; ++b)
+      if (row(b).guess > 0 && static_cast<int64_t>(row(b).kept.size()) < k_) again.push_back(b);
+    if (static_cast<int64_t>(again.size()) > n_ / kFewOf + 1) return false;
+    std::vector<Scratch> scratch(std::max(threads, 1));
+    for_each(static_cast<int64_t>(again.size()), threads, [&](int64_t i, int worker) {
+      row(again[i]).kept.clear();
+      row(again[i]).floor = 0;
+      for (int64_t first = 0; first < seen_; first += kRun) {
+        const args::add_dense all{layer, std::min(kRun, seen_ - first), static_cast<int32_t>(first), 1};
+        take_dots(all, scratch[worker], again[i], 1);
+      }
+    });
+    if (!again.empty()) raise_floors(threads);
     for (int64_t b = 0; b < n_; ++b) {
       std::vector<Waiting>().swap(row(b).waiting);
       row(b).kept.shrink_to_fit();
     }
+    return true;
   }
 
-  // After the last block: leaves exactly the chosen.  Returns their number.
+  // After the last block: leaves exactly the chosen.  Returns their number; -1 if the guess for the whole batch was too high:
+  // then all has to be done again without it.
   int64_t select(int threads) {
-    if (whole_) choose_of_all();
+    if (whole_) {
+      int64_t kept = 0;
+      for (const Row& r : rows_) kept += static_cast<int64_t>(r.kept.size());
+      if (guessed_ > 0 && kept < budget_) return -1;
+      choose_of_all();
+    }
     host::parallel_for(static_cast<int64_t>(rows_.size()), kBlock, threads, [&](int64_t b, int) {
       std::sort(rows_[b].kept.begin(), rows_[b].kept.end(), [](const Entry& a, const Entry& c) { return a.index < c.index; });
     });
@@ -131,6 +160,7 @@ class Largest : public Tiles {  // of layers without a cut
 
  private:
   static constexpr int64_t kRun = 1024;  // features whose rows of W stay in cache
+  static constexpr int64_t kFewOf = 64;  // rows a block, one of which is dotted sooner than all are screened again
   static constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
   static constexpr int16_t kNoBound = 0x7f80, kNaNBound = 0x7fff;  // from infinity on: of what is out of range
 
@@ -146,7 +176,8 @@ class Largest : public Tiles {  // of layers without a cut
   struct Row {
     std::vector<Waiting> waiting;  // ascending
     std::vector<Entry> kept;
-    uint32_t floor = 0;  // k are known to have at least this key; 0 while that is not known of so many
+    uint32_t floor = 0;  // k are known to have at least this key, or thought to; 0 while that is not known of so many
+    uint32_t guess = 0;  // the floor that was thought to be one
   };
   struct Scratch {  // a worker's
     std::vector<int32_t> indices;
@@ -382,7 +413,7 @@ class Largest : public Tiles {  // of layers without a cut
   std::vector<Row> rows_;
   int64_t first_ = 0, n_ = 0, seen_ = 0, room_ = 0, verified_ = 0;
   std::vector<float> excess_;  // of the bounds of each row of the block
-  uint32_t floor_ = 0;  // of the whole batch
+  uint32_t floor_ = 0, guessed_ = 0;  // of the whole batch
 };
 
 }  // namespace sae_fast

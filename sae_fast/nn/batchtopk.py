@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_fast import ops
 from sae_fast.code import SparseCode
 from sae_fast.nn import arguments
 from sae_fast.nn.grouped import GroupedSAE
@@ -44,8 +44,13 @@ class BatchTopKSAE(GroupedSAE):
         """The dense code [..., F]; arguments as :meth:`encode_sparse`."""
         return self.encode_sparse(x, use_threshold).to_dense()
 
-    def _train_code(self, x_c: Tensor, shadow: ops.Shadow | None, slack: float) -> SparseCode:
-        return self._code(x_c, shadow, use_threshold=False)
+    _in_training = MappingProxyType({"use_threshold": False})
+
+    def _scale(self, x_c: Tensor) -> Tensor:
+        return x_c.new_ones(x_c.shape[0])
+
+    def _reached(self, code: SparseCode, scale: Tensor) -> float:
+        return float(code.magnitudes.amin())
 
     def has_threshold(self) -> bool:
         """True if a threshold is set.  Synchronises on a GPU."""
@@ -54,7 +59,7 @@ class BatchTopKSAE(GroupedSAE):
     # A trace cannot ask for a tensor's value.  This is torch.compiler.assume_constant_result, but for its heavy imports.
     has_threshold._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def _encoder(self, use_threshold: bool | None = None) -> dict[str, Any]:
+    def _encoder(self, use_threshold: bool | None = None, guess: Tensor | None = None) -> dict[str, Any]:  # type: ignore[override]
         if use_threshold is None:
             use_threshold = self.has_threshold()
         elif use_threshold and not self.has_threshold():
@@ -64,7 +69,7 @@ class BatchTopKSAE(GroupedSAE):
                 raise ValueError(
                     f"k: got {self.k}, want a whole number to take the k · B largest, or a threshold that is set"
                 )
-            return {**super()._encoder(), "support": "batch_topk", "k": self.k}
+            return {**super()._encoder(), "support": "batch_topk", "k": self.k, "guess": guess}
         return {"activation": "jumprelu", "threshold": self.threshold.to(self.W_enc.dtype).expand(self.d_sae)}
 
     def _apply(self, fn: Callable, recurse: bool = True) -> BatchTopKSAE:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from sae_fast.nn import arguments
 from sae_fast.nn.base import SparseAutoencoder
 from sae_fast.ops.dispatch import without_autocast
 
+NEARLY = 0.97  # of what the last batch's entries reached, this one's do
+
 
 class GroupedSAE(SparseAutoencoder):
     """An SAE that keeps about k features an example.  Parameters W_enc [F, d], b_enc [F], W_dec [F, d] (unit
@@ -25,6 +28,7 @@ class GroupedSAE(SparseAutoencoder):
 
     activation = "relu"
     per_feature = ("b_enc",)
+    _in_training: Mapping[str, Any] = MappingProxyType({})  # what _encoder is given then
     b_enc: nn.Parameter
 
     def __init__(
@@ -45,6 +49,7 @@ class GroupedSAE(SparseAutoencoder):
         super().__init__(d_in, d_sae, dtype, device, seed, precision, apply_b_dec_to_input)
         self.k = self._checked_k(k)
         self.group_sizes = None if group_sizes is None else arguments.sizes("group_sizes", group_sizes, self.d_sae)
+        self._reach = 0.0  # see _train_code
         self._bounds = [0, *accumulate(self.group_sizes or (self.d_sae,))]
         self.active_groups = len(self._bounds) - 1 if active_groups is None else active_groups
 
@@ -85,6 +90,25 @@ class GroupedSAE(SparseAutoencoder):
             with without_autocast():
                 parts = torch.stack([f[..., a:b] @ self.W_dec[a:b] for a, b in pairwise(bounds)])
         return parts.cumsum(0) + b_dec
+
+    def _train_code(self, x_c: Tensor, shadow: ops.Shadow | None, slack: float) -> SparseCode:
+        """The code that a step is taken on.  What the last batch's smallest entries reached, in units of ``_scale``, is the
+        guess for this one's: it saves time, and no result hangs on it."""
+        on_engine, scale = x_c.device.type == "cpu", self._scale(x_c)
+        code = self._code(
+            x_c, shadow, **self._in_training, guess=self._reach * scale if self._reach > 0 and on_engine else None
+        )
+        full = on_engine and code.nnz == self.k * code.batch
+        self._reach = NEARLY * self._reached(code, scale) if full else 0.0
+        return code
+
+    def _scale(self, x_c: Tensor) -> Tensor:
+        """[B]: what the smallest entry kept of a row goes with."""
+        raise NotImplementedError
+
+    def _reached(self, code: SparseCode, scale: Tensor) -> float:
+        """What the smallest entries kept of a full code reach of their scale, nearly all of them."""
+        raise NotImplementedError
 
     def _code(self, x_c: Tensor, shadow: ops.Shadow | None = None, **choice: Any) -> SparseCode:
         code = super()._code(x_c, shadow, **choice)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
+from sae_fast.code import SparseCode
 from sae_fast.nn.grouped import GroupedSAE
 
 
@@ -13,5 +16,12 @@ class TopKSAE(GroupedSAE):
     Fewer than k where fewer are positive.  A feature of a group that is off keeps its entry in the code, at value 0.
     """
 
-    def _encoder(self) -> dict[str, Any]:
-        return {**super()._encoder(), "support": "topk", "k": self.k}
+    def _encoder(self, guess: Tensor | None = None) -> dict[str, Any]:  # type: ignore[override]
+        return {**super()._encoder(), "support": "topk", "k": self.k, "guess": guess}
+
+    def _scale(self, x_c: Tensor) -> Tensor:
+        return x_c.norm(dim=1)
+
+    def _reached(self, code: SparseCode, scale: Tensor) -> float:
+        least = code.magnitudes.view(-1, self.k).amin(dim=1) / scale
+        return float(least.kthvalue(1 + code.batch // 100).values)

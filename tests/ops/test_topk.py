@@ -210,6 +210,29 @@ def test_routes_chunks_floors_threads_and_shadows_change_no_bit(support, isa):
 
 @supports
 @every_way
+@pytest.mark.parametrize(
+    "times", [0.0, 0.5, 0.97, 1.0, 1.0001, 3.0, torch.inf, torch.nan, "mixed", "a few too high"], ids=str
+)
+def test_a_guess_changes_no_bit(times, way, support, isa):
+    x, W, bias = layer(130, 40, 1500)
+    k = 10
+    with forced(way):
+        code = encode(x, W, bias, support, k)
+        least = torch.segment_reduce(code.magnitudes, "min", offsets=code.indptr, initial=torch.inf)
+        guess = least if support == "topk" else code.magnitudes.amin().expand(130)
+        if times == "mixed":
+            guess = guess * (0.5 + torch.arange(130) % 3)
+        elif times == "a few too high":
+            guess = torch.where(torch.arange(130) % 60 == 0, 2 * guess, 0.9 * guess)
+        else:
+            guess = guess * times
+        assert_same_bits(code, encode(x, W, bias, support, k, guess=guess))
+        with pytest.raises(ValueError, match=r"^guess: got shape \(129,\)"):
+            encode(x, W, bias, support, k, guess=guess[1:])
+
+
+@supports
+@every_way
 def test_repeats_bit_for_bit_at_every_number_of_threads(way, support, isa):
     x, W, bias = layer(257, 63, 1000)
     with forced(way, ROOM=0, ROWS=100, TILE=2**15):

@@ -454,14 +454,16 @@ const std::map<std::string, Replay> kReplay = [] {
     e.largest = std::make_unique<Largest>(e.k, rows, k, whole, room, static_cast<int>(a.integer()));
   };
   all["Largest.begin"] = [](Engine& e, Arguments& a) {
-    const int64_t first = a.integer();
-    e.largest->begin(first, a.integer());
+    const int64_t first = a.integer(), n = a.integer();
+    const float* guess = nullptr;
+    a.in("guess", guess);
+    e.largest->begin(first, n, guess);
   };
   all["Largest.settle"] = [](Engine& e, Arguments& a) {
     Layer layer;
     a.by("layer", layer);
     a.skip();  // the threads there
-    e.largest->settle(layer, e.threads);
+    a.result(e.largest->settle(layer, e.threads));
   };
   all["Largest.select"] = [](Engine& e, Arguments& a) {
     a.skip();

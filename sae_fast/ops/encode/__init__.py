@@ -36,6 +36,7 @@ def encode(
     slack: float = 0.0,
     precision: str = "exact",
     shadow: Shadow | None = None,
+    guess: Tensor | None = None,
     **parameters: Tensor | None,
 ) -> SparseCode:
     """The sparse code of x [B, d] (b_dec already subtracted), with W_enc [F, d] and bias [F]; u = x W_encᵀ.
@@ -60,13 +61,15 @@ def encode(
       ``tf32``    the same with TF32 operands, on a GPU that has them
       ``bf16``    a 16-bit product decides and nothing is verified: entries near the threshold come and go, and u is of
                   rounded operands: 8 bits on a CPU, whose product takes bfloat16, 11 on a GPU, where it takes float16.
+    ``guess`` [B], for ``topk`` and ``batch_topk`` on the C++ engine: what the smallest entry kept of each row, or of the
+    batch, is thought to reach.  A good one, a little lower, saves time; none changes the result.
     ``shadow``: what ``ops.make_shadow(W_enc)`` gave, to save that pass; it must belong to W_enc as it is now.
     Differentiable with respect to x, W_enc, bias, r_mag and b_mag (not the threshold).  MATH.md §1.
     """
     rows, norms = (None, None) if shadow is None else shadow
     first, second = _in_order(activations.named(activation), parameters)
     indptr, indices, u, values = autograd.call(
-        "encode", x, W_enc, bias, first, second, activation, support, k, slack, precision, rows, norms
+        "encode", x, W_enc, bias, first, second, activation, support, k, slack, precision, rows, norms, guess
     )
     return SparseCode(torch.Size((x.shape[0], W_enc.shape[0])), indptr, indices, u, values)
 
@@ -86,17 +89,21 @@ def _in_order(activation: Activation, parameters: Mapping[str, Tensor | None]) -
     "sae_fast::encode",
     mutates_args=(),
     schema="(Tensor x, Tensor W_enc, Tensor bias, Tensor? first, Tensor? second, str activation, str support, int k,"
-    ' float slack, str precision="exact", Tensor? shadow_rows=None, Tensor? shadow_norms=None)'
+    ' float slack, str precision="exact", Tensor? shadow_rows=None, Tensor? shadow_norms=None, Tensor? guess=None)'
     " -> (Tensor indptr, Tensor indices, Tensor u, Tensor values)",
 )
 def _encode(
-    x, W_enc, bias, first, second, activation, support, k, slack, precision="exact", shadow_rows=None, shadow_norms=None
-):
+    x, W_enc, bias, first, second, activation, support, k, slack, precision="exact", shadow_rows=None, shadow_norms=None,
+    guess=None,
+):  # fmt: skip
     """``first`` and ``second`` are the activation's parameters, in its order."""
     parameters = dict(zip(activations.named(activation).parameters, (first, second), strict=False))
     _check(x, W_enc, bias, parameters, activation, support, k, slack)
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, want one of {PRECISIONS}")
+    if guess is not None:
+        checks.shape("guess", guess, x.shape[0])
+        checks.floating("guess", guess, W_enc, "W_enc")
     shadow = checks.shadow(W_enc, shadow_rows, shadow_norms)
     dense = None if support == "threshold" else f"support {support!r} takes the dense route on a GPU"
     gpu_other = gpu.rejects(x) or dense
@@ -109,7 +116,7 @@ def _encode(
             "triton": triton_rejects(x, W_enc) or gpu_other,
         },
     )
-    return body(x, Layer.of(W_enc, bias, activation, parameters, slack, shadow), support, k, precision)
+    return body(x, Layer.of(W_enc, bias, activation, parameters, slack, shadow), support, k, precision, guess)
 
 
 @_encode.register_fake
@@ -145,12 +152,14 @@ def _check(x, W_enc, bias, parameters, activation, support, k, slack) -> None:
         raise ValueError(f"slack: got {slack} with support {support!r}, want ≥ 0, and 0 unless support is 'threshold'")
 
 
-def _cpu(x, layer, support, k, precision):
+def _cpu(x, layer, support, k, precision, guess):
     x, layer = x.contiguous(), layer.contiguous()
     if support == "threshold":
         indptr, indices, u = cpu.threshold_support(x, layer, precision)
     else:
-        indptr, indices, u = largest.largest_support(x, layer, k, support == "batch_topk", precision)
+        indptr, indices, u = largest.largest_support(
+            x, layer, k, support == "batch_topk", precision, None if guess is None else guess.contiguous()
+        )
     values = u.new_empty(layer.activation.value_sets, u.shape[0])
     first, second = layer.vector_slots()
     _C.activate(
@@ -160,9 +169,9 @@ def _cpu(x, layer, support, k, precision):
     return indptr, indices, u, values
 
 
-def _triton(x, layer, _support, _k, precision):
+def _triton(x, layer, _support, _k, precision, _guess):
     return gpu.screened_code(x.contiguous(), layer.contiguous(), precision)
 
 
-def _reference(x, layer, support, k, _precision):
+def _reference(x, layer, support, k, _precision, _guess):
     return dense.dense_code(x, layer, support, k)

@@ -1,7 +1,8 @@
 """The C++ engine's way to ``topk`` and ``batch_topk``: the routes and tiles of cpu.py, and a floor that rises.
 
 Once k entries of a row (or k · B of the batch) are known to be above some floor, what a tile bounds below it cannot be
-chosen: the rest of the rows costs a comparison an entry.  docs/screen.md, "Against a floor".
+chosen: the rest of the rows costs a comparison an entry.  A guess is such a floor from the start, and what it misses is
+made up for.  docs/screen.md, "Against a floor".
 """
 
 from __future__ import annotations
@@ -35,24 +36,33 @@ def _bounded(largest, bound: Bound, rows: Tensor, bias: Tensor) -> Any:
     return layer
 
 
-def largest_support(x: Tensor, layer: Layer, k: int, whole: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+def largest_support(
+    x: Tensor, layer: Layer, k: int, whole: bool, precision: str, guess: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """indptr, indices and u of the k largest positive x·w + bias of each row of x [B, d]; if ``whole``, of the k · B
     largest of all.  Ties go to the lower row and then feature; a NaN counts as the largest."""
     way = cpu.route(precision, x.shape[0], layer.shadow)
     if way in ("screen", "bound") and k > DENSE_ABOVE * layer.W.shape[0]:
         way = "dots"
     layer = cpu.for_all_blocks(way, x, layer)._replace(cut=None)
+    if way not in ("screen", "bound", "dots"):  # what a guess missed is found by dots, which do not decide there
+        guess = None
     bound = Bound(layer.W, layer.bias, None, layer.shadow) if way == "bound" else None
     largest = _C.Largest(rows=x.shape[0], k=k, whole=whole, room=max(4 * k, ROOM), lift=RAISE)
     for first in range(0, x.shape[0], cpu.ROWS):
         rows = x[first : first + cpu.ROWS]
-        largest.begin(first=first, n=rows.shape[0])
-        if bound is not None:
-            native = _bounded(largest, bound, rows, layer.bias)
-        else:
-            native = cpu.fill(largest, way, rows, layer, test="floor")
-        largest.settle(layer=native, threads=threads())
+        for given in (guess, None):
+            part = None if given is None else given[first : first + cpu.ROWS]
+            largest.begin(first=first, n=rows.shape[0], guess=part)
+            if bound is not None:
+                native = _bounded(largest, bound, rows, layer.bias)
+            else:
+                native = cpu.fill(largest, way, rows, layer, test="floor")
+            if largest.settle(layer=native, threads=threads()):
+                break
     nnz = largest.select(threads=threads())
+    if nnz < 0:
+        return largest_support(x, layer, k, whole, precision)
     indptr = torch.empty(x.shape[0] + 1, dtype=torch.int64)
     indices, u = torch.empty(nnz, dtype=torch.int32), x.new_empty(nnz)
     largest.finish(indptr=indptr, indices=indices, u=u, threads=threads())
