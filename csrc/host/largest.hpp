@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "keys.hpp"
 #include "tiles.hpp"
 
 namespace sae_fast {
@@ -60,7 +61,7 @@ class Largest : public Tiles {  // of layers without a cut
         Waiting* to = waiting.data() + before;
         for (int64_t j = found[r]; j < found[r + 1]; ++j) {
           const int16_t bound = static_cast<int16_t>(a.tile[(b + r) * a.width + s.indices[j] - a.first]);
-          *to++ = {s.indices[j], bound < 0 ? kNaNBound : bound};  // a negative one that passed is a NaN
+          *to++ = {s.indices[j], bound < 0 ? keys::kNaNBound : bound};  // a negative one that passed is a NaN
         }
       }
     });
@@ -75,12 +76,12 @@ class Largest : public Tiles {  // of layers without a cut
       s.u.resize(a.width + kSlack);
       for (int64_t r = 0; r < n; ++r) {
         const float margin = 0.5f * excess_[b + r];
-        s.cut.assign(a.width, below(floor_of(b + r)) - margin);
+        s.cut.assign(a.width, keys::below(floor_of(b + r)) - margin);
         const int64_t found = kernels_.compact({.pre = a.tile + (b + r) * a.width, .bias = a.bias, .cut = s.cut.data(),
                                                 .n = a.width, .first = 0, .indices = s.indices.data(), .u = s.u.data()});
         auto& waiting = row(b + r).waiting;
         for (int64_t j = 0; j < found; ++j) {
-          const int16_t bound = upward(s.u[j] + a.bias[s.indices[j]] + margin);
+          const int16_t bound = keys::upward(s.u[j] + a.bias[s.indices[j]] + margin);
           if (bound > above(floor_of(b + r))) waiting.push_back({a.first + s.indices[j], bound});
         }
       }
@@ -161,15 +162,12 @@ class Largest : public Tiles {  // of layers without a cut
  private:
   static constexpr int64_t kRun = 1024;  // features whose rows of W stay in cache
   static constexpr int64_t kFewOf = 64;  // rows a block, one of which is dotted sooner than all are screened again
-  static constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
-  static constexpr int16_t kNoBound = 0x7f80, kNaNBound = 0x7fff;  // from infinity on: of what is out of range
-
   struct Waiting {  // passed the screen, not yet decided
     int32_t index;
     int16_t bound;  // bfloat16, positive
   };
   struct Entry {
-    uint32_t key;  // the bits of a positive pre-activation, which ascend with it, or kNaN
+    uint32_t key;  // the bits of a positive pre-activation, which ascend with it, or keys::kNaN
     int32_t index;
     float u;
   };
@@ -186,13 +184,6 @@ class Largest : public Tiles {  // of layers without a cut
     int64_t verified = 0;
   };
 
-  // The least bfloat16 that is no less; of a NaN, and of what is not positive, the bound that keeps or drops it.
-  static int16_t upward(float bound) {
-    if (bound != bound) return kNaNBound;
-    return bound > 0 ? static_cast<int16_t>((host::bits(bound) + 0xffffu) >> 16) : 0;
-  }
-
-  static uint32_t key_of(float pi) { return pi != pi ? kNaN : host::bits(pi); }
   static bool before(const Entry& a, const Entry& b) { return a.key != b.key ? a.key > b.key : a.index < b.index; }
 
   Row& row(int64_t b) { return rows_[first_ + b]; }
@@ -203,19 +194,11 @@ class Largest : public Tiles {  // of layers without a cut
   int16_t above(uint32_t floor) const {
     if (floor == 0) return 0;
     const int64_t least = static_cast<int64_t>((floor - 1) >> 16) + lift_;
-    return static_cast<int16_t>(std::min<int64_t>(std::max<int64_t>(least, 1), kInfinity >> 16) - 1);
-  }
-
-  // What a pre-activation has to exceed to be at the floor or above.
-  static float below(uint32_t floor) {
-    const uint32_t bits = floor == 0 ? 0 : std::min(floor - 1, kInfinity);
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+    return static_cast<int16_t>(std::min<int64_t>(std::max<int64_t>(least, 1), keys::kInfinity >> 16) - 1);
   }
 
   void keep(int64_t b, int32_t index, float u, float pi) {
-    const uint32_t key = key_of(pi);
+    const uint32_t key = keys::key_of(pi);
     if (key >= floor_of(b)) row(b).kept.push_back({key, index, u});
   }
 
@@ -229,7 +212,7 @@ class Largest : public Tiles {  // of layers without a cut
     s.indices.resize(a.width + kSlack);
     s.u.resize(a.width + kSlack);
     for (int64_t r = 0; r < n; ++r) {
-      s.cut.assign(a.width, below(floor_of(b + r)));
+      s.cut.assign(a.width, keys::below(floor_of(b + r)));
       const int64_t found = kernels_.compact({.pre = u + r * a.width, .bias = a.layer.bias + a.first, .cut = s.cut.data(),
                                               .n = a.width, .first = a.first, .indices = s.indices.data(), .u = s.u.data()});
       for (int64_t j = 0; j < found; ++j) keep(b + r, s.indices[j], s.u[j], s.u[j] + a.layer.bias[s.indices[j]]);
@@ -281,20 +264,20 @@ class Largest : public Tiles {  // of layers without a cut
     if (waiting.empty()) return;
     s.bounds.clear();
     for (const Waiting& w : waiting)
-      if (w.bound < kNoBound) s.bounds.push_back(w.bound);
+      if (w.bound < keys::kNoBound) s.bounds.push_back(w.bound);
     const int64_t n = static_cast<int64_t>(s.bounds.size());
     if (n == 0) return;
     const auto last = s.bounds.begin() + std::min(k_, (n + 1) / 2) - 1;
     std::nth_element(s.bounds.begin(), last, s.bounds.end(), std::greater<int16_t>());
     least = *last;
-    if (last - s.bounds.begin() == k_ - 1) row(b).floor = std::max(row(b).floor, at_least(least, excess_[b]));
+    if (last - s.bounds.begin() == k_ - 1) row(b).floor = std::max(row(b).floor, keys::at_least(least, excess_[b]));
   }
   void rank_all(std::vector<int16_t>& least) {
-    std::vector<int64_t> bounds(kNoBound), floors(kNoBound);  // how many there are of each
+    std::vector<int64_t> bounds(keys::kNoBound), floors(keys::kNoBound);  // how many there are of each
     int64_t total = 0;
     for (int64_t b = 0; b < n_; ++b)
       for (const Waiting& w : row(b).waiting)
-        if (w.bound < kNoBound) ++bounds[w.bound], ++floors[at_least(w.bound, excess_[b]) >> 16], ++total;
+        if (w.bound < keys::kNoBound) ++bounds[w.bound], ++floors[keys::at_least(w.bound, excess_[b]) >> 16], ++total;
     std::fill(least.begin(), least.end(), static_cast<int16_t>(reached(bounds, std::min(budget_, (total + 1) / 2))));
     floor_ = std::max(floor_, static_cast<uint32_t>(reached(floors, budget_)) << 16);
   }
@@ -302,16 +285,6 @@ class Largest : public Tiles {  // of layers without a cut
     int64_t value = static_cast<int64_t>(counts.size()) - 1;
     for (int64_t best = 0; value > 0 && (best += counts[value]) < wanted;) --value;
     return value;
-  }
-
-  // The key that an entry of this bound has at least: what was rounded to `bound` exceeds the bfloat16 before it, and the
-  // pre-activation by at most `excess`.
-  static uint32_t at_least(int16_t bound, float excess) {
-    const double least = static_cast<double>(host::widen(static_cast<uint16_t>(bound - 1))) - excess;
-    if (!(least > 0)) return 0;
-    float key = static_cast<float>(least);
-    uint32_t bits = host::bits(key);
-    return static_cast<double>(key) > least ? bits - 1 : bits;
   }
 
   // What waits below its row's floor goes.  Returns how much is left.

@@ -107,7 +107,7 @@ class GroupedSAE(SparseAutoencoder):
         raise NotImplementedError
 
     def _reached(self, code: SparseCode, scale: Tensor) -> float:
-        """What the smallest entries kept of a full code reach of their scale, nearly all of them."""
+        """The part of their scale that nearly all of the smallest entries kept of a full code reach."""
         raise NotImplementedError
 
     def _code(self, x_c: Tensor, shadow: ops.Shadow | None = None, **choice: Any) -> SparseCode:
