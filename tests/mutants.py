@@ -99,6 +99,107 @@ GROUPS["encode"] = [
            "test_trainer_state.py::test_columns_take_turns_and_subnormals_and_nans_are_no_change"),
 ]  # fmt: skip
 
+GROUPS["objectives"] = [
+    Mutant(
+        "the threshold's estimate has another sign",
+        "sae_fast/objectives/l0.py",
+        "(delta, delta, -estimate)",
+        "(delta, delta, estimate)",
+        "test_gradients.py -k 'step and 57'",
+    ),
+    Mutant(
+        "the window has one side",
+        "sae_fast/objectives/l0.py",
+        "return (z > -0.5) & (z < 0.5)",
+        "return z < 0.5",
+        "test_gradients.py -k 'quadratic and 57'",
+    ),
+    Mutant(
+        "no entry below the threshold is kept",
+        "sae_fast/objectives/l0.py",
+        "self.bandwidth / 2 * (1 + 2**-10)",
+        "0 * self.bandwidth",
+        "test_gradients.py -k 'target and 57'",
+    ),
+    Mutant(
+        "a threshold below 0 counts as others",
+        "sae_fast/objectives/l0.py",
+        "+ below.sum()",
+        "+ 0 * below.sum()",
+        "test_gradients.py -k 'target and 57'",
+    ),
+    Mutant(
+        "Lp has the slope of L1 times a power",
+        "sae_fast/objectives/lp.py",
+        "p * a.pow(p - 1)",
+        "a.pow(p - 1)",
+        "test_gradients.py -k 'relu and 57'",
+    ),
+    Mutant(
+        "AuxK is not normalised",
+        "sae_fast/objectives/auxk.py",
+        "self.coefficient / spread, 0)",
+        "self.coefficient, 0)",
+        "test_gradients.py -k 'topk and 57'",
+    ),
+    Mutant(
+        "dead features reconstruct the opposite of the error",
+        "sae_fast/gradients.py",
+        "revived(-entries.error)",
+        "revived(entries.error)",
+        "test_gradients.py -k 'topk and 57'",
+    ),
+    Mutant(
+        "with prefixes dead features' residuals are the first prefix's",
+        "sae_fast/gradients.py",
+        "csc.rows + n * (len(ends) - 1)",
+        "csc.rows",
+        "test_gradients.py -k 'matryoshka and 57'",
+    ),
+    Mutant(
+        "an error of prefixes is that of their sum",
+        "sae_fast/gradients.py",
+        "out.residual[-1] / costs[-1]",
+        "out.residual[0]",
+        "test_gradients.py -k 'matryoshka and 57'",
+    ),
+    Mutant(
+        "the threshold moves a step too early",
+        "sae_fast/objectives/topk.py",
+        "if step <= self.threshold_start:",
+        "if step < self.threshold_start:",
+        "test_kinds.py::test_the_threshold_follows_the_smallest_that_each_batch_keeps",
+    ),
+    Mutant(
+        "features are dead before the batch is counted",
+        "sae_fast/train/state.py",
+        "since = self.since_fired + code.batch",
+        "since = self.since_fired.clone()",
+        "test_kinds.py::test_a_feature_is_dead_after_so_many_examples_without_firing",
+    ),
+    Mutant(
+        "gradients are clipped before they are projected",
+        "sae_fast/train/steps.py",
+        "project=name in projected",
+        "project=False",
+        "test_kinds.py::test_gradients_are_clipped_as_projected",
+    ),
+    Mutant(
+        "counts are not saved",
+        "sae_fast/train/resume.py",
+        "state.since_fired = since.to(want.device)",
+        "pass",
+        "test_kinds.py::test_a_training_goes_on_bit_for_bit_from_its_checkpoint",
+    ),
+    Mutant(
+        "a guess has no margin and rows that miss it stay short",
+        "sae_fast/ops/encode/largest.py",
+        "for given in (guess, None):",
+        "for given in (guess,):",
+        "test_topk.py::test_a_guess_changes_no_bit",
+    ),
+]
+
 GROUPS["gradients"] = [
     Mutant("r_mag's gradient without u", "sae_fast/activations/gated.py",
            "return g_gate + scaled, g_gate, scaled * u, g_mag", "return g_gate + scaled, g_gate, scaled, g_mag",

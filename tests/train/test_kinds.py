@@ -132,6 +132,21 @@ def test_a_step_that_fails_counts_nothing():
     assert_same_bits(before, everything(trainer))
 
 
+def test_gradients_are_clipped_as_projected():
+    """As dictionary_learning does it: off the decoder's rows, then to a norm."""
+    sae, x = sf.TopKSAE(D, F, k=4, seed=0), randn(B, D, seed=1)
+    grads = {
+        name: sf.optim.to_dense(g, sae.get_parameter(name)) for name, g in sae.row_gradients(x, TopK())[0].by_name.items()
+    }
+    grads["W_dec"] = sf.ops.project_rows(grads["W_dec"], sae.W_dec)
+    norm = float(torch.stack([g.detach().norm() for g in grads.values()]).norm())
+    trainer = sf.Trainer(sae, betas=(0.9, 0.99), grad_clip=norm / 3)
+    trainer.step(x)
+    for name, g in grads.items():
+        moved = trainer.optimizer.state[sae.get_parameter(name)]["exp_avg"]
+        torch.testing.assert_close(moved, 0.1 * g / 3, rtol=1e-4, atol=1e-8)
+
+
 def test_random_prefixes_differ_by_step_and_repeat_by_seed():
     prefixes = Prefixes(random=3)
     ends = [prefixes.drawn(F, step).ends(F) for step in range(20)]
