@@ -169,12 +169,10 @@ def of_step(
         of_decoder = replace(csc, rows=torch.where(csc.rows < n, rows, csc.rows + n * (len(ends) - 1)))
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": RowGradient(csc, [entries.delta], [x_c]),
-        **_of_parameters(layer, objective, sums),
+        **_of_parameters(layer, objective, sums, objective.constants(code, layer, n)),
         "W_dec": RowGradient(of_decoder, values, list(residuals), own),
         "b_dec": _b_dec(through_decoder, delta, layer, decoder),
     }
-    for name, constant in objective.constants(code, layer, n).items():
-        gradients[name] = gradients[name] + constant
     return StepGradients(entries.losses, entries.error, gradients)
 
 
@@ -213,17 +211,21 @@ def of_dense_step(
         out.W_dec.addcmul_(objective.norm_cost(decoder.W, out.values, target.shape[0])[:, None], decoder.W)
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": out.W_enc,
-        **_of_parameters(layer, objective, out.parameters),
+        **_of_parameters(layer, objective, out.parameters, {}),
         "W_dec": out.W_dec,
         "b_dec": _b_dec(out.residual, out.delta, layer, decoder),
     }
     return StepGradients(out.losses, out.errors, gradients)
 
 
-def _of_parameters(layer: Layer, objective: Objective, sums: Sequence[Tensor]) -> dict[str, Any]:
-    """The gradients of the bias and of the activation's parameters, from the sums of all of its slots."""
+def _of_parameters(
+    layer: Layer, objective: Objective, sums: Sequence[Tensor], constants: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The gradients of the bias and of the activation's parameters, from the sums of all of its slots, and what is none."""
     activation = layer.activation
     by_name = dict(zip((activation.bias, *activation.parameters), sums, strict=False))
+    for name, constant in constants.items():
+        by_name[name] = by_name[name] + constant
     return {name: by_name[name] for name in (activation.bias, *objective.trained(activation))}
 
 

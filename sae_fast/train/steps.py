@@ -122,8 +122,10 @@ def _follow(state: TrainState, objective: Objective, code: SparseCode, index: in
         sae.threshold.copy_(objective.next_threshold(sae.threshold, code, index))
     if isinstance(objective, L0) and objective.positive:
         sae.get_parameter("threshold").clamp_(min=0)
-    state.since_fired = state.fired(code)
-    return None if state.since_fired is None else int((state.since_fired >= state.settings.dead_after).sum())
+    if state.since_fired is None:
+        return None
+    dead, state.since_fired = state.dead(code), state.fired(code)
+    return int(dead.sum())
 
 
 # ---- Before a step -------------------------------------------------------------------------------------------------------

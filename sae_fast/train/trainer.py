@@ -121,7 +121,7 @@ class Trainer:
         settings = self.settings
         lr = settings.lr * schedules.warmup(index, settings.lr_warmup_steps)
         lr *= schedules.decay(index, settings.lr_decay_start, settings.total_steps)
-        return Rates(lr, self.state.objective.coefficient * schedules.warmup(index, settings.l1_warmup_steps))
+        return Rates(lr, float(self.state.objective.coefficient) * schedules.warmup(index, settings.l1_warmup_steps))
 
     def fit(
         self, batches: Iterable[Tensor], steps: int | None = None, log_every: int = 10, progress: bool = True

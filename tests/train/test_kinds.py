@@ -99,7 +99,7 @@ def test_the_threshold_follows_the_smallest_that_each_batch_keeps():
     trainer, wanted = trainer_of("batchtopk"), -1.0
     for index, x in enumerate(batches(9)):
         f = trainer.sae.encode(x, use_threshold=False)
-        smallest = float(f[f > 0].min())
+        smallest = float(f.detach()[f > 0].min())
         trainer.step(x)
         if index > 3:
             wanted = smallest if wanted < 0 else 0.999 * wanted + 0.001 * smallest
