@@ -30,12 +30,14 @@ class AuxK:
     """α E‖e − ê‖² / E‖e − ē‖², α the coefficient: e the error x − x̂, ē its batch mean, and ê what the ``k`` largest
     ReLU(π) of dead features, by default d/2, decode to without b_dec.  e and the denominator carry no gradient.
 
-    ``dialect`` "saelens": α min(|dead| / k, 1) E‖e − ê‖² of the k largest π, negative ones too.  MATH.md §10.
+    ``dialect`` "saelens": α min(|dead| / k, 1) E‖e − ê‖² of the k largest π, negative ones too; with ``by_norm`` those
+    where π‖d_i‖ is largest.  MATH.md §10.
     """
 
     coefficient: float = 1 / 32
     k: int | None = None
     dialect: str = "dictionary_learning"
+    by_norm: bool = False
 
     def __post_init__(self) -> None:
         if not self.coefficient > 0:
@@ -44,6 +46,8 @@ class AuxK:
             raise ValueError(f"aux: got k = {self.k!r}, want a positive int or None")
         if self.dialect not in DIALECTS:
             raise ValueError(f"aux: got dialect {self.dialect!r}, want one of {DIALECTS}")
+        if self.by_norm and self.dialect != "saelens":
+            raise ValueError(f"aux: got by_norm with dialect {self.dialect!r}, want 'saelens'")
 
     def revive(
         self, x_c: Tensor, error: Tensor, layer: Layer, W_dec: Tensor, dead: Tensor, precision: str
@@ -54,9 +58,9 @@ class AuxK:
         if ids.shape[0] == 0:
             return None
         n, wanted = error.shape[0], self.k or max(1, error.shape[1] // 2)
-        code = self._code(x_c, layer.W[ids], layer.bias[ids], min(wanted, ids.shape[0]), precision)
-        nothing = error.new_zeros(error.shape[1])
-        W = W_dec[ids]
+        W, nothing = W_dec[ids], error.new_zeros(error.shape[1])
+        norms = W.norm(dim=1) if self.by_norm else None
+        code = self._code(x_c, layer.W[ids], layer.bias[ids], min(wanted, ids.shape[0]), precision, norms)
         out = ops.decode_loss(code, W, nothing, error, W.new_zeros(W.shape[0]), n)
         if self.dialect == "saelens":
             scale = error.new_tensor(self.coefficient * min(ids.shape[0] / wanted, 1.0))
@@ -67,11 +71,12 @@ class AuxK:
         decoder = code.magnitudes * (scale * (2 / n))
         return Revived(code, out.losses[0] * scale, out.grads[0] * scale, decoder, out.residual)
 
-    def _code(self, x_c: Tensor, W: Tensor, bias: Tensor, k: int, precision: str) -> SparseCode:
+    def _code(self, x_c: Tensor, W: Tensor, bias: Tensor, k: int, precision: str, norms: Tensor | None) -> SparseCode:
         if self.dialect == "dictionary_learning":
             return ops.encode(x_c, W, bias, activation="relu", support="topk", k=k, precision=precision)
         u = x_c @ W.T
-        chosen = (u + bias).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+        ranked = u + bias if norms is None else (u + bias) * norms
+        chosen = ranked.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
         u = u.gather(1, chosen)
         indptr = torch.arange(0, chosen.numel() + 1, k, device=u.device)
         values = (u + bias[chosen]).reshape(1, -1)

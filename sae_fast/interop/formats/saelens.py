@@ -40,14 +40,13 @@ WEIGHTS, CONFIG, VERSION = "sae_weights.safetensors", "cfg.json", "6.0.0"
 SCALER = "activation_scaler.json"  # of a training checkpoint
 ARCHITECTURES = {
     "gated": "gated",
-    "sae_fast_gated": "gated",  # the training classes of sae_fast.interop.saelens
     "standard": "standard",
-    "sae_fast_standard": "standard",
     "jumprelu": "jumprelu",
     "topk": "topk",
     "batchtopk": "batchtopk",  # checkpoints of a training; what it saves for inference is jumprelu
     "matryoshka_batchtopk": "batchtopk",
 }
+ARCHITECTURES |= {f"sae_fast_{name}": kind for name, kind in ARCHITECTURES.items()}  # of sae_fast.interop.saelens
 METADATA = ("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "dataset_path", "neuronpedia_id")
 
 
