@@ -1,5 +1,5 @@
 """Other packages' checkpoints: load, save, convert, push.  Their trainers, to be used in place of theirs, are modules of
-their own that import the package: ``sae_fast.interop.dictionary_learning``, ``sae_fast.interop.saelens``."""
+their own that import the package: ``dictionary_learning``, ``saelens`` and ``sparsify`` of ``sae_fast.interop``."""
 
 from sae_fast.interop.checkpoints import convert, load, save
 from sae_fast.interop.push import push_to_hub
