@@ -16,13 +16,15 @@ DIALECTS = ("dictionary_learning", "saelens")
 
 class Revived(NamedTuple):
     """The second value set, on entries of dead features alone: their ``code`` among all F features; loss, 0-d; delta [nnz],
-    the gradient of u and of the bias; decoder [nnz], the weights of residual [B, d_out] in W_dec's gradient."""
+    the gradient of u and of the bias; decoder [nnz], the weights of residual [B, d_out] in W_dec's gradient; unscaled,
+    0-d: E‖e − ê‖²."""
 
     code: SparseCode
     loss: Tensor
     delta: Tensor
     decoder: Tensor
     residual: Tensor
+    unscaled: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class AuxK:
             scale = torch.where(spread > 0, self.coefficient / spread, 0)
         code = replace(code, shape=torch.Size((n, W_dec.shape[0])), indices=ids[code.indices.long()].int())
         decoder = code.magnitudes * (scale * (2 / n))
-        return Revived(code, out.losses[0] * scale, out.grads[0] * scale, decoder, out.residual)
+        return Revived(code, out.losses[0] * scale, out.grads[0] * scale, decoder, out.residual, out.losses[0])
 
     def _code(self, x_c: Tensor, W: Tensor, bias: Tensor, k: int, precision: str, norms: Tensor | None) -> SparseCode:
         if self.dialect == "dictionary_learning":
