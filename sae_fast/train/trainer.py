@@ -39,8 +39,9 @@ class Trainer:
     weights the sparsity by the decoder norms instead. A TopKSAE and a BatchTopKSAE take TopK(), prefixes of their groups.
     lr and the objective's coefficient (λ) are constant unless warm-up or decay steps are given: both warm up linearly from
     0; the learning rate falls linearly to 0 from ``lr_decay_start`` to ``total_steps``. ``init_l0``: calibrate the encoder
-    biases on the first batch (see ``calibrate_``). ``grad_clip``: the largest global gradient norm. ``betas[0] = 0`` takes
-    the lazy optimizer; ``unit_start`` is for decoder rows that are not unit at first (see RowAdam for both).
+    biases on the first batch (see ``calibrate_``). ``grad_clip``: the largest global gradient norm. At
+    ``betas[0] = 0`` only rows of features that fired are visited; ``unit_start`` is for decoder rows that are not unit at
+    first (see RowAdam for both).
     ``dead_after``: features that have not fired for so many examples count as dead. ``aux``, with it: the coefficient of
     AuxK for them, usually 1/32, or an AuxK. A frozen parameter (requires_grad False) keeps its bits. Ctrl-C in a step waits
     for its end.
