@@ -270,10 +270,18 @@ class SparseAutoencoder(nn.Module):
         ``total`` is differentiable, with respect to the parameters; its gradients are taken along.  ``dead`` [F] bool: the
         features that an objective with an aid is to revive.  ``ValueError`` for an x that requires a gradient.
         """
+        if not isinstance(objective, Objective):
+            raise ValueError(f"objective: got {objective!r}, want one of sae_fast.objectives")
         objective.check(self.activation)
+        rows = self.check_input(x)
         if x.requires_grad:
             raise ValueError("x: got a tensor that requires a gradient, want x.detach(): this loss has none for it")
-        return functional.taken_along(self, self.check_input(x), objective, dead)
+        if rows.shape[0] == 0:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, want at least one example")
+        if dead is not None:
+            checks.shape("dead", dead, self.d_sae)
+            checks.dtype("dead", dead, torch.bool)
+        return functional.taken_along(self, rows, objective, dead)
 
     @torch.no_grad()
     @without_autocast()

@@ -45,15 +45,18 @@ def rebuild(about: dict[str, Any]) -> Objective:
     """The objective that :func:`describe` described; ``ValueError`` for what is none."""
     arguments = dict(about)
     name = arguments.pop("name", None)
-    if name not in BY_NAME:
-        raise ValueError(f"objective: got {name!r}, want one of {sorted(BY_NAME)}")
-    for part, kind in (("prefixes", Prefixes), ("aux", AuxK)):
-        if isinstance(arguments.get(part), dict):
-            arguments[part] = kind(**arguments[part])
+    if not isinstance(name, str) or name not in BY_NAME:
+        raise ValueError(f"objective.name: got {name!r}, want one of {sorted(BY_NAME)}")
+    at = "objective"
     try:
+        for part, kind in (("prefixes", Prefixes), ("aux", AuxK)):
+            if isinstance(arguments.get(part), dict):
+                at = f"objective.{part}"
+                arguments[part] = kind(**arguments[part])
+        at = "objective"
         return BY_NAME[name](**arguments)
-    except TypeError as error:
-        raise ValueError(f"objective: {name}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{at}: {error}") from error
 
 
 __all__ = [

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.code import Layer, SparseCode
+from sae_fast.objectives import given
 
 DIALECTS = ("dictionary_learning", "saelens")
 
@@ -42,14 +43,14 @@ class AuxK:
     by_norm: bool = False
 
     def __post_init__(self) -> None:
-        if not self.coefficient > 0:
-            raise ValueError(f"aux: got a coefficient of {self.coefficient}, want > 0")
-        if self.k is not None and not (isinstance(self.k, int) and self.k > 0):
-            raise ValueError(f"aux: got k = {self.k!r}, want a positive int or None")
+        coefficient = given.number("aux: coefficient", self.coefficient, given.positive, "a number > 0")
+        object.__setattr__(self, "coefficient", coefficient)
+        if self.k is not None:
+            object.__setattr__(self, "k", given.number("aux: k", self.k, given.counts, "a positive int or None"))
         if self.dialect not in DIALECTS:
-            raise ValueError(f"aux: got dialect {self.dialect!r}, want one of {DIALECTS}")
+            raise ValueError(f"aux: dialect: got {self.dialect!r}, want one of {DIALECTS}")
         if self.by_norm and self.dialect != "saelens":
-            raise ValueError(f"aux: got by_norm with dialect {self.dialect!r}, want 'saelens'")
+            raise ValueError(f"aux: by_norm: got True with dialect {self.dialect!r}, want dialect 'saelens'")
 
     def revive(
         self, x_c: Tensor, error: Tensor, layer: Layer, W_dec: Tensor, dead: Tensor, precision: str

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from sae_fast.activations.activation import Activation
 from sae_fast.code import Layer, SparseCode
+from sae_fast.objectives import given
 from sae_fast.objectives.objective import Objective, Pull, penalised
 
 FORMS = ("step", "target", "quadratic", "tanh")
@@ -46,13 +48,10 @@ class L0(Objective):
         for name, value, among in (("form", form, FORMS), ("window", self.window, WINDOWS)):
             if value not in among:
                 raise ValueError(f"{name}: got {value!r}, want one of {among}")
-        for name in ("bandwidth", "tanh_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want > 0")
+        for name in ("bandwidth", "tanh_scale", *(["target"] if self.target is not None else [])):
+            object.__setattr__(self, name, given.number(name, getattr(self, name), given.positive, "a number > 0"))
         if form in ("target", "quadratic") and self.target is None:
             raise ValueError(f"target: got None with form {form!r}, want a number > 0")
-        if self.target is not None and not self.target > 0:
-            raise ValueError(f"target: got {self.target}, want > 0")
         if self.window == "f" and self.ste_to_input:
             raise ValueError("ste_to_input: got True with window 'f', want window 'pi'")
 
@@ -70,7 +69,10 @@ class L0(Objective):
     def slack(self, layer: Layer) -> float:
         threshold = layer.vectors[0]
         below = float(-threshold.amin().clamp(max=0))  # the support is cut at 0, f is not
-        return self.bandwidth / 2 * (1 + 2**-10) + 2**-20 * float(threshold.abs().amax()) + below
+        slack = self.bandwidth / 2 * (1 + 2**-10) + 2**-20 * float(threshold.abs().amax()) + below
+        if not isfinite(slack):
+            raise ValueError(f"threshold: got {threshold[~threshold.isfinite()].tolist()[:3]} …, want finite ones")
+        return slack
 
     def code(self, code: SparseCode, layer: Layer) -> SparseCode:
         pi, threshold = self._at(code, layer)

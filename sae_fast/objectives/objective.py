@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from math import inf
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sae_fast.activations.activation import Activation, Pulled
 from sae_fast.code import Layer, SparseCode
+from sae_fast.objectives import given
 from sae_fast.objectives.auxk import AuxK
 from sae_fast.objectives.prefixes import Prefixes
 
@@ -43,8 +45,16 @@ class Objective:
     unit_rows: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.coefficient, Tensor) and not self.coefficient >= 0:
-            raise ValueError(f"coefficient: got {self.coefficient}, want ≥ 0")
+        if not isinstance(self.coefficient, Tensor):
+            coefficient = given.number("coefficient", self.coefficient, lambda c: 0 <= c < inf, "a number ≥ 0")
+            object.__setattr__(self, "coefficient", coefficient)
+        for name, kind in (("prefixes", Prefixes), ("aux", AuxK)):
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, kind):
+                raise ValueError(f"{name}: got {part!r}, want {kind.__name__} or None")
+        for part in fields(self):
+            if part.type == "bool":
+                object.__setattr__(self, part.name, given.flag(part.name, getattr(self, part.name)))
 
     @property
     def plain(self) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import ceil, isclose
+from math import ceil, inf, isclose
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sae_fast.objectives import given
 
 
 @dataclass(frozen=True)
@@ -28,20 +30,25 @@ class Prefixes:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("group_sizes", "fractions", "weights"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
-        given = [name for name in ("group_sizes", "fractions", "random") if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(f"group_sizes, fractions, random: got {given or 'none'}, want one of them")
-        if self.group_sizes is not None and not all(isinstance(n, int) and n > 0 for n in self.group_sizes):
-            raise ValueError(f"group_sizes: got {self.group_sizes}, want positive ints")
+        for name, fits, wanted in (
+            ("group_sizes", given.counts, "positive ints"),
+            ("fractions", given.positive, "positive numbers that add up to 1"),
+            ("weights", lambda c: 0 <= c < inf, "numbers ≥ 0, one a prefix, the last > 0"),
+        ):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, given.numbers(name, value, fits, wanted))
+        for name in ("random", "seed"):
+            value = given.number(name, getattr(self, name), lambda n: isinstance(n, int) and n >= 0, "an int ≥ 0")
+            object.__setattr__(self, name, value)
+        ways = [name for name in ("group_sizes", "fractions", "random") if getattr(self, name)]
+        if len(ways) != 1:
+            raise ValueError(f"group_sizes, fractions, random: got {ways or 'none'}, want one of them")
         fractions = self.fractions
-        if fractions is not None and not (all(f > 0 for f in fractions) and isclose(sum(fractions), 1, abs_tol=1e-6)):
+        if fractions is not None and not isclose(sum(fractions), 1, abs_tol=1e-6):
             raise ValueError(f"fractions: got {fractions}, want positive numbers that add up to 1")
         groups = len(self.group_sizes or self.fractions or ()) or self.random
         weights = self.weights
-        if weights is not None and not (len(weights) == groups and min(weights) >= 0 and weights[-1] > 0):
+        if weights is not None and not (len(weights) == groups and weights[-1] > 0):
             raise ValueError(f"weights: got {weights}, want {groups} numbers ≥ 0, the last > 0")
 
     def sizes(self, features: int) -> tuple[int, ...]:
@@ -50,7 +57,8 @@ class Prefixes:
             if sum(self.group_sizes) != features:
                 raise ValueError(f"group_sizes: got a sum of {sum(self.group_sizes)}, want d_sae = {features}")
             return self.group_sizes
-        assert self.fractions is not None
+        if self.fractions is None:
+            raise ValueError(f"prefixes: got {self.random} random ones, which a step draws, want .drawn(F, step)")
         sizes = [int(fraction * features) for fraction in self.fractions[:-1]]
         sizes.append(features - sum(sizes))
         if min(sizes) < 1:

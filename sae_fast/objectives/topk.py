@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode
+from sae_fast.objectives import given
 from sae_fast.objectives.objective import Objective
 
 
@@ -28,10 +29,11 @@ class TopK(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.threshold_beta < 1:
-            raise ValueError(f"threshold_beta: got {self.threshold_beta}, want 0 ≤ β < 1")
-        if self.threshold_start < 0:
-            raise ValueError(f"threshold_start: got {self.threshold_start}, want ≥ 0")
+        for name, fits, wanted in (
+            ("threshold_beta", lambda beta: 0 <= beta < 1, "0 ≤ β < 1"),
+            ("threshold_start", lambda steps: steps >= 0, "steps ≥ 0"),
+        ):
+            object.__setattr__(self, name, given.number(name, getattr(self, name), fits, wanted))
 
     def next_threshold(self, threshold: Tensor, code: SparseCode, step: int) -> Tensor:
         """0-d: what a threshold, negative while it is not set, is after a step on ``code``."""

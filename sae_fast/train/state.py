@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_fast import nn, ops
 from sae_fast.code import SparseCode
-from sae_fast.objectives import Matryoshka, Objective, TopK, of_dialect
+from sae_fast.objectives import Matryoshka, Objective, TopK, given, of_dialect
 from sae_fast.optim import RowAdam
 from sae_fast.reference import DIALECTS
 
@@ -51,8 +51,14 @@ class Settings:
             raise ValueError(f"init_l0: got {self.init_l0}, want > 0 or None")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip: got {self.grad_clip}, want > 0 or None")
-        if self.dead_after is not None and not self.dead_after > 0:
-            raise ValueError(f"dead_after: got {self.dead_after}, want a number of examples > 0 or None")
+        if self.dead_after is not None:
+            given.number("dead_after", self.dead_after, given.positive, "a number of examples > 0 or None")
+        if self.objective is not None and not isinstance(self.objective, Objective):
+            raise ValueError(f"objective: got {self.objective!r}, want one of sae_fast.objectives, or None")
+        if self.objective is not None and isinstance(coefficient := self.objective.coefficient, Tensor):
+            if coefficient.dim() != 0:
+                raise ValueError(f"objective: got a coefficient of shape {tuple(coefficient.shape)}, want a number")
+            object.__setattr__(self, "objective", replace(self.objective, coefficient=coefficient.item()))
         if self.objective is not None and self.objective.aux is not None and self.dead_after is None:
             raise ValueError(
                 "dead_after: got None with an aid for dead features, want the examples after which one is dead"
@@ -63,18 +69,36 @@ class TrainState:
     """All that a step reads and writes.  ``kept`` is W_enc's Shadow; ``step_count`` counts the steps that were taken, those
     under way on a GPU among them; ``since_fired`` [F] int64, with ``dead_after``: examples since a feature fired."""
 
+    since_fired: Tensor | None
+
     def __init__(self, sae: nn.SparseAutoencoder, settings: Settings):
-        self.sae, self.settings = sae, settings
-        check_objective(self.objective, sae)
-        if settings.init_l0 is not None and isinstance(sae, nn.GroupedSAE):
-            raise ValueError(f"init_l0: got {settings.init_l0} for a {type(sae).__name__}, want None: its k decides")
+        self.sae, self.since_fired = sae, None
+        self.settings = settings
         rest = [p for name, p in sae.named_parameters() if name != "W_dec"]
         groups = [{"params": [sae.W_dec], "unit_rows": self.objective.unit_rows}, {"params": rest}]
         self.optimizer = RowAdam(groups, settings.lr, settings.betas, settings.eps, unit_start=settings.unit_start)
         self.kept = ops.KeptShadow()
         self.step_count = 0
-        counts = settings.dead_after is not None
-        self.since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device) if counts else None
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        """They may change between steps; ``ValueError`` where they do not go with the SAE, and nothing changes."""
+        sae = self.sae
+        objective = settings.objective or default_objective(sae, settings.l1_coefficient, settings.dialect)
+        check_objective(objective, sae)
+        if settings.init_l0 is not None and isinstance(sae, nn.GroupedSAE):
+            raise ValueError(f"init_l0: got {settings.init_l0} for a {type(sae).__name__}, want None: its k decides")
+        if hasattr(self, "_settings") and objective.unit_rows != (held := self.objective.unit_rows):
+            raise ValueError(f"objective: got unit_rows = {objective.unit_rows} in a training, want {held}, as it began")
+        self._settings = settings
+        if settings.dead_after is None:
+            self.since_fired = None
+        elif self.since_fired is None:
+            self.since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
 
     @property
     def objective(self) -> Objective:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import assert_same_bits, randn
 from problems.objectives import CASES
 
 import sae_fast as sf
-from sae_fast.objectives import L0, L1, AuxK, Gated, Matryoshka, Prefixes, TopK
+from sae_fast.objectives import L0, L1, AuxK, Gated, Matryoshka, Prefixes, TopK, describe, rebuild
 
 B, D, F = 64, 16, 50
 KINDS = {
@@ -147,6 +148,48 @@ def test_gradients_are_clipped_as_projected():
         torch.testing.assert_close(moved, 0.1 * g / 3, rtol=1e-4, atol=1e-8)
 
 
+def test_counting_begins_and_ends_in_mid_run_with_its_settings(tmp_path):
+    trainer = trainer_of("jumprelu")
+    with_aid = trainer.settings
+    trainer.step(batches(1)[0])
+    trainer.settings = replace(with_aid, dead_after=None, objective=replace(with_aid.objective, aux=None))
+    assert trainer.step(batches(1)[0]).dead is None and trainer.step_count == 2
+    trainer.settings = with_aid
+    trainer.save(tmp_path / "checkpoint")
+    again = sf.Trainer.load(tmp_path / "checkpoint")
+    assert [t.step(batches(1)[0]).dead for t in (trainer, again)] == [0, 0]
+    assert_same_bits(everything(trainer), everything(again))
+    for wrong, message in (
+        (TopK(), "objective: got TopK"),
+        (replace(with_aid.objective, unit_rows=False), "objective: got unit"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            trainer.settings = replace(with_aid, objective=wrong)
+    assert trainer.settings == with_aid
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"name": ["TopK"]}, "objective.name: got"),
+        ({"surprise": 1}, "objective: .*surprise"),
+        ({"prefixes": 5}, "objective: prefixes: got 5"),
+        ({"prefixes": {"surprise": 1}}, "objective.prefixes: .*surprise"),
+        ({"prefixes": {"fractions": "ab"}}, "objective.prefixes: fractions: got 'ab'"),
+        ({"prefixes": {"group_sizes": [25, 25], "weights": [1, "a"]}}, "objective.prefixes: weights: got"),
+        ({"aux": "x"}, "objective: aux: got 'x'"),
+        ({"aux": {"coefficient": None}}, "objective.aux: aux: coefficient: got None"),
+        ({"threshold_beta": "x"}, "objective: threshold_beta: got 'x'"),
+        ({"unit_rows": 1}, "objective: unit_rows: got 1"),
+    ],
+)
+def test_a_checkpoints_objective_names_what_is_wrong(changes, message):
+    about = describe(TopK(aux=AuxK()))
+    assert rebuild(about) == TopK(aux=AuxK())
+    with pytest.raises(ValueError, match=f"^{message}"):
+        rebuild(about | changes)
+
+
 def test_random_prefixes_differ_by_step_and_repeat_by_seed():
     prefixes = Prefixes(random=3)
     ends = [prefixes.drawn(F, step).ends(F) for step in range(20)]
@@ -181,10 +224,25 @@ def test_a_loss_has_the_steps_gradients(case):
 
 
 @pytest.mark.parametrize(
+    "x, objective, dead, message",
+    [
+        ((3, D), 0.5, None, "objective: got 0.5"),
+        ((3, D), Matryoshka(random=3), None, "prefixes: got 3 random ones"),
+        ((0, D), TopK(), None, r"x: got shape \(0, 16\)"),
+        ((3, D), TopK(aux=AuxK()), torch.ones(F - 1, dtype=torch.bool), "dead: got shape"),
+        ((3, D), TopK(aux=AuxK()), torch.ones(F), "dead: got torch.float32"),
+    ],
+)
+def test_a_loss_of_what_does_not_go_together_is_refused(x, objective, dead, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        sf.TopKSAE(D, F, k=4).loss(randn(*x), objective, dead)
+
+
+@pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: L0(target=0), "target: got 0, want > 0"),
-        (lambda: L0(target=5, bandwidth=0), "bandwidth: got 0, want > 0"),
+        (lambda: L0(target=0), "target: got 0, want a number > 0"),
+        (lambda: L0(target=5, bandwidth=0), "bandwidth: got 0, want a number > 0"),
         (lambda: L0(form="quadratic"), "target: got None with form 'quadratic'"),
         (lambda: L0(form="cubic"), "form: got 'cubic'"),
         (lambda: L0(window="f", ste_to_input=True), "ste_to_input: got True"),
@@ -192,8 +250,13 @@ def test_a_loss_has_the_steps_gradients(case):
         (lambda: Gated(1, "papers"), "dialect: got 'papers'"),
         (lambda: L1(1, p=0), "p: got 0"),
         (lambda: L1(1, decoder_norms=True, p=0.5), "p: got 0.5 with a penalty on decoder norms"),
-        (lambda: AuxK(0), "aux: got a coefficient of 0"),
-        (lambda: AuxK(k=0), "aux: got k = 0"),
+        (lambda: AuxK(0), "aux: coefficient: got 0"),
+        (lambda: AuxK(k=0), "aux: k: got 0"),
+        (lambda: Prefixes(random=-3), "random: got -3"),
+        (lambda: Prefixes(5), "group_sizes: got 5"),
+        (lambda: L1(None), "coefficient: got None"),
+        (lambda: sf.Trainer(sf.ReluSAE(4, 8), objective=L1(torch.ones(3))), "objective: got a coefficient of shape"),
+        (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), objective=TopK), "objective: got <class"),
         (lambda: TopK(threshold_beta=1), "threshold_beta: got 1"),
         (lambda: Prefixes(), "group_sizes, fractions, random: got none"),
         (lambda: Prefixes((1, 2), random=2), "group_sizes, fractions, random: got"),
