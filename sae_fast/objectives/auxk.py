@@ -64,11 +64,12 @@ class AuxK:
         W, nothing = W_dec[ids], error.new_zeros(error.shape[1])
         norms = W.norm(dim=1) if self.by_norm else None
         code = self._code(x_c, layer.W[ids], layer.bias[ids], min(wanted, ids.shape[0]), precision, norms)
-        out = ops.decode_loss(code, W, nothing, error, W.new_zeros(W.shape[0]), n)
+        zeros = self.dialect == "saelens"  # no ReLU is behind its values
+        out = ops.decode_loss(code, W, nothing, error, W.new_zeros(W.shape[0]), n, zeros=zeros)
         if self.dialect == "saelens":
             scale = error.new_tensor(self.coefficient * min(ids.shape[0] / wanted, 1.0))
         else:
-            spread = (error - error.mean(0)).pow(2).sum() / n
+            spread = (error - error.mean(0)).pow(2).sum(1).sum() / n  # by rows: the same for any number of threads
             scale = torch.where(spread > 0, self.coefficient / spread, 0)
         code = replace(code, shape=torch.Size((n, W_dec.shape[0])), indices=ids[code.indices.long()].int())
         decoder = code.magnitudes * (scale * (2 / n))

@@ -90,7 +90,7 @@ class L0(Objective):
         if self.form == "tanh":
             norms = W_dec.norm(dim=1)[code.indices]
             squashed = torch.tanh(self.tanh_scale * code.magnitudes * norms)
-            penalty = squashed.sum(dtype=torch.float64) * self.coefficient / n
+            penalty = code.row_sums(squashed).mean(dtype=torch.float64) * self.coefficient
             g = g + (1 - squashed.square()) * (norms * (self.tanh_scale * self.coefficient / n))
             estimate = inside * g * (threshold / self.bandwidth)
         else:

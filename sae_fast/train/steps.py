@@ -110,7 +110,7 @@ def update(state: TrainState, rows: Tensor, index: int, rates: Rates, shadow: op
     )
     if shadow is not None:
         state.kept.follows(sae.W_enc)
-    squared = losses[0] if objective.prefixes is None else done.residual.pow(2).sum() / rows.shape[0]
+    squared = losses[0] if objective.prefixes is None else done.residual.pow(2).sum(1).mean()
     return HostResult(losses, squared, code, _follow(state, objective, code, index))
 
 
@@ -120,12 +120,18 @@ def _follow(state: TrainState, objective: Objective, code: SparseCode, index: in
     sae = state.sae
     if isinstance(objective, TopK) and isinstance(sae, nn.BatchTopKSAE):
         sae.threshold.copy_(objective.next_threshold(sae.threshold, code, index))
-    if isinstance(objective, L0) and objective.positive:
+    if _clamps(state):
         sae.get_parameter("threshold").clamp_(min=0)
     if state.since_fired is None:
         return None
     dead, state.since_fired = state.dead(code), state.fired(code)
     return int(dead.sum())
+
+
+def _clamps(state: TrainState) -> bool:
+    """True if thresholds are to be held at 0 or above."""
+    objective = state.objective
+    return isinstance(objective, L0) and objective.positive and state.sae.get_parameter("threshold").requires_grad
 
 
 # ---- Before a step -------------------------------------------------------------------------------------------------------
@@ -176,7 +182,7 @@ def _prepare(state: TrainState, rows: Tensor) -> dict[str, Tensor]:
         for p, before in zip(vectors, undo.values(), strict=True):
             if not p.requires_grad:
                 p.copy_(before)
-    if state.step_count == 0 and isinstance(state.objective, L0) and state.objective.positive:
+    if state.step_count == 0 and _clamps(state):
         threshold = sae.get_parameter("threshold")
         undo.setdefault("threshold", threshold.clone())
         threshold.clamp_(min=0)

@@ -148,6 +148,49 @@ def test_gradients_are_clipped_as_projected():
         torch.testing.assert_close(moved, 0.1 * g / 3, rtol=1e-4, atol=1e-8)
 
 
+def test_a_training_has_the_same_bits_on_any_number_of_threads():
+    threads, found = torch.get_num_threads(), []
+    x = [randn(600, 64, seed=i) for i in range(3)]
+    try:
+        for n in (1, 4):
+            torch.set_num_threads(n)
+            sae = sf.BatchTopKSAE(64, 400, k=8, seed=0)
+            with torch.no_grad():
+                sae.b_enc[::3] = -4.0
+            trainer = sf.Trainer(sae, objective=Matryoshka(TopK(aux=AuxK()), (100, 300)), dead_after=600)
+            logs = [trainer.step(rows) for rows in x]
+            found.append((everything(trainer), [(log.loss, log.squared_error) for log in logs], logs[-1].dead))
+    finally:
+        torch.set_num_threads(threads)
+    (one, logs, dead), (four, again, _) = found
+    assert dead > 0 and logs == again
+    assert_same_bits(one, four)
+
+
+def test_saelens_aid_moves_what_is_at_0():
+    sae, x, dead = sf.TopKSAE(D, F, k=4, seed=0), randn(B, D, seed=1), torch.arange(F) < 5
+    x[::2] = 0  # π is 0 there, and no ReLU is behind the aid's values
+    found = []
+    for aux in (None, AuxK(1.0, k=5, dialect="saelens")):
+        done, _ = sae.row_gradients(x, TopK(aux=aux), dead=lambda code: dead)
+        found.append(done.by_name["b_enc"])
+    z = (x @ sae.W_enc[:5].T).detach().requires_grad_()
+    (-done.residual - z @ sae.W_dec[:5]).pow(2).sum(1).mean().backward()
+    torch.testing.assert_close((found[1] - found[0])[:5], z.grad.sum(0))
+
+
+def test_a_frozen_threshold_keeps_its_bits():
+    sae = sf.JumpReluSAE(D, F, seed=0)
+    with torch.no_grad():
+        sae.threshold -= 0.1
+    before = sae.threshold.clone()
+    sae.threshold.requires_grad_(False)
+    trainer = sf.Trainer(sae, objective=L0(0.1, bandwidth=0.5))
+    for x in batches(2):
+        trainer.step(x)
+    assert torch.equal(sae.threshold, before)
+
+
 def test_counting_begins_and_ends_in_mid_run_with_its_settings(tmp_path):
     trainer = trainer_of("jumprelu")
     with_aid = trainer.settings
