@@ -36,6 +36,7 @@ class SparseAutoencoder(nn.Module):
 
     activation: str  # of ops.encode
     per_feature: tuple[str, ...]  # parameters [F]: the activation's, in the order in which they are registered
+    of_largest: bool = False  # the support is of the largest entries, not by threshold
     any_dtype: tuple[str, ...] = ()  # parameters that may have another dtype than the module, which is W_enc's
     metadata: dict[str, Any]  # where it came from, as its checkpoints keep it: anything that JSON can hold
 
@@ -264,6 +265,17 @@ class SparseAutoencoder(nn.Module):
         activation = activations.named(self.activation)
         activation.calibrate(bias, {name: getattr(self, name) for name in activation.parameters})
 
+    def check_objective(self, objective: Objective) -> None:
+        """``ValueError`` unless a step of this layer can be taken by the objective."""
+        objective.check(self.activation)
+        if objective.of_largest != self.of_largest:
+            wanted = "TopK" if self.of_largest else "one with a penalty"
+            raise ValueError(f"objective: got {type(objective).__name__} for a {type(self).__name__}, want {wanted}")
+        if objective.target_l0 is not None and objective.target_l0 > self.d_sae:
+            raise ValueError(f"target: got {objective.target_l0}, want at most d_sae = {self.d_sae}")
+        if objective.prefixes is not None:
+            objective.prefixes.drawn(self.d_sae, 0).sizes(self.d_sae)
+
     def loss(self, x: Tensor, objective: Objective, dead: Tensor | None = None) -> Loss:
         """An objective's terms on x [..., d_in]: .total .reconstruction .sparsity .auxiliary, means over the examples.
 
@@ -272,7 +284,7 @@ class SparseAutoencoder(nn.Module):
         """
         if not isinstance(objective, Objective):
             raise ValueError(f"objective: got {objective!r}, want one of sae_fast.objectives")
-        objective.check(self.activation)
+        self.check_objective(objective)
         rows = self.check_input(x)
         if x.requires_grad:
             raise ValueError("x: got a tensor that requires a gradient, want x.detach(): this loss has none for it")

@@ -34,6 +34,8 @@ class GatedSAE(SparseAutoencoder):
         examples.  ``dialect``: "paper" or "saelens" (MATH.md §1); ``target`` replaces x in the errors.  An
         Objective in λ's place, and ``dead``: as SparseAutoencoder.loss."""
         if isinstance(l1_coefficient, Objective):
+            if dialect != "paper" or target is not None:
+                raise ValueError("dialect, target: got one beside an objective, want neither")
             return super().loss(x, l1_coefficient, dead)
         target = None if target is None else self.check_input(target, "target")
         return functional.gated_loss(

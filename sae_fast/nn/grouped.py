@@ -14,6 +14,7 @@ from sae_fast import ops
 from sae_fast.code import SparseCode
 from sae_fast.nn import arguments
 from sae_fast.nn.base import SparseAutoencoder
+from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast
 
 NEARLY = 0.97  # of what the last batch's entries reached, this one's do
@@ -26,7 +27,7 @@ class GroupedSAE(SparseAutoencoder):
     ``group_sizes`` cuts the features into runs, one after the other, of which any first few are an SAE of their own.
     """
 
-    activation = "relu"
+    activation, of_largest = "relu", True
     per_feature = ("b_enc",)
     _in_training: Mapping[str, Any] = MappingProxyType({})  # what _encoder is given then
     b_enc: nn.Parameter
@@ -61,6 +62,18 @@ class GroupedSAE(SparseAutoencoder):
         if not self.all_active:
             groups["active_groups"] = self.active_groups
         return {**super().options(), "k": self.k, **groups}
+
+    def check_objective(self, objective: Objective) -> None:
+        super().check_objective(objective)
+        prefixes = objective.prefixes
+        if prefixes is None or self.group_sizes is None:
+            return
+        if prefixes.random or (sizes := prefixes.sizes(self.d_sae)) != self.group_sizes:
+            got = "random prefixes" if prefixes.random else f"prefixes of groups {sizes}"
+            raise ValueError(f"objective: got {got}, want the SAE's own groups, {self.group_sizes}")
+        if not self.all_active:
+            groups = len(self.group_sizes)
+            raise ValueError(f"sae: got active_groups = {self.active_groups}, want all {groups} groups to train")
 
     @property
     def all_active(self) -> bool:

@@ -23,6 +23,8 @@ class ReluSAE(SparseAutoencoder):
     ) -> Loss:  # fmt: skip
         """‖x − x̂‖² + λ‖f‖₁ on x [..., d_in], differentiable; the auxiliary term is 0.  Arguments as GatedSAE.loss."""
         if isinstance(l1_coefficient, Objective):
+            if dialect != "paper" or target is not None:
+                raise ValueError("dialect, target: got one beside an objective, want neither")
             return super().loss(x, l1_coefficient, dead)
         target = None if target is None else self.check_input(target, "target")
         return functional.relu_loss(

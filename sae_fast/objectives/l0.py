@@ -63,6 +63,10 @@ class L0(Objective):
     def costs_norm(self) -> bool:
         return self.form == "tanh"
 
+    @property
+    def target_l0(self) -> float | None:
+        return self.target
+
     def trained(self, activation: Activation) -> tuple[str, ...]:
         return activation.parameters
 

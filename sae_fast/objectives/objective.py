@@ -38,6 +38,7 @@ class Objective:
     stops_auxiliary: ClassVar[bool] = True  # x̂_aux has no gradient for W_dec and b_dec
     projects_first: ClassVar[bool] = False  # gradients are clipped as unit rows leave them
     zeros: ClassVar[bool] = False  # entries of value 0 have a gradient
+    of_largest: ClassVar[bool] = False  # it is for supports of the largest entries
 
     coefficient: float | Tensor = 0.0
     prefixes: Prefixes | None = field(default=None, kw_only=True)
@@ -60,6 +61,11 @@ class Objective:
     def plain(self) -> bool:
         """True if losses and gradients are those of ops.decode_loss with :meth:`sparsity_weight`, and no more."""
         return self.prefixes is None and self.aux is None
+
+    @property
+    def target_l0(self) -> float | None:
+        """The active features an example that it aims at, if it says so."""
+        return None
 
     @property
     def costs_norm(self) -> bool:

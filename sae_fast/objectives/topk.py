@@ -25,7 +25,7 @@ class TopK(Objective):
     threshold_start: int = 1000
 
     activations = ("relu",)
-    projects_first = True
+    projects_first = of_largest = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

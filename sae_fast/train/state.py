@@ -89,7 +89,7 @@ class TrainState:
         """They may change between steps; ``ValueError`` where they do not go with the SAE, and nothing changes."""
         sae = self.sae
         objective = settings.objective or default_objective(sae, settings.l1_coefficient, settings.dialect)
-        check_objective(objective, sae)
+        sae.check_objective(objective)
         if settings.init_l0 is not None and isinstance(sae, nn.GroupedSAE):
             raise ValueError(f"init_l0: got {settings.init_l0} for a {type(sae).__name__}, want None: its k decides")
         if hasattr(self, "_settings") and objective.unit_rows != (held := self.objective.unit_rows):
@@ -158,23 +158,6 @@ def default_objective(sae: nn.SparseAutoencoder, l1_coefficient: float | None, d
             "of x; at unit variance per dimension begin with 1 to 10, and raise it where L0 ends too high"
         )
     return of_dialect(sae.activation, l1_coefficient, dialect)
-
-
-def check_objective(objective: Objective, sae: nn.SparseAutoencoder) -> None:
-    """``ValueError`` unless a step of this SAE can be taken by the objective."""
-    objective.check(sae.activation)
-    grouped = isinstance(sae, nn.GroupedSAE)
-    if grouped != isinstance(objective, TopK):
-        wanted = "TopK" if grouped else "one with a penalty"
-        raise ValueError(f"objective: got {type(objective).__name__} for a {type(sae).__name__}, want {wanted}")
-    if objective.prefixes is None:
-        return
-    sizes = objective.prefixes.drawn(sae.d_sae, 0).sizes(sae.d_sae)
-    if isinstance(sae, nn.GroupedSAE) and sae.group_sizes is not None:
-        if objective.prefixes.random or sizes != sae.group_sizes:
-            raise ValueError(f"objective: got prefixes of groups {sizes}, want the SAE's own, {sae.group_sizes}")
-        if not sae.all_active:
-            raise ValueError(f"sae: got active_groups = {sae.active_groups}, want all {len(sizes)} groups to train")
 
 
 class Rates(NamedTuple):

@@ -158,7 +158,7 @@ def beginning(state: TrainState, x: Tensor) -> Iterator[Tensor]:
     started = state.step_count > 0 or any(optimizer.state.values())
     try:
         yield rows
-    except (FloatingPointError, ValueError):
+    except Exception:
         sae.load_state_dict(undo, strict=False)
         if not started:
             optimizer.state.clear()

@@ -73,10 +73,14 @@ class Trainer:
     ):
         if objective is not None and l1_coefficient is not None:
             raise ValueError(f"l1_coefficient: got {l1_coefficient} beside an objective, want its coefficient there")
+        if objective is not None and dialect != "paper":
+            raise ValueError(f"dialect: got {dialect!r} beside an objective, which says what it is")
         if aux is not None:
             objective = objective or default_objective(sae, l1_coefficient, dialect)
+            if not isinstance(objective, Objective):
+                raise ValueError(f"objective: got {objective!r}, want one of sae_fast.objectives, or None")
             objective = replace(objective, aux=aux if isinstance(aux, AuxK) else AuxK(aux))
-            l1_coefficient = None
+            l1_coefficient, dialect = None, "paper"  # which the objective says
         settings = Settings(
             lr, l1_coefficient, betas, eps, dialect, lr_warmup_steps, lr_decay_start, total_steps, l1_warmup_steps, init_l0,
             grad_clip, unit_start, objective, dead_after,

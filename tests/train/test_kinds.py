@@ -63,6 +63,13 @@ def test_a_training_goes_on_bit_for_bit_from_its_checkpoint(kind, betas, tmp_pat
     assert_same_bits(everything(trainer), everything(copied))
 
 
+def test_a_dialect_with_an_aid_resumes(tmp_path):
+    trainer = sf.Trainer(sf.GatedSAE(D, F, seed=0), l1_coefficient=0.3, dialect="saelens", dead_after=B, aux=1 / 32)
+    trainer.step(randn(B, D))
+    trainer.save(tmp_path / "checkpoint")
+    assert sf.Trainer.load(tmp_path / "checkpoint").state.objective == trainer.state.objective
+
+
 @each
 def test_training_lowers_the_loss(kind):
     trainer = trainer_of(kind)
@@ -258,7 +265,7 @@ def test_a_loss_has_the_steps_gradients(case):
     loss = sae.loss(x, objective, dead=dead)
     (2 * loss.total).backward()
     done, _ = sae.row_gradients(x.reshape(B, D), objective, dead=lambda code: dead)
-    assert float(loss.total) == pytest.approx(float(done.losses.sum()))
+    assert loss.total.item() == pytest.approx(float(done.losses.sum()))
     for name, g in done.by_name.items():
         parameter = sae.get_parameter(name)
         torch.testing.assert_close(parameter.grad, 2 * sf.optim.to_dense(g, parameter))
@@ -315,6 +322,11 @@ def test_a_loss_of_what_does_not_go_together_is_refused(x, objective, dead, mess
         (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), aux=1 / 32), "dead_after: got None with an aid"),
         (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), dead_after=0), "dead_after: got 0"),
         (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), init_l0=4), "init_l0: got 4"),
+        (lambda: sf.Trainer(sf.JumpReluSAE(4, 8), objective=L0(target=9)), "target: got 9, want at most d_sae = 8"),
+        (lambda: sf.Trainer(sf.GatedSAE(4, 8), objective=Gated(1), dialect="saelens"), "dialect: got 'saelens' beside"),
+        (lambda: sf.Trainer(sf.GatedSAE(4, 8), objective="x", dead_after=1, aux=0.1), "objective: got 'x'"),
+        (lambda: sf.GatedSAE(4, 8).loss(torch.ones(1, 4), Gated(1), "saelens"), "dialect, target: got one"),
+        (lambda: sf.ReluSAE(4, 8).loss(torch.ones(1, 4), TopK()), "objective: got TopK for a ReluSAE"),
         (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), betas=(1.0, 0.9)), "betas: got"),
         (lambda: sf.Trainer(sf.GatedSAE(4, 8), l1_coefficient=1.0, objective=Gated(1)), "l1_coefficient: got 1.0 beside"),
         (
