@@ -80,7 +80,8 @@ static inline double reach(float* __restrict r, const float* __restrict next, fl
 // The gradients of the entries first .. last, of group g; with kZeros also where the value is 0.  Returns what they cost,
 // not yet divided.
 template <bool kZeros>
-static double value_gradients(const args::decode_loss& a, const Sets& sets, int64_t g, int64_t first, int64_t last) {
+static double value_gradients(const args::decode_loss& a, const Sets& sets, int64_t g, int64_t first,
+                              int64_t last) noexcept {
   const float two = static_cast<float>(2.0 / a.normaliser), one = static_cast<float>(1.0 / a.normaliser);
   const int32_t* indices = a.code.indices;
   const float *magnitudes = a.magnitudes, *gates = a.gates, *W = a.W;

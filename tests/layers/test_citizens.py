@@ -40,7 +40,8 @@ LAYERS = [  # a layer of d_in, d_sae and keywords
     pytest.param(partial(sf.BatchTopKSAE, k=8), id="BatchTopKSAE"),
 ]
 layers = pytest.mark.parametrize("layer", LAYERS)
-trainable = pytest.mark.parametrize("layer", [case for case in LAYERS if hasattr(case.values[0], "loss")])
+WITH_L1 = (sf.GatedSAE, sf.ReluSAE)  # their loss is made of differentiable ops
+trainable = pytest.mark.parametrize("layer", [case for case in LAYERS if case.values[0] in WITH_L1])
 D, F, BATCH = 19, 130, 24
 L1 = 0.7
 WEIGHTS = torch.linspace(-1, 2, D)  # an outside loss on x̂ is (x̂ · WEIGHTS).sum()
@@ -117,7 +118,7 @@ def gradients(sae, scalar: Tensor) -> dict[str, Tensor]:
 
 def objectives(sae) -> dict[str, Callable]:
     """The scalars that a layer is trained by: functions of (layer, x)."""
-    own = {"loss": loss} if hasattr(sae, "loss") else {}
+    own = {"loss": loss} if isinstance(sae, WITH_L1) else {}
     return own | {"outside loss": lambda sae, x: outside(sae(x))}
 
 
@@ -147,7 +148,7 @@ def everything(sae, x: Tensor) -> list[Tensor]:
     """What every entry gives, from one graph."""
     code = sae.encode_sparse(x)
     found = [sae.encode(x), code.values, sae.decode(code)]
-    return [*found, loss(sae, x)] if hasattr(sae, "loss") else found
+    return [*found, loss(sae, x)] if isinstance(sae, WITH_L1) else found
 
 
 @pytest.mark.slow(but=5)
@@ -157,7 +158,7 @@ def everything(sae, x: Tensor) -> list[Tensor]:
         pytest.param(case.values[0], entry, id=f"{case.id}, {entry}")
         for case in LAYERS
         for entry in ENTRIES
-        if entry != "loss" or hasattr(case.values[0], "loss")
+        if entry != "loss" or case.values[0] in WITH_L1
     ],
 )
 def test_each_entry_compiles_as_one_graph_that_serves_every_batch_size_and_has_the_same_gradients(layer, entry):
@@ -223,7 +224,7 @@ class Larger(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.before(x)) * 2
         total = self.after(torch.relu(self.sae(h))).square().mean()
-        return total + loss(self.sae, h) if hasattr(self.sae, "loss") else total
+        return total + loss(self.sae, h) if isinstance(self.sae, WITH_L1) else total
 
 
 @pytest.mark.parametrize(
@@ -508,7 +509,7 @@ def as_by_default(layer) -> list:
     sae, x = make(layer), batch(BATCH)
     with sae.frozen():
         found = [sae.encode(x), *gradients(sae, outside(sae(x))).values()]
-    if hasattr(sae, "loss"):
+    if isinstance(sae, WITH_L1):
         found += [loss(sae, x), *gradients(sae, loss(sae, x)).values()]
         sf.Trainer(sae, lr=1e-2, l1_coefficient=L1).step(x)
     return [*found, *sae.parameters()]
@@ -615,7 +616,7 @@ def test_a_functional_call_is_the_layer_with_these_parameters(layer, frozen):
         ours = torch.autograd.grad(outside(x_hat), list(leaves.values()), allow_unused=True, materialize_grads=True)
         assert_same_bits(list(ours), list(gradients(other, outside(other(x))).values()))
         assert same_bits(sae(x), wanted_before)
-        if hasattr(sae, "loss"):
+        if isinstance(sae, WITH_L1):
             prefixed = {f"sae.{name}": t for name, t in leaves.items()}
             total = functional_call(WithLoss(sae), prefixed, (x,))
             assert_same_bits(
@@ -643,7 +644,7 @@ def test_func_grad_gives_the_bits_of_backward(layer, frozen):
         assert same_bits(torch.func.grad(lambda x: outside(sae(x)))(x), wanted)
         x_hat, pull_back = torch.func.vjp(sae, x)
         assert same_bits(x_hat, sae(x)) and same_bits(pull_back(WEIGHTS.expand(BATCH, D))[0], wanted)
-        if hasattr(sae, "loss"):
+        if isinstance(sae, WITH_L1):
             prefixed = {f"sae.{name}": p for name, p in parameters.items()}
             ours, total = torch.func.grad_and_value(lambda p: functional_call(WithLoss(sae), p, (x,)))(prefixed)
             assert same_bits(total, loss(sae, x))
@@ -659,7 +660,7 @@ def test_func_grad_gives_the_bits_of_backward(layer, frozen):
 @layers
 def test_vmap_is_refused_by_name(layer):
     sae, x = make(layer), batch(2, 3)
-    own = [partial(loss, sae)] if hasattr(sae, "loss") else []
+    own = [partial(loss, sae)] if isinstance(sae, WITH_L1) else []
     for run in (sae, sae.encode, lambda x: sae.decode(sae.encode_sparse(x)), *own):
         with pytest.raises(NotImplementedError, match=r"x: torch\.vmap cannot map this; give the layer leading dimensions"):
             torch.vmap(run)(x)
@@ -835,7 +836,7 @@ def test_jacobians_without_vmap_are_right(layer):
 def test_forward_mode_is_refused_by_name_and_not_a_silent_zero(layer, learns):
     sae, x = make(layer).requires_grad_(learns), batch(BATCH)
     refused = partial(pytest.raises, NotImplementedError, match=r"sae_fast::\w+ has no forward-mode derivative")
-    own = [partial(loss, sae)] if hasattr(sae, "loss") else []
+    own = [partial(loss, sae)] if isinstance(sae, WITH_L1) else []
     for run in (sae, sae.encode, *own):
         with refused():
             torch.func.jvp(run, (x,), (x,))
@@ -986,7 +987,7 @@ def test_any_leading_dimensions_and_strides_give_the_numbers_of_flat_rows(layer,
     assert same_bits(sae.decode(shaped), sae.decode(code).reshape(x.shape))
     of_dense = sae.decode(VIEWS[view](f.reshape(*lead, F)) if view in ("contiguous", "strided") else f.reshape(*lead, F))
     torch.testing.assert_close(of_dense, sae.decode(f).reshape(x.shape))
-    if not hasattr(sae, "loss"):
+    if not isinstance(sae, WITH_L1):
         return
     if flat.shape[0] == 0:
         for empty in (x, flat):
@@ -1022,7 +1023,7 @@ def ddp_cases() -> dict[str, tuple[Callable, str]]:
     for case in LAYERS:
         layer = with_threshold if case.id == "BatchTopKSAE" else case.values[0]
         found[f"{case.id}, outside loss"] = (layer, "outside")
-        if hasattr(layer, "loss"):
+        if isinstance(layer, WITH_L1):
             found[f"{case.id}, own loss"] = (layer, "own")
     return found
 

@@ -441,10 +441,6 @@ def test_a_layer_refuses_impossible_sizes_and_dtypes(cls, arguments, message):
         cls(*arguments)
 
 
-def test_jumprelu_is_for_inference_and_has_no_loss():
-    assert not hasattr(sf.JumpReluSAE, "loss")
-
-
 # ---- Initialisation, copies, state ----------------------------------------------------------------------------------
 
 

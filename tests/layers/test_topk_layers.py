@@ -307,10 +307,13 @@ def test_the_threshold_stays_float32_and_exact():
 
 
 @classes
-def test_they_are_for_inference(cls):
-    assert not hasattr(cls, "loss")
-    with pytest.raises(ValueError, match=f"sae: got {cls.__name__}, want a GatedSAE or ReluSAE; others are for inference"):
-        sf.Trainer(make(cls)[0])
+def test_they_train_with_their_groups_as_prefixes(cls):
+    sae, x = make(cls, group_sizes=SIZES)
+    trainer = sf.Trainer(sae, unit_start=False)
+    assert trainer.state.objective.prefixes.group_sizes == tuple(SIZES)
+    x_hat = sae.decode_prefixes(sae.encode(x, use_threshold=False) if cls is sf.BatchTopKSAE else sae.encode(x))
+    wanted = (x_hat - x).pow(2).sum(-1).mean()
+    assert trainer.step(x).reconstruction == pytest.approx(wanted.item(), rel=1e-5)
 
 
 @classes
