@@ -62,14 +62,16 @@ def pytest_collection_modifyitems(items):
 
 
 def _keep_first_cases(items):
-    """``slow(but=n)``: the first n cases of a test stay in the first tier."""
+    """``slow(but=n)``: the first n cases of a test stay in the first tier; with ``of_gpu`` those of each body of a GPU, and
+    all of other bodies."""
     cases = Counter()
     for item in items:
         slow = item.get_closest_marker("slow")
         if slow is not None and "but" in slow.kwargs:
-            test = (item.path, item.cls, item.originalname)
+            body = item.callspec.params["body"] if slow.kwargs.get("of_gpu") else None
+            test = (item.path, item.cls, item.originalname, str(body))
             cases[test] += 1
-            if cases[test] <= slow.kwargs["but"]:
+            if cases[test] <= slow.kwargs["but"] or (body is not None and not body.of_gpu):
                 item.own_markers.remove(slow)
 
 

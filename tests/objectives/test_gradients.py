@@ -7,7 +7,10 @@ import torch
 from helpers import Judge, seeds
 from problems.objectives import CASES, problem
 
-SHAPES = [(1, 1, 1), (3, 1, 31), (2, 63, 33), (57, 33, 100), (5, 100, 4), (130, 16, 257)]  # (B, d, F)
+SHAPES = [  # (B, d, F)
+    (57, 33, 100), (1, 1, 1), (5, 100, 4),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((3, 1, 31), (2, 63, 33), (130, 16, 257))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

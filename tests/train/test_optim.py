@@ -156,6 +156,7 @@ class Pair:
         return self.optimizer.state[self.ours[name]][key]
 
 
+@pytest.mark.slow(but=2)
 @both
 @pytest.mark.parametrize("unit_rows", [False, True], ids=["free rows", "unit rows"])
 def test_a_thousand_steps_with_idle_features_are_adams_to_1e_minus_9_in_float64(unit_rows, betas):
@@ -176,6 +177,7 @@ def test_a_thousand_steps_with_idle_features_are_adams_to_1e_minus_9_in_float64(
             torch.testing.assert_close(pair.state(name, "exp_avg"), pair.own[name].m, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow(but=2)
 @both
 @pytest.mark.parametrize("unit_rows", [False, True], ids=["free rows", "unit rows"])
 def test_a_thousand_steps_of_the_engine_with_idle_features_are_adams_within_twice_torchs_own_error(unit_rows, betas, route):

@@ -324,6 +324,7 @@ def test_an_interrupt_at_any_line_leaves_the_step_whole_or_not_begun_and_the_cou
     assert taken == {0, 1}
 
 
+@pytest.mark.slow
 def test_an_interrupt_on_the_devices_path_is_no_different():
     pytest.importorskip("triton")
     with use_backend("triton"):
