@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -74,7 +75,7 @@ class Entries(NamedTuple):
     """Losses and gradients on the entries of a code.  losses [3]; residuals [B, d_out] of each value set, or [G · B, d_out]
     of prefixes, the suffix sums R of MATH.md §8; error [B, d_out] = x̂ − target; delta [nnz], the gradient of u; columns
     [nnz, 2 + P or more]: delta and the gradients of the bias and the activation's parameters; decoder [nnz]: the magnitudes
-    times 2/B, the weights of the residuals in W_dec's gradient."""
+    times 2/B, the weights of the residuals in W_dec's gradient; constants [F] by parameter: no sums over entries."""
 
     losses: Tensor
     residuals: tuple[Tensor, ...]
@@ -82,6 +83,7 @@ class Entries(NamedTuple):
     delta: Tensor
     columns: Tensor
     decoder: Tensor
+    constants: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Kernels(Protocol):
@@ -117,13 +119,13 @@ class HostKernels:
         out = ops.decode_loss(
             code, decoder.W, decoder.b, target, weight, n, prefixes=ends, prefix_weights=costs, zeros=objective.zeros
         )
-        losses, pulled = objective.pull(code, layer, decoder.W, out.losses, out.grads, n)
+        losses, pulled, constants = objective.pull(code, layer, decoder.W, out.losses, out.grads, n)
         delta = pulled[0]
         assert delta is not None
         columns = torch.stack([torch.zeros_like(delta) if p is None else p for p in pulled], dim=1)
         error = out.residual if costs is None else out.residual[-1] / costs[-1]
         residuals = tuple(r.reshape(-1, r.shape[-1]) for r in (out.residual, out.residual_aux)[: code.values.shape[0]])
-        return Entries(losses, residuals, error, delta, columns, code.magnitudes * (2 / n))
+        return Entries(losses, residuals, error, delta, columns, code.magnitudes * (2 / n), constants)
 
     def transpose(self, code: SparseCode) -> Transposed:
         return ops.transpose(code)
@@ -169,7 +171,7 @@ def of_step(
         of_decoder = replace(csc, rows=torch.where(csc.rows < n, rows, csc.rows + n * (len(ends) - 1)))
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": RowGradient(csc, [entries.delta], [x_c]),
-        **_of_parameters(layer, objective, sums, objective.constants(code, layer, n)),
+        **_of_parameters(layer, objective, sums, entries.constants),
         "W_dec": RowGradient(of_decoder, values, list(residuals), own),
         "b_dec": _b_dec(through_decoder, delta, layer, decoder),
     }

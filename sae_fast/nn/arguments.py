@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae_fast.objectives.given import flag
+
+__all__ = ["FLOATS", "average", "flag", "floating", "sizes", "whole"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,12 +39,6 @@ def sizes(name: str, values: Any, total: int) -> tuple[int, ...]:
     if not listed or not all(_is_int(n) and n > 0 for n in listed) or sum(map(int, listed)) != total:
         raise ValueError(f"{name}: got {values!r}, want positive ints whose sum is d_sae = {total}")
     return tuple(map(int, listed))
-
-
-def flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name}: got {value!r}, want True or False")
-    return bool(value)
 
 
 def floating(name: str, value: Any) -> torch.dtype:

@@ -90,7 +90,7 @@ class L0(Objective):
     def pull(self, code: SparseCode, layer: Layer, W_dec: Tensor, losses: Tensor, grads: Tensor, n: int) -> Pull:
         pi, threshold = self._at(code, layer)
         fires, inside = pi > threshold, self._window((pi - threshold) / self.bandwidth)
-        g = grads[0]
+        g, constants = grads[0], {}
         if self.form == "tanh":
             norms = W_dec.norm(dim=1)[code.indices]
             squashed = torch.tanh(self.tanh_scale * code.magnitudes * norms)
@@ -102,20 +102,14 @@ class L0(Objective):
             of_step = inside
             if self.window == "f":  # inactive entries: the feature's constant, of all n, less what the active ones have
                 of_step = (inside & fires).to(g.dtype) - (fires & self._window(threshold / self.bandwidth)).to(g.dtype)
+                constant = (-slopes.mean() / self.bandwidth).to(g.dtype)
+                constants["threshold"] = torch.where(self._window(layer.vectors[0] / self.bandwidth), constant, 0)
             slope = slopes if slopes.dim() == 0 else slopes[code.row_ids()]
             estimate = inside * g * (threshold / self.bandwidth) + of_step * (slope / (n * self.bandwidth)).to(g.dtype)
         delta = torch.where(fires, g, 0)
         if self.ste_to_input:
             delta = delta + estimate
-        return Pull(penalised(losses, penalty), (delta, delta, -estimate))
-
-    def constants(self, code: SparseCode, layer: Layer, n: int) -> dict[str, Tensor]:
-        if self.window != "f" or self.form == "tanh":
-            return {}
-        pi, threshold = self._at(code, layer)
-        _, slopes = self._penalty(pi > threshold, code, layer.vectors[0])
-        constant = (-slopes.mean() / self.bandwidth).to(code.u.dtype)
-        return {"threshold": torch.where(self._window(layer.vectors[0] / self.bandwidth), constant, 0)}
+        return Pull(penalised(losses, penalty), (delta, delta, -estimate), constants)
 
     def _penalty(self, fires: Tensor, code: SparseCode, threshold: Tensor) -> tuple[Tensor, Tensor]:
         """(the penalty, n times its slope in an entry's step: 0-d, or [n] by example), in float64."""

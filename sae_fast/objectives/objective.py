@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from math import inf
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -19,10 +21,12 @@ from sae_fast.objectives.prefixes import Prefixes
 
 class Pull(NamedTuple):
     """losses [3] of a code, and what its entries' values pull on: the gradients [nnz] of u, of the bias and of each
-    parameter of the activation, None for one that has none."""
+    parameter of the activation, None for one that has none; constants [F] by parameter: gradients that are no sum over
+    entries."""
 
     losses: Tensor
     pulled: Pulled
+    constants: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,6 @@ class Objective:
     def pull(self, code: SparseCode, layer: Layer, W_dec: Tensor, losses: Tensor, grads: Tensor, n: int) -> Pull:
         """The losses and what values pull on, from those of ops.decode_loss and its grads [V, nnz]."""
         return Pull(losses, layer.activation.pullback(code.u, list(grads), code.indices, layer.vectors))
-
-    def constants(self, code: SparseCode, layer: Layer, n: int) -> dict[str, Tensor]:
-        """[F] by parameter: gradients that are no sum over entries."""
-        return {}
 
 
 def penalised(losses: Tensor, penalty: Tensor) -> Tensor:

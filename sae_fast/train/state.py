@@ -70,6 +70,7 @@ class TrainState:
     under way on a GPU among them; ``since_fired`` [F] int64, with ``dead_after``: examples since a feature fired."""
 
     since_fired: Tensor | None
+    objective: Objective  # the settings', or the kind's own
 
     def __init__(self, sae: nn.SparseAutoencoder, settings: Settings):
         self.sae, self.since_fired = sae, None
@@ -94,16 +95,11 @@ class TrainState:
             raise ValueError(f"init_l0: got {settings.init_l0} for a {type(sae).__name__}, want None: its k decides")
         if hasattr(self, "_settings") and objective.unit_rows != (held := self.objective.unit_rows):
             raise ValueError(f"objective: got unit_rows = {objective.unit_rows} in a training, want {held}, as it began")
-        self._settings = settings
+        self._settings, self.objective = settings, objective
         if settings.dead_after is None:
             self.since_fired = None
         elif self.since_fired is None:
             self.since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
-
-    @property
-    def objective(self) -> Objective:
-        settings = self.settings
-        return settings.objective or default_objective(self.sae, settings.l1_coefficient, settings.dialect)
 
     def fired(self, code: SparseCode) -> Tensor | None:
         """``since_fired`` after a step on ``code``."""

@@ -122,10 +122,10 @@ def _follow(state: TrainState, objective: Objective, code: SparseCode, index: in
         sae.threshold.copy_(objective.next_threshold(sae.threshold, code, index))
     if _clamps(state):
         sae.get_parameter("threshold").clamp_(min=0)
-    if state.since_fired is None:
+    state.since_fired, dead_after = state.fired(code), state.settings.dead_after
+    if state.since_fired is None or dead_after is None:
         return None
-    dead, state.since_fired = state.dead(code), state.fired(code)
-    return int(dead.sum())
+    return int((state.since_fired >= dead_after).sum())
 
 
 def _clamps(state: TrainState) -> bool:
