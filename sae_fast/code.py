@@ -42,16 +42,6 @@ class Transposed:
         """An op's arguments."""
         return self.colptr, self.rows, self.perm
 
-    def beside(self, other: Transposed) -> Transposed:
-        """The entries of two codes of one batch, this one's first in a feature; ``perm`` counts this code's entries and
-        then the other's."""
-        n, at = self.rows.shape[0], torch.arange(self.rows.shape[0] + other.rows.shape[0], device=self.rows.device)
-        features = row_ids(self.colptr, n), row_ids(other.colptr, other.rows.shape[0])
-        order = torch.empty_like(at)
-        order[torch.cat([at[:n] + other.colptr[features[0]], at[: at.shape[0] - n] + self.colptr[features[1] + 1]])] = at
-        rows, perm = torch.cat([self.rows, other.rows]), torch.cat([self.perm, other.perm + n])
-        return Transposed(self.colptr + other.colptr, rows[order], perm[order])
-
 
 @dataclass(frozen=True, repr=False)
 class SparseCode:

@@ -155,13 +155,13 @@ def of_step(
     also = objective.norm_entries(code, decoder.W) if objective.costs_norm else None
     through_decoder = torch.stack([r[:n].sum(0) for r in residuals]).sum(0) * (2 / n)
     alive = None if revived is None else revived(-entries.error)
-    if alive is None:
-        csc = kernels.transpose(code)
-    else:
-        entries, csc, x_c = _joined(entries, alive), _by_feature(code, alive, kernels), torch.cat([x_c, x_c])
-        values = [entries.decoder, *(_padded(v, alive) for v in values[1:])]
+    if alive is not None:
+        code, entries = _joined(code, entries, alive)
+        x_c, room = torch.cat([x_c, alive.W_enc]), (0, alive.ids.shape[0])
+        values = [entries.decoder, *(torch.nn.functional.pad(v, room) for v in values[1:])]
         residuals = entries.residuals[: len(residuals)]
-        also = None if also is None else _padded(also, alive)
+        also = None if also is None else torch.nn.functional.pad(also, room)
+    csc = kernels.transpose(code)
     delta, *sums = kernels.sums(csc, entries.columns, also, x_c.shape[0])
     own = None if also is None else objective.norm_cost(decoder.W, sums.pop(), n)
     of_decoder = csc
@@ -178,29 +178,21 @@ def of_step(
     return StepGradients(entries.losses, entries.error, gradients)
 
 
-def _joined(entries: Entries, alive: Revived) -> Entries:
-    """A code's entries and then those of dead features, whose residuals are the last."""
-    columns = entries.columns.new_zeros(alive.delta.shape[0], entries.columns.shape[1])
-    columns[:, :2] = alive.delta[:, None]
+def _joined(code: SparseCode, entries: Entries, alive: Revived) -> tuple[SparseCode, Entries]:
+    """A code's entries, and then one of weight 1 for each revived feature, whose example is the rows of its gradients."""
+    n, ones = alive.ids.shape[0], torch.ones_like(alive.bias)
+    indptr = torch.arange(n + 1, device=ones.device)
+    rows = SparseCode(torch.Size((n, code.d_sae)), indptr, alive.ids.int(), ones, ones.expand(code.values.shape[0], n))
+    columns = entries.columns.new_zeros(n, entries.columns.shape[1])
+    columns[:, :2] = alive.bias[:, None]
     first, *others = entries.residuals
-    return entries._replace(
+    return SparseCode.cat([code, rows]), entries._replace(
         losses=torch.cat([entries.losses[:2], entries.losses[2:] + alive.loss]),
-        residuals=(torch.cat([first, alive.residual]), *(torch.cat([r, torch.zeros_like(alive.residual)]) for r in others)),
-        delta=torch.cat([entries.delta, alive.delta]),
+        residuals=(torch.cat([first, alive.W_dec]), *(torch.cat([r, torch.zeros_like(alive.W_dec)]) for r in others)),
+        delta=torch.cat([entries.delta, ones]),
         columns=torch.cat([entries.columns, columns]),
-        decoder=torch.cat([entries.decoder, alive.decoder]),
+        decoder=torch.cat([entries.decoder, ones]),
     )
-
-
-def _by_feature(code: SparseCode, alive: Revived, kernels: Kernels) -> Transposed:
-    """The same by feature; those of dead ones are of examples of their own, as both codes may have an entry."""
-    csc = kernels.transpose(alive.code)
-    return kernels.transpose(code).beside(replace(csc, rows=csc.rows + code.batch))
-
-
-def _padded(values: Tensor, alive: Revived) -> Tensor:
-    """Values [nnz] of a code's entries, and zeros for those of dead features."""
-    return torch.cat([values, values.new_zeros(alive.code.nnz)])
 
 
 def of_dense_step(

@@ -143,6 +143,13 @@ GROUPS["objectives"] = [
         "test_gradients.py -k 'topk and 57'",
     ),
     Mutant(
+        "AuxK touches every dead feature",
+        "sae_fast/objectives/auxk.py",
+        "ids[ops.touched(csc)], replace(csc, colptr=csc.colptr.unique_consecutive())",
+        "ids, csc",
+        "test_kinds.py::test_an_aid_touches_the_dead_features_that_it_has_chosen",
+    ),
+    Mutant(
         "dead features reconstruct the opposite of the error",
         "sae_fast/gradients.py",
         "revived(-entries.error)",

@@ -16,15 +16,15 @@ DIALECTS = ("dictionary_learning", "saelens")
 
 
 class Revived(NamedTuple):
-    """The second value set, on entries of dead features alone: their ``code`` among all F features; loss, 0-d; delta [nnz],
-    the gradient of u and of the bias; decoder [nnz], the weights of residual [B, d_out] in W_dec's gradient; unscaled,
-    0-d: E‖e − ê‖²."""
+    """A second value set on dead features alone, summed over its entries: ``ids`` [n] int64, the features that have any,
+    ascending; loss, 0-d; the rows of their gradients W_enc [n, d] and W_dec [n, d_out]; bias [n], that of the bias and the
+    sum of u's; unscaled, 0-d: E‖e − ê‖²."""
 
-    code: SparseCode
+    ids: Tensor
     loss: Tensor
-    delta: Tensor
-    decoder: Tensor
-    residual: Tensor
+    W_enc: Tensor
+    W_dec: Tensor
+    bias: Tensor
     unscaled: Tensor
 
 
@@ -55,8 +55,8 @@ class AuxK:
     def revive(
         self, x_c: Tensor, error: Tensor, layer: Layer, W_dec: Tensor, dead: Tensor, precision: str
     ) -> Revived | None:
-        """The entries of the features ``dead`` [F] bool for encoder inputs x_c and errors x − x̂ [B, d_out]; None without
-        any.  Synchronises on a GPU."""
+        """What the features ``dead`` [F] bool make of encoder inputs x_c and errors x − x̂ [B, d_out]; None without any.
+        Synchronises on a GPU."""
         ids = dead.nonzero()[:, 0]
         if ids.shape[0] == 0:
             return None
@@ -71,9 +71,17 @@ class AuxK:
         else:
             spread = (error - error.mean(0)).pow(2).sum(1).sum() / n  # by rows: the same for any number of threads
             scale = torch.where(spread > 0, self.coefficient / spread, 0)
-        code = replace(code, shape=torch.Size((n, W_dec.shape[0])), indices=ids[code.indices.long()].int())
-        decoder = code.magnitudes * (scale * (2 / n))
-        return Revived(code, out.losses[0] * scale, out.grads[0] * scale, decoder, out.residual, out.losses[0])
+        csc = ops.transpose(code)
+        ids, csc = ids[ops.touched(csc)], replace(csc, colptr=csc.colptr.unique_consecutive())
+        delta = out.grads[0] * scale
+        return Revived(
+            ids,
+            loss=out.losses[0] * scale,
+            W_enc=ops.outer(csc, [delta], [x_c]),
+            W_dec=ops.outer(csc, [code.magnitudes * (scale * (2 / n))], [out.residual]),
+            bias=torch.segment_reduce(delta[csc.perm], "sum", offsets=csc.colptr),
+            unscaled=out.losses[0],
+        )
 
     def _code(self, x_c: Tensor, W: Tensor, bias: Tensor, k: int, precision: str, norms: Tensor | None) -> SparseCode:
         if self.dialect == "dictionary_learning":

@@ -174,6 +174,21 @@ def test_a_training_has_the_same_bits_on_any_number_of_threads():
     assert_same_bits(one, four)
 
 
+def test_an_aid_touches_the_dead_features_that_it_has_chosen():
+    sae, x, dead = sf.TopKSAE(D, F, k=4, seed=0), randn(B, D, seed=1), torch.arange(F) < 5
+    with torch.no_grad():
+        sae.b_enc[dead] = torch.tensor([-100.0, -1.0, -100.0, -1.0, -100.0])
+    for chosen in ([1, 3], []):
+        done, _ = sae.row_gradients(x, TopK(aux=AuxK()), dead=lambda code: dead)
+        for name in ("W_enc", "W_dec"):
+            touched = sf.ops.touched(done.by_name[name].csc)
+            assert touched[touched < 5].tolist() == chosen, name
+            assert bool(sf.optim.to_dense(done.by_name[name], sae.W_dec)[chosen].any(1).all()), name
+        assert done.losses[2] > 0
+        with torch.no_grad():
+            sae.b_enc[dead] = -100.0
+
+
 def test_saelens_aid_moves_what_is_at_0():
     sae, x, dead = sf.TopKSAE(D, F, k=4, seed=0), randn(B, D, seed=1), torch.arange(F) < 5
     x[::2] = 0  # π is 0 there, and no ReLU is behind the aid's values
