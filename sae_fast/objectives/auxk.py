@@ -55,7 +55,7 @@ class AuxK:
     def revive(
         self, x_c: Tensor, error: Tensor, layer: Layer, W_dec: Tensor, dead: Tensor, precision: str
     ) -> Revived | None:
-        """What the features ``dead`` [F] bool make of encoder inputs x_c and errors x − x̂ [B, d_out]; None without any.
+        """The part of the features ``dead`` [F] bool, for encoder inputs x_c and errors x − x̂ [B, d_out]; None without any.
         Synchronises on a GPU."""
         ids = dead.nonzero()[:, 0]
         if ids.shape[0] == 0:
