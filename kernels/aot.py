@@ -102,18 +102,18 @@ def needs(it: Variant) -> Needs:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
+        usage = tool("cuobjdump", "-res-usage", file.name)
         found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
         if len(found) != 1:
             raise RuntimeError(f"cuobjdump: got {usage!r}, want the resources of one kernel")
         registers, stack, local = map(int, found[0])
         # Disassembly is slow, and what has no stack has nowhere to spill to.
-        assembly = _tool("nvdisasm", "-c", file.name) if stack + local else ""
+        assembly = tool("nvdisasm", "-c", file.name) if stack + local else ""
     spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
     return {"registers": registers, "shared": compiled.metadata.shared, "spills": spills, "stack": stack + local}
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 

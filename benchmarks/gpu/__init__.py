@@ -8,4 +8,7 @@ cases.py        what is measured, by whom, in which order, and what it should re
 measure.py      the check, the clock and the CSV
 bench.py        runs the cases
 tune.py         other tile sizes for the kernels
+sass.py         instructions of the kernels, counted in their machine code
+model.py        what a step's kernels should take, beside what they took
+cuts.py         what changes to them should bring
 """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 
+from benchmarks.gpu import cuts, model
+from benchmarks.gpu.profile import read
 from benchmarks.gpu.world import LARGE, SMALL
 from benchmarks.registry import OURS
 from benchmarks.tables._figures import Figures
@@ -63,25 +64,39 @@ def measured() -> str:
 @table
 def profile() -> str:
     """Where the time of a step goes, kernel by kernel."""
-    title, runs = _profile()
-    names = dict.fromkeys(name for _, _, kernels in runs for name, ms in kernels.items() if name[0] == "_" and ms >= SHOWN)
-    rows = [[f"`{name}`", *(f"{kernels[name]:.2f}" if name in kernels else "" for *_, kernels in runs)] for name in names]
-    rest = [total - sum(kernels.get(name, 0.0) for name in names) for _, total, kernels in runs]
+    title = PROFILE.read_text("utf-8").partition("\n")[0].removeprefix("# python -m benchmarks.gpu.profile, ")
+    runs = read(PROFILE)
+    names = dict.fromkeys(name for run in runs for name, ms in run.kernels.items() if name[0] == "_" and ms >= SHOWN)
+    rows = [[f"`{name}`", *(f"{run.kernels[name]:.2f}" if name in run.kernels else "" for run in runs)] for name in names]
+    rest = [run.total - sum(run.kernels.get(name, 0.0) for name in names) for run in runs]
     rows.append(["the others", *(f"{value:.2f}" for value in rest)])
-    rows.append(["all", *(f"{total:.2f}" for _, total, _ in runs)])
-    return grid(["kernel, ms of a step", *(name for name, *_ in runs)], rows) + source(PROFILE, f"{SAID}; {title}")
+    rows.append(["all", *(f"{run.total:.2f}" for run in runs)])
+    headings = (f"{run.precision}, {SIZES[str(run.shape)]}" for run in runs)
+    return grid(["kernel, ms of a step", *headings], rows) + source(PROFILE, f"{SAID}; {title}")
 
 
-def _profile() -> tuple[str, list[tuple[str, float, dict[str, float]]]]:
-    """(what the file says of itself, its runs: name, milliseconds of all kernels, of each)."""
-    first, *blocks = PROFILE.read_text("utf-8").split("\n", 1)
-    runs = []
-    for block in blocks[0].strip().split("\n\n"):
-        head, *lines = block.splitlines()
-        precision, x, total = re.fullmatch(r"(\w+), (.+): ([\d.]+) ms of kernels a step", head).groups()  # type: ignore[union-attr]
-        kernels: dict[str, float] = {}
-        for line in lines:
-            ms, name = line.strip().split(" ms  ", 1)
-            kernels[name] = float(ms)
-        runs.append((f"{precision}, {SIZES[x]}", float(total), kernels))
-    return first.removeprefix("# ").removeprefix("python -m benchmarks.gpu.profile, "), runs
+@table
+def modelled() -> str:
+    """The kernels that take time as the cost model has them, over what was measured."""
+    runs, counts, here = read(PROFILE), model.counts_of(RUN), model.Machine()
+    cells: dict[str, dict[str, str]] = {}
+    for row in model.compare(runs, counts, here):
+        if row.measured > 0.1:
+            cells.setdefault(row.name, {})[row.run] = f"{row.predicted:.2f} / {row.measured:.2f}"
+    columns = {f"{run.precision}, {run.shape}": f"{run.precision}, {SIZES[str(run.shape)]}" for run in runs}
+    rows = [[f"`{name}`", *(found.get(run, "") for run in columns)] for name, found in cells.items()]
+    return grid(["kernel, ms: model / measured", *columns.values()], rows) + source(
+        PROFILE, "`python -m benchmarks.gpu.model`"
+    )
+
+
+@table
+def predicted() -> str:
+    """What changes to these kernels should bring."""
+    runs, counts = read(PROFILE), model.counts_of(RUN)
+    savings = [cuts.saved(run, counts, model.Machine()) for run in runs]
+    rows = [[name, *(f"{each[name]:.2f}" for each in savings)] for name in savings[0]]
+    left = (run.total - sum(each.values()) for run, each in zip(runs, savings, strict=True))
+    rows += [["kernels as measured", *(f"{run.total:.2f}" for run in runs)], ["with all", *(f"{ms:.2f}" for ms in left)]]
+    headings = (f"{run.precision}, {SIZES[str(run.shape)]}" for run in runs)
+    return grid(["predicted: ms that a step saves", *headings], rows) + source(PROFILE, "`python -m benchmarks.gpu.cuts`")

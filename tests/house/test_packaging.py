@@ -27,8 +27,8 @@ MADE_FOR_THE_SDIST = r"PKG-INFO|setup\.cfg|sae_fast\.egg-info/.+"
 # What needs a package that is no dependency, by module.
 EXTRAS = {
     r"sae_fast\.(kernels(\..+)?|train\.device_(step|graphs))": "gpu",
-    r"sae_fast\.interop\.dictionary_learning": "dictionary-learning",
-    r"sae_fast\.interop\.saelens": "saelens",
+    r"sae_fast\.interop\.dictionary_learning(\..+)?": "dictionary-learning",
+    r"sae_fast\.interop\.saelens(\..+)?": "saelens",
     r"sae_fast\.interop\.saebench": "saebench",
 }
 NO_COMPILER = r"error: the CPU kernels cannot be built: .+; want a C\+\+17 compiler and Python's headers .+"
