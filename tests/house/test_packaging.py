@@ -30,6 +30,7 @@ EXTRAS = {
     r"sae_fast\.interop\.dictionary_learning(\..+)?": "dictionary-learning",
     r"sae_fast\.interop\.saelens(\..+)?": "saelens",
     r"sae_fast\.interop\.saebench": "saebench",
+    r"sae_fast\.interop\.sparsify": "sparsify",
 }
 NO_COMPILER = r"error: the CPU kernels cannot be built: .+; want a C\+\+17 compiler and Python's headers .+"
 ONE_THREAD = "this compiler has no OpenMP: the CPU kernels will run on one thread"
