@@ -6,14 +6,15 @@ Formulas: MATH.md §2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae_fast import activations
-from sae_fast.code import SparseCode, Transposed
+from sae_fast.code import RowGradient, SparseCode, Transposed
 from sae_fast.gradients import feature_sums, no_second, outer
 from sae_fast.objectives import Objective, of_dialect
 from sae_fast.ops.autograd import call, differentiable, function
@@ -71,28 +72,37 @@ def _loss(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, object
     return Loss(losses.sum(), *losses.unbind())
 
 
-class _TakenAlong(torch.autograd.Function):
-    """losses [3] of a step, and their sum's gradients, which its own kernels take."""
+class TakenAlong(NamedTuple):
+    """The gradient of a parameter, taken along with a loss: that of the weight [F, d] or vector ``of``, on which it was
+    taken; the parameter is that, or, if ``flipped``, its transpose."""
 
+    parameter: Tensor
+    gradient: RowGradient | Tensor
+    of: Tensor
+    flipped: bool = False
+
+
+class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sae: Any, x: Tensor, objective: Objective, dead: Tensor | None, *parameters: Tensor) -> Tensor:
-        done, _ = sae.row_gradients(x, objective, dead=None if dead is None else lambda code: dead)
-        ctx.gradients = [
-            g if g is None or isinstance(g, Tensor) else dense_gradient(p, g, 0)
-            for g, p in ((done.by_name.get(name), p) for name, p in sae.named_parameters())
-        ]
-        return done.losses.clone()
+    def forward(ctx, loss: Tensor, taken: Sequence[TakenAlong], *parameters: Tensor) -> Tensor:
+        ctx.taken = taken
+        ctx.save_for_backward(*parameters)
+        return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, None, *(None if g is None else g * grad_losses[0] for g in ctx.gradients)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # torch's error, if one was changed since
+        found: list[Tensor | None] = []
+        for needed, (_, gradient, of, flipped) in zip(ctx.needs_input_grad[2:], ctx.taken, strict=True):
+            dense = dense_gradient(of, gradient) * grad if needed else None
+            found.append(dense.T if dense is not None and flipped else dense)
+        return None, None, *found
 
 
-def taken_along(sae: Any, x: Tensor, objective: Objective, dead: Tensor | None) -> Loss:
-    """The terms of an objective on rows x [B, d] of a layer; the total alone is differentiable."""
-    losses = _TakenAlong.apply(sae, x, objective, dead, *sae.parameters())
-    return Loss(losses.sum(), *losses.detach().unbind())
+def with_gradients(loss: Tensor, taken: Sequence[TakenAlong]) -> Tensor:
+    """A loss, 0-d, whose gradients were taken along; what is dense of them is made in the backward pass."""
+    return _WithGradients.apply(loss, taken, *(t.parameter for t in taken))
 
 
 # ---- encode ---------------------------------------------------------------------------------------------------------

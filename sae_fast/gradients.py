@@ -75,7 +75,7 @@ class Entries(NamedTuple):
     """Losses and gradients on the entries of a code.  losses [3]; residuals [B, d_out] of each value set, or [G · B, d_out]
     of prefixes, the suffix sums R of MATH.md §8; error [B, d_out] = x̂ − target; delta [nnz], the gradient of u; columns
     [nnz, 2 + P or more]: delta and the gradients of the bias and the activation's parameters; decoder [nnz]: the magnitudes
-    times 2/B, the weights of the residuals in W_dec's gradient; constants [F] by parameter: no sums over entries."""
+    times 2/B, the weights of the residuals in W_dec's gradient; constants and norms: a Pull's."""
 
     losses: Tensor
     residuals: tuple[Tensor, ...]
@@ -84,6 +84,7 @@ class Entries(NamedTuple):
     columns: Tensor
     decoder: Tensor
     constants: Mapping[str, Tensor] = MappingProxyType({})
+    norms: Tensor | None = None
 
 
 class Kernels(Protocol):
@@ -119,13 +120,13 @@ class HostKernels:
         out = ops.decode_loss(
             code, decoder.W, decoder.b, target, weight, n, prefixes=ends, prefix_weights=costs, zeros=objective.zeros
         )
-        losses, pulled, constants = objective.pull(code, layer, decoder.W, out.losses, out.grads, n)
+        losses, pulled, constants, norms = objective.pull(code, layer, decoder.W, out.losses, out.grads, n)
         delta = pulled[0]
         assert delta is not None
         columns = torch.stack([torch.zeros_like(delta) if p is None else p for p in pulled], dim=1)
         error = out.residual if costs is None else out.residual[-1] / costs[-1]
         residuals = tuple(r.reshape(-1, r.shape[-1]) for r in (out.residual, out.residual_aux)[: code.values.shape[0]])
-        return Entries(losses, residuals, error, delta, columns, code.magnitudes * (2 / n), constants)
+        return Entries(losses, residuals, error, delta, columns, code.magnitudes * (2 / n), constants, norms)
 
     def transpose(self, code: SparseCode) -> Transposed:
         return ops.transpose(code)
@@ -152,7 +153,7 @@ def of_step(
         residuals = residuals[:1]
     elif len(residuals) == 2:
         values.append(code.values[1] * (2 / n))
-    also = objective.norm_entries(code, decoder.W) if objective.costs_norm else None
+    also = entries.norms
     through_decoder = torch.stack([r[:n].sum(0) for r in residuals]).sum(0) * (2 / n)
     alive = None if revived is None else revived(-entries.error)
     if alive is not None:

@@ -100,7 +100,7 @@ class RowAdam(torch.optim.Optimizer):
         state, (beta1, beta2) = self.state[p], group["betas"]
         as_it_is = not state and group["unit_rows"] and not group.get("unit_start", True)  # each row is to be made unit
         if as_it_is or group["eps"] == 0:
-            gradient = to_dense(gradient, p)
+            gradient = ops.dense_gradient(p, gradient)
         if not state:
             self._initialise(p, state, group)
             if shadow is not None and group["unit_rows"]:
@@ -190,14 +190,6 @@ def _check_momentum(state: Mapping[str, Any], betas: tuple[float, float]) -> Non
             f"betas: got β1 = {betas[0]} after {state['step']} steps from a start at β1 = 0, whose last gradient, where "
             "torch's Adam would go on from, is not kept; want β1 = 0, a start at β1 > 0, or a new optimizer"
         )
-
-
-def to_dense(gradient: RowGradient | Tensor, p: Tensor) -> Tensor:
-    """The gradient in the shape of its parameter p."""
-    if isinstance(gradient, Tensor):
-        return gradient
-    grad = ops.outer(gradient.csc, gradient.values, gradient.A).reshape(p.shape)
-    return grad if gradient.self_coefficient is None else grad + gradient.self_coefficient[:, None] * p
 
 
 def _as_rows(p: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from sae_fast import arguments
 from sae_fast.interop import _norms, hub
 from sae_fast.interop.formats import FORMATS, Loaded, config_of, format_of
-from sae_fast.nn import KINDS, GatedSAE, SparseAutoencoder, arguments
+from sae_fast.nn import KINDS, GatedSAE, SparseAutoencoder
 from sae_fast.nn.scale import scale_input_, unscale_
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast import activations, functional, gradients, ops
+from sae_fast import activations, arguments, functional, gradients, ops
 from sae_fast.code import Decoder, Layer, SparseCode
-from sae_fast.nn import arguments
 from sae_fast.objectives import Objective, Revived
 from sae_fast.ops import checks
 from sae_fast.ops.dispatch import without_autocast
@@ -293,7 +292,10 @@ class SparseAutoencoder(nn.Module):
         if dead is not None:
             checks.shape("dead", dead, self.d_sae)
             checks.dtype("dead", dead, torch.bool)
-        return functional.taken_along(self, rows, objective, dead)
+        done, _ = self.row_gradients(rows, objective, dead=None if dead is None else lambda code: dead)
+        weights = {name: self.get_parameter(name) for name in done.by_name}
+        taken = [functional.TakenAlong(p, done.by_name[name], p) for name, p in weights.items()]
+        return Loss(functional.with_gradients(done.losses.sum(), taken), *done.losses.unbind())
 
     @torch.no_grad()
     @without_autocast()

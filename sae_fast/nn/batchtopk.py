@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast import arguments
 from sae_fast.code import SparseCode
-from sae_fast.nn import arguments
 from sae_fast.nn.grouped import GroupedSAE
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast import ops
+from sae_fast import arguments, ops
 from sae_fast.code import SparseCode
-from sae_fast.nn import arguments
 from sae_fast.nn.base import SparseAutoencoder
 from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast

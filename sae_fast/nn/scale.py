@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from sae_fast.nn import SparseAutoencoder, arguments
+from sae_fast import arguments
+from sae_fast.nn import SparseAutoencoder
 
 INPUT_SCALE = "input_scale"  # in an SAE's metadata: s, where its weights take x / s
 

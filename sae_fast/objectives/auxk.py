@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_fast import ops
+from sae_fast import arguments, ops
 from sae_fast.code import Layer, SparseCode
-from sae_fast.objectives import given
 
 DIALECTS = ("dictionary_learning", "saelens")
 
@@ -43,10 +42,10 @@ class AuxK:
     by_norm: bool = False
 
     def __post_init__(self) -> None:
-        coefficient = given.number("aux: coefficient", self.coefficient, given.positive, "a number > 0")
+        coefficient = arguments.number("aux: coefficient", self.coefficient, arguments.positive, "a number > 0")
         object.__setattr__(self, "coefficient", coefficient)
         if self.k is not None:
-            object.__setattr__(self, "k", given.number("aux: k", self.k, given.counts, "a positive int or None"))
+            object.__setattr__(self, "k", arguments.whole("aux: k", self.k, wanted="a positive int or None"))
         if self.dialect not in DIALECTS:
             raise ValueError(f"aux: dialect: got {self.dialect!r}, want one of {DIALECTS}")
         if self.by_norm and self.dialect != "saelens":

@@ -8,9 +8,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from sae_fast import arguments
 from sae_fast.activations.activation import Activation
 from sae_fast.code import Layer, SparseCode
-from sae_fast.objectives import given
 from sae_fast.objectives.objective import Objective, Pull, penalised
 
 FORMS = ("step", "target", "quadratic", "tanh")
@@ -49,7 +49,7 @@ class L0(Objective):
             if value not in among:
                 raise ValueError(f"{name}: got {value!r}, want one of {among}")
         for name in ("bandwidth", "tanh_scale", *(["target"] if self.target is not None else [])):
-            object.__setattr__(self, name, given.number(name, getattr(self, name), given.positive, "a number > 0"))
+            object.__setattr__(self, name, arguments.number(name, getattr(self, name), arguments.positive, "a number > 0"))
         if form in ("target", "quadratic") and self.target is None:
             raise ValueError(f"target: got None with form {form!r}, want a number > 0")
         if self.window == "f" and self.ste_to_input:
@@ -82,20 +82,17 @@ class L0(Objective):
         pi, threshold = self._at(code, layer)
         return code.with_values(torch.where(pi > threshold, pi, 0)[None])
 
-    def norm_entries(self, code: SparseCode, W_dec: Tensor) -> Tensor:
-        f = code.magnitudes
-        scaled = self.tanh_scale * f * W_dec.norm(dim=1)[code.indices]
-        return (1 - torch.tanh(scaled).square()) * (self.tanh_scale * f)
-
     def pull(self, code: SparseCode, layer: Layer, W_dec: Tensor, losses: Tensor, grads: Tensor, n: int) -> Pull:
         pi, threshold = self._at(code, layer)
         fires, inside = pi > threshold, self._window((pi - threshold) / self.bandwidth)
-        g, constants = grads[0], {}
+        g, constants, of_norms = grads[0], {}, None
         if self.form == "tanh":
             norms = W_dec.norm(dim=1)[code.indices]
             squashed = torch.tanh(self.tanh_scale * code.magnitudes * norms)
             penalty = code.row_sums(squashed).mean(dtype=torch.float64) * self.coefficient
-            g = g + (1 - squashed.square()) * (norms * (self.tanh_scale * self.coefficient / n))
+            slope = 1 - squashed.square()
+            g = g + slope * (norms * (self.tanh_scale * self.coefficient / n))
+            of_norms = slope * (self.tanh_scale * code.magnitudes)
             estimate = inside * g * (threshold / self.bandwidth)
         else:
             penalty, slopes = self._penalty(fires, code, layer.vectors[0])
@@ -109,7 +106,7 @@ class L0(Objective):
         delta = torch.where(fires, g, 0)
         if self.ste_to_input:
             delta = delta + estimate
-        return Pull(penalised(losses, penalty), (delta, delta, -estimate), constants)
+        return Pull(penalised(losses, penalty), (delta, delta, -estimate), constants, of_norms)
 
     def _penalty(self, fires: Tensor, code: SparseCode, threshold: Tensor) -> tuple[Tensor, Tensor]:
         """(the penalty, n times its slope in an entry's step: 0-d, or [n] by example), in float64."""

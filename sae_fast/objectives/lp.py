@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sae_fast import arguments
 from sae_fast.code import Layer, SparseCode
-from sae_fast.objectives import given
 from sae_fast.objectives.objective import Objective, Pull, penalised
 
 
@@ -22,7 +22,7 @@ class Lp(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "p", given.number("p", self.p, lambda p: 0 < p <= 1, "0 < p ≤ 1"))
+        object.__setattr__(self, "p", arguments.number("p", self.p, lambda p: 0 < p <= 1, "0 < p ≤ 1"))
         if self.p != 1 and self.costs_norm:
             raise ValueError(f"p: got {self.p} with a penalty on decoder norms, want 1")
 

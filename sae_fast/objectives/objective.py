@@ -12,9 +12,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_fast import arguments
 from sae_fast.activations.activation import Activation, Pulled
 from sae_fast.code import Layer, SparseCode
-from sae_fast.objectives import given
 from sae_fast.objectives.auxk import AuxK
 from sae_fast.objectives.prefixes import Prefixes
 
@@ -22,11 +22,12 @@ from sae_fast.objectives.prefixes import Prefixes
 class Pull(NamedTuple):
     """losses [3] of a code, and what its entries' values pull on: the gradients [nnz] of u, of the bias and of each
     parameter of the activation, None for one that has none; constants [F] by parameter: gradients that are no sum over
-    entries."""
+    entries; norms [nnz], if the penalty costs norms: n / coefficient times its gradient with respect to ‖d_i‖."""
 
     losses: Tensor
     pulled: Pulled
     constants: Mapping[str, Tensor] = MappingProxyType({})
+    norms: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not isinstance(self.coefficient, Tensor):
-            coefficient = given.number("coefficient", self.coefficient, lambda c: 0 <= c < inf, "a number ≥ 0")
+            coefficient = arguments.number("coefficient", self.coefficient, lambda c: 0 <= c < inf, "a number ≥ 0")
             object.__setattr__(self, "coefficient", coefficient)
         for name, kind in (("prefixes", Prefixes), ("aux", AuxK)):
             part = getattr(self, name)
@@ -59,7 +60,7 @@ class Objective:
                 raise ValueError(f"{name}: got {part!r}, want {kind.__name__} or None")
         for part in fields(self):
             if part.type == "bool":
-                object.__setattr__(self, part.name, given.flag(part.name, getattr(self, part.name)))
+                object.__setattr__(self, part.name, arguments.flag(part.name, getattr(self, part.name)))
 
     @property
     def plain(self) -> bool:
@@ -73,7 +74,7 @@ class Objective:
 
     @property
     def costs_norm(self) -> bool:
-        """True if the penalty has a gradient for the norms of the decoder's rows: :meth:`norm_entries`."""
+        """True if the penalty has a gradient for the norms of the decoder's rows: by default Σ of the last value set."""
         return False
 
     def now(self, coefficient: float | Tensor, step: int, features: int) -> Objective:
@@ -107,18 +108,15 @@ class Objective:
         """[F]: the cost of each feature's activation, of the last value set."""
         return W_dec.new_zeros(W_dec.shape[0])
 
-    def norm_entries(self, code: SparseCode, W_dec: Tensor) -> Tensor:
-        """[nnz]: n / coefficient times the gradient of the penalty with respect to ‖d_i‖."""
-        return code.values[-1]
-
     def norm_cost(self, W_dec: Tensor, sums: Tensor, n: int) -> Tensor:
-        """[F], times W_dec: the gradient of the penalty through the rows' norms; sums [F], of :meth:`norm_entries`."""
+        """[F], times W_dec: the gradient of the penalty through the rows' norms; sums [F], of a Pull's ``norms``."""
         norm = W_dec.norm(dim=1)
         return torch.where(norm > 0, sums * (self.coefficient / n) / norm, 0)  # at 0 the subgradient that autograd takes
 
     def pull(self, code: SparseCode, layer: Layer, W_dec: Tensor, losses: Tensor, grads: Tensor, n: int) -> Pull:
         """The losses and what values pull on, from those of ops.decode_loss and its grads [V, nnz]."""
-        return Pull(losses, layer.activation.pullback(code.u, list(grads), code.indices, layer.vectors))
+        pulled = layer.activation.pullback(code.u, list(grads), code.indices, layer.vectors)
+        return Pull(losses, pulled, norms=code.values[-1] if self.costs_norm else None)
 
 
 def penalised(losses: Tensor, penalty: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_fast.objectives import given
+from sae_fast import arguments
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,14 @@ class Prefixes:
 
     def __post_init__(self) -> None:
         for name, fits, wanted in (
-            ("group_sizes", given.counts, "positive ints"),
-            ("fractions", given.positive, "positive numbers that add up to 1"),
+            ("group_sizes", arguments.counts, "positive ints"),
+            ("fractions", arguments.positive, "positive numbers that add up to 1"),
             ("weights", lambda c: 0 <= c < inf, "numbers ≥ 0, one a prefix, the last > 0"),
         ):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, given.numbers(name, value, fits, wanted))
+                object.__setattr__(self, name, arguments.numbers(name, value, fits, wanted))
         for name in ("random", "seed"):
-            value = given.number(name, getattr(self, name), lambda n: isinstance(n, int) and n >= 0, "an int ≥ 0")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, arguments.whole(name, getattr(self, name), 0, wanted="an int ≥ 0"))
         ways = [name for name in ("group_sizes", "fractions", "random") if getattr(self, name)]
         if len(ways) != 1:
             raise ValueError(f"group_sizes, fractions, random: got {ways or 'none'}, want one of them")

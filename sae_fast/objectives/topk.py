@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sae_fast import arguments
 from sae_fast.code import SparseCode
-from sae_fast.objectives import given
 from sae_fast.objectives.objective import Objective
 
 
@@ -33,7 +33,7 @@ class TopK(Objective):
             ("threshold_beta", lambda beta: 0 <= beta < 1, "0 ≤ β < 1"),
             ("threshold_start", lambda steps: steps >= 0, "steps ≥ 0"),
         ):
-            object.__setattr__(self, name, given.number(name, getattr(self, name), fits, wanted))
+            object.__setattr__(self, name, arguments.number(name, getattr(self, name), fits, wanted))
 
     def next_threshold(self, threshold: Tensor, code: SparseCode, step: int) -> Tensor:
         """0-d: what a threshold, negative while it is not set, is after a step on ``code``."""

@@ -12,7 +12,7 @@ from sae_fast.ops.grad_sqnorm import grad_sqnorm
 from sae_fast.ops.outer import outer, touched
 from sae_fast.ops.sampled_dots import sampled_dots
 from sae_fast.ops.transpose import transpose
-from sae_fast.ops.weight_step import project_rows, row_step, weight_step
+from sae_fast.ops.weight_step import dense_gradient, project_rows, row_step, weight_step
 
 __all__ = [
     "PRECISIONS",
@@ -21,6 +21,7 @@ __all__ = [
     "Shadow",
     "decode",
     "decode_loss",
+    "dense_gradient",
     "dense_gradients",
     "dense_step_pays",
     "encode",

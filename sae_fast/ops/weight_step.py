@@ -210,11 +210,13 @@ def _triton_rows(state: Rows, grad: Tensor, adam: Adam) -> None:
         refresh_shadow(state.W, state.shadow)
 
 
-def dense_gradient(W: Tensor, gradient: RowGradient, first_feature: int) -> Tensor:
-    """The gradient [n, d] of the rows of W, which are the features first_feature .. + n."""
+def dense_gradient(W: Tensor, gradient: RowGradient | Tensor, first_feature: int = 0) -> Tensor:
+    """The gradient of W [n, d] or [n], whose rows are the features first_feature .. + n, in its shape; a Tensor is it."""
+    if isinstance(gradient, Tensor):
+        return gradient
     *arguments, own = gradient.parts()
-    grad = torch.ops.sae_fast.outer(*arguments, None, first_feature, W.shape[0])
-    return grad if own is None else grad + own[:, None] * W
+    grad = torch.ops.sae_fast.outer(*arguments, None, first_feature, W.shape[0]).reshape(W.shape)
+    return grad if own is None else grad.add_(own[:, None] * W)
 
 
 def project_rows(grad: Tensor, W: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class DeviceKernels:
         of_code = code.begin, code.end, code.indices, code.values
         decode_loss(of_code, decoder.W, decoder.b, target, weight, float(B), out, step)
         losses, residuals = out.losses.sum(0, dtype=torch.float64) / B, tuple(out.residuals)
-        return Entries(losses, residuals, residuals[0], delta, step.entries, weights)
+        norms = code.values[-1] if objective.costs_norm else None
+        return Entries(losses, residuals, residuals[0], delta, step.entries, weights, norms=norms)
 
     def transpose(self, code: Gapped) -> Transposed:
         csc = Transposed.empty(self.features, code.indices)

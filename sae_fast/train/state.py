@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sae_fast import nn, ops
+from sae_fast import arguments, nn, ops
 from sae_fast.code import SparseCode
-from sae_fast.objectives import Matryoshka, Objective, TopK, given, of_dialect
+from sae_fast.objectives import Matryoshka, Objective, TopK, of_dialect
 from sae_fast.optim import RowAdam
 from sae_fast.reference import DIALECTS
 
@@ -52,7 +52,7 @@ class Settings:
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip: got {self.grad_clip}, want > 0 or None")
         if self.dead_after is not None:
-            given.number("dead_after", self.dead_after, given.positive, "a number of examples > 0 or None")
+            arguments.number("dead_after", self.dead_after, arguments.positive, "a number of examples > 0 or None")
         if self.objective is not None and not isinstance(self.objective, Objective):
             raise ValueError(f"objective: got {self.objective!r}, want one of sae_fast.objectives, or None")
         if self.objective is not None and isinstance(coefficient := self.objective.coefficient, Tensor):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = """
     activations
-    backend code devices extras files metrics reference signals
+    arguments backend code devices extras files metrics reference signals
     kernels
     ops
     objectives

@@ -9,8 +9,7 @@ from helpers import Judge, assert_repeats, randn
 import sae_fast as sf
 from sae_fast import ops, use_backend
 from sae_fast.objectives import of_dialect
-from sae_fast.ops import crossovers, dense_step
-from sae_fast.optim import to_dense
+from sae_fast.ops import crossovers, dense_gradient, dense_step
 from sae_fast.reference import DIALECTS
 
 B, D, F, L1 = 57, 33, 100, 0.7
@@ -32,7 +31,7 @@ def layer(kind: type, density: float, seed: int = 0) -> tuple[sf.nn.SparseAutoen
 
 def gradients(sae, x, dialect) -> dict[str, torch.Tensor]:
     done, _ = sae.row_gradients(x, of_dialect(sae.activation, L1, dialect))
-    grads = {name: to_dense(g, sae.get_parameter(name)) for name, g in done.by_name.items()}
+    grads = {name: dense_gradient(sae.get_parameter(name), g) for name, g in done.by_name.items()}
     return {"losses": done.losses, **grads}
 
 

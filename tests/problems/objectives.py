@@ -12,7 +12,7 @@ from torch import Tensor
 import sae_fast as sf
 from sae_fast import objectives, reference
 from sae_fast.objectives import L0, L1, AuxK, Gated, Matryoshka, Objective, TopK
-from sae_fast.optim import to_dense
+from sae_fast.ops import dense_gradient
 
 AUX = AuxK(0.5, k=3)
 CASES: dict[str, tuple[type, Objective]] = {
@@ -54,7 +54,7 @@ class Problem:
     def by_engine(self) -> dict[str, Tensor]:
         """The losses [3] and the gradient of each parameter, dense."""
         done, _ = self.sae.row_gradients(self.x, self.objective, dead=lambda code: self.dead)
-        gradients = {name: to_dense(g, self.sae.get_parameter(name)) for name, g in done.by_name.items()}
+        gradients = {name: dense_gradient(self.sae.get_parameter(name), g) for name, g in done.by_name.items()}
         return {"losses": done.losses, **gradients}
 
     def by_autograd(self, dtype: torch.dtype) -> dict[str, Tensor]:

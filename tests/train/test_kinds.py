@@ -12,6 +12,7 @@ from problems.objectives import CASES
 
 import sae_fast as sf
 from sae_fast.objectives import L0, L1, AuxK, Gated, Matryoshka, Prefixes, TopK, describe, rebuild
+from sae_fast.ops import dense_gradient
 
 B, D, F = 64, 16, 50
 KINDS = {
@@ -144,7 +145,7 @@ def test_gradients_are_clipped_as_projected():
     """As dictionary_learning does it: off the decoder's rows, then to a norm."""
     sae, x = sf.TopKSAE(D, F, k=4, seed=0), randn(B, D, seed=1)
     grads = {
-        name: sf.optim.to_dense(g, sae.get_parameter(name)) for name, g in sae.row_gradients(x, TopK())[0].by_name.items()
+        name: dense_gradient(sae.get_parameter(name), g) for name, g in sae.row_gradients(x, TopK())[0].by_name.items()
     }
     grads["W_dec"] = sf.ops.project_rows(grads["W_dec"], sae.W_dec)
     norm = float(torch.stack([g.detach().norm() for g in grads.values()]).norm())
@@ -283,7 +284,7 @@ def test_a_loss_has_the_steps_gradients(case):
     assert loss.total.item() == pytest.approx(float(done.losses.sum()))
     for name, g in done.by_name.items():
         parameter = sae.get_parameter(name)
-        torch.testing.assert_close(parameter.grad, 2 * sf.optim.to_dense(g, parameter))
+        torch.testing.assert_close(parameter.grad, 2 * dense_gradient(parameter, g))
     with pytest.raises(ValueError, match=r"^x: got a tensor that requires a gradient"):
         sae.loss(x.requires_grad_(), objective)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sae_fast import nn, ops
 from sae_fast.code import RowGradient, SparseCode
+from sae_fast.functional import TakenAlong, with_gradients
 from sae_fast.objectives import Objective
-from sae_fast.optim import to_dense
 from sae_fast.train import Trainer
 from sae_fast.train.state import StepLog
 from sae_fast.train.steps import HostResult
@@ -80,29 +80,11 @@ class Engine:
 
     def differentiable(self, loss: Tensor, by_name: Mapping[str, RowGradient | Tensor]) -> Tensor:
         """A loss, 0-d, with the gradients of our parameters as those of the dictionary's."""
-        names, get = self.names, self.sae.get_parameter
-        taken = [(by_name[ours], get(ours), theirs == self.flipped) for theirs, ours in names.items()]
-        return _Loss.apply(loss, taken, *(self.ae.get_parameter(theirs) for theirs in names))
-
-
-class _Loss(torch.autograd.Function):
-    """A loss whose gradients were taken with it: for each parameter, with ours and whether that is its transpose."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, taken: list[tuple[RowGradient | Tensor, Tensor, bool]], *parameters: Tensor) -> Tensor:
-        ctx.taken = taken
-        ctx.save_for_backward(*parameters)
-        return loss.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # torch's error, if one was changed since
-        found: list[Tensor | None] = []
-        for needed, (gradient, ours, flipped) in zip(ctx.needs_input_grad[2:], ctx.taken, strict=True):
-            dense = to_dense(gradient, ours) * grad if needed else None
-            found.append(dense.T if dense is not None and flipped else dense)
-        return (None, None, *found)
+        taken = [
+            TakenAlong(self.ae.get_parameter(theirs), by_name[ours], self.sae.get_parameter(ours), theirs == self.flipped)
+            for theirs, ours in self.names.items()
+        ]
+        return with_gradients(loss, taken)
 
 
 # ---- The package's signatures ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast import nn
+from sae_fast import arguments, nn
 from sae_fast.files import json_writer, key, read_json, safetensors_writer, write_files
 from sae_fast.interop import _foreign, _norms
 from sae_fast.interop._files import Tensors, pt_writer, read_pt, read_safetensors
@@ -31,7 +31,7 @@ from sae_fast.interop.formats._common import (
     remember,
     to_keep,
 )
-from sae_fast.nn import SparseAutoencoder, arguments
+from sae_fast.nn import SparseAutoencoder
 from sae_fast.nn.scale import scale_
 
 NAME, ORDER, UNIT_ROWS = "dictionary_learning", 1, True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_fast import gradients, ops
 from sae_fast.activations import Activation
-from sae_fast.code import Decoder, Layer, RowGradient, SparseCode
+from sae_fast.code import Decoder, Layer, SparseCode
 from sae_fast.gradients import HostKernels, StepGradients
 from sae_fast.objectives import Objective, Revived
 from sae_fast.ops import crossovers
@@ -184,14 +184,6 @@ def coo(code: SparseCode, values: Tensor) -> Tensor:
 def _in_order(step: Step, done: StepGradients, W: Tensor, W_dec: Tensor) -> list[Tensor]:
     """The gradients of W_enc [d, F], W_dec, b_dec and the vectors."""
     by_name = done.by_name
-    weights = {"W_enc": W, "W_dec": W_dec}
-    dW_enc, dW_dec = (_dense(by_name[name], weight) for name, weight in weights.items())
+    dW_enc, dW_dec = ops.dense_gradient(W, by_name["W_enc"]), ops.dense_gradient(W_dec, by_name["W_dec"])
     vectors = (by_name[name] for name in (step.activation.bias, *step.activation.parameters))
     return [dW_enc.T, dW_dec, by_name["b_dec"], *vectors]  # type: ignore[list-item]
-
-
-def _dense(gradient: RowGradient | Tensor, W: Tensor) -> Tensor:
-    if isinstance(gradient, Tensor):
-        return gradient
-    dW = ops.outer(gradient.csc, gradient.values, gradient.A)
-    return dW if gradient.self_coefficient is None else dW.addcmul_(gradient.self_coefficient[:, None], W)
