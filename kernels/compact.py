@@ -19,6 +19,7 @@ from sae_fast.kernels import native
 from sae_fast.kernels._activation import gate_of, magnitude_of
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import launch
+from sae_fast.kernels._mask import load_words
 from sae_fast.kernels.flag import overflow
 from sae_fast.kernels.sampled_dots import partial_dots, sum_over_slices
 
@@ -45,26 +46,18 @@ def popcount(word):
 
 
 @triton.jit
-def _load_words(mask_ptr, b, at, F, stride):
-    """Words of a row's mask, without the bits past the last feature."""
-    word = tl.load(mask_ptr + b * stride + at, mask=at * 32 < F, other=0)
-    left = F - at * 32
-    valid = tl.where(left >= 32, -1, (1 << tl.maximum(tl.minimum(left, 31), 0)) - 1)
-    return word & valid
-
-
-@triton.jit
 def _count(mask_ptr, counts_ptr, F, stride, WORDS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     total = tl.zeros((WORDS,), tl.int32)
     for first in range(0, F, 32 * WORDS):
-        total += popcount(_load_words(mask_ptr, b, first // 32 + tl.arange(0, WORDS), F, stride))
+        total += popcount(load_words(mask_ptr + b * stride, first // 32 + tl.arange(0, WORDS), F))
     tl.store(counts_ptr + b, tl.sum(total).to(tl.int64))
 
 
 def count(mask: Tensor, features: int, counts: Tensor) -> None:
     """counts [B] int64: bits set in each row of mask [B, words]."""
     c = config("compact")
+    mask = mask.view(torch.uint8)
     launch(_count, (mask.shape[0],), mask, counts, features, mask.shape[1], WORDS=c["words"], num_warps=c["warps"])
 
 
@@ -77,7 +70,7 @@ def _compact(mask_ptr, begin_ptr, end_ptr, candidates_ptr, flag_ptr, F, stride, 
     else:
         for first in range(0, F, 32 * WORDS):
             at = first // 32 + tl.arange(0, WORDS)
-            word = _load_words(mask_ptr, b, at, F, stride)
+            word = load_words(mask_ptr + b * stride, at, F)
             size = popcount(word)
             slot = begin + tl.cumsum(size, 0) - size
             # Peels the lowest bit of all words at once: as many rounds as the fullest word has bits.
@@ -93,6 +86,7 @@ def compact(mask: Tensor, features: int, begin: Tensor, end: Tensor, candidates:
     """candidates [C] int32: row b's at begin[b] .. end[b], ascending.  A row that would end past C is left out and sets
     OVERFLOW in ``flag`` (int32)."""
     c = config("compact")
+    mask = mask.view(torch.uint8)
     launch(
         _compact, (mask.shape[0],), mask, begin, end, candidates, flag, features, mask.shape[1], candidates.shape[0],
         WORDS=c["words"], num_warps=c["warps"],

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sae_fast.code import Layer
 from sae_fast.kernels import compact
+from sae_fast.kernels._mask import words
 from sae_fast.kernels.compact import Gapped
 from sae_fast.kernels.round import feature_terms, norm_columns, padded, round_rows, row_terms
-from sae_fast.kernels.screen import screen, words
+from sae_fast.kernels.screen import screen
 
 
 class Screened(NamedTuple):

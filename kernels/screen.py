@@ -20,21 +20,7 @@ from torch import Tensor
 
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
-
-BITS = 32
-
-
-def words(features: int) -> int:
-    """int32 words of a row's mask; those past the last feature's hold nothing that is read."""
-    return cdiv(features, 256) * 8
-
-
-@triton.jit
-def _bits(v, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """[ROWS, WORDS] int32 of v [ROWS, 32 · WORDS]: a bit for each value that is not ≤ 0, so that a NaN has one."""
-    values = tl.reshape(v, (ROWS, WORDS, 32))
-    bit = (1 << tl.arange(0, 32))[None, None, :]
-    return tl.sum(tl.where(values <= 0, 0, bit), axis=2)
+from sae_fast.kernels._mask import parts, store_bits
 
 
 @triton.jit
@@ -64,11 +50,7 @@ def _write(
     rows, features = m * ROWS + tl.arange(0, ROWS), n * FEATURES + tl.arange(0, FEATURES)
     at_rows, at_features = tl.minimum(rows, B - 1), tl.minimum(features, F - 1)
     v = _upper(acc, row_terms_ptr, feature_terms_ptr, at_rows, at_features, B, F, MARGINS)
-    word = n * (FEATURES // 32) + tl.arange(0, FEATURES // 32)
-    tl.store(
-        mask_ptr + rows.to(tl.int64)[:, None] * stride + word[None, :], _bits(v, ROWS, FEATURES // 32),
-        mask=(rows < B)[:, None],
-    )  # fmt: skip
+    store_bits(mask_ptr, v, rows, B, stride, n, ROWS, FEATURES)
 
 
 @triton.jit
@@ -122,7 +104,8 @@ def screen(
         MARGINS=margins, ROWS=c["rows"], FEATURES=c["features"], DEPTH=c["depth"], GROUP=c["group"],
         num_warps=c["warps"], num_stages=c["stages"],
     )  # fmt: skip
-    arguments = (x, w, row_terms, feature_terms, mask, B, features, K, mask.shape[1])
+    out = parts(mask, c["features"])
+    arguments = (x, w, row_terms, feature_terms, out, B, features, K, out.shape[1])
     if c["persistent"] if persistent is None else persistent:
         triton.set_allocator(_scratch)
         programs = min(tiles, _multiprocessors(x.device))
@@ -146,13 +129,12 @@ def _scan(
     product_ptr, row_terms_ptr, feature_terms_ptr, mask_ptr, first_row, B, F, stride,
     MARGINS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    b, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    features = n * FEATURES + tl.arange(0, FEATURES)
     rows = first_row + b + tl.zeros((1,), tl.int64)
     acc = tl.load(product_ptr + b * F + features, mask=features < F, other=0.0)[None, :]
     v = _upper(acc, row_terms_ptr, feature_terms_ptr, rows, tl.minimum(features, F - 1), B, F, MARGINS)
-    word = tl.program_id(1) * (FEATURES // 32) + tl.arange(0, FEATURES // 32)
-    tl.store(mask_ptr + rows[:, None] * stride + word[None, :], _bits(v, 1, FEATURES // 32), mask=(word < stride)[None, :])
+    store_bits(mask_ptr, v, rows, first_row + tl.num_programs(0), stride, n, 1, FEATURES)
 
 
 def scan(

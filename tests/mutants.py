@@ -440,9 +440,19 @@ GROUPS["triton"] = [
     Mutant("Triton's verify takes a tie for a member", "kernels/compact.py",
            "member = member & ((pi <= 0) == 0)", "member = member & ((pi < 0) == 0)",
            "test_encode.py -k 'ties_are_not_members and triton'"),
-    Mutant("Triton's compact loses the last feature of a full word", "kernels/compact.py",
+    Mutant("Triton's compact loses the last feature of a full word", "kernels/_mask.py",
            "tl.where(left >= 32, -1,", "tl.where(left > 32, -1,",
            "test_triton_encode.py::test_compaction_of_any_width"),
+    Mutant("Triton's compact transposes half of the mask's bits", "kernels/_mask.py",
+           "(word ^ word >> 12) & 0x0000F0F0", "(word ^ word >> 12) & 0x0000F000",
+           "test_triton_encode.py::test_compaction_of_any_width"),
+    Mutant("Triton's screen writes a word's pairs by their halves", "kernels/_mask.py",
+           "2 * tl.arange(0, PAIRS)[:, None, None] + tl.arange(0, 2)",
+           "tl.arange(0, PAIRS)[:, None, None] + PAIRS * tl.arange(0, 2)",
+           "test_triton_encode.py::test_in_the_accumulators_order_each_bit_is_the_plain_one"),
+    Mutant("Triton's narrow tiles of the screen write one part of a word", "kernels/_mask.py",
+           "* SHARE + n % SHARE", "* SHARE",
+           "test_triton_encode.py::test_in_the_accumulators_order_each_bit_is_the_plain_one"),
 ]  # fmt: skip
 
 GROUPS["formats"] = [

@@ -30,7 +30,7 @@ from problems.triton_encode import DEVICE, SMALL, home, moved, on, set_tiles
 
 from sae_fast import ops, use_backend
 from sae_fast.code import Layer, Shadow, SparseCode
-from sae_fast.kernels import compact, screen
+from sae_fast.kernels import _mask, compact, screen
 from sae_fast.kernels import encode as pipeline
 from sae_fast.kernels import flag as flag_bits
 from sae_fast.kernels import round as rounding
@@ -193,8 +193,15 @@ MAKERS = {
 }
 
 
+def places(features: int) -> Tensor:
+    """[F]: which of a row's bits each feature has; that of feature 128q + 8j + 2w + e is bit 2j + e of word 4q + w."""
+    i = torch.arange(features)
+    q, j, w, e = i // 128, i % 128 // 8, i % 8 // 2, i % 2
+    return 32 * (4 * q + w) + 2 * j + e
+
+
 def bits(mask: Tensor, features: int) -> Tensor:
-    return ((mask.cpu()[:, :, None] >> torch.arange(32)) & 1).flatten(1)[:, :features] == 1
+    return ((mask.cpu()[:, :, None] >> torch.arange(32)) & 1).flatten(1)[:, places(features)] == 1
 
 
 def terms(x_norms, w_norms, bias, cut, d: int, margins: bool = True, accumulation: bool = True) -> tuple[Tensor, Tensor]:
@@ -221,7 +228,7 @@ def candidates(
         x_norms[:, 0] = w_norms[:, 0] = 2.0**12
     margins = without != "margins"
     of = terms(x_norms, w_norms, bias, cut, x.shape[1], margins, without != "accumulation")
-    mask = torch.full((x.shape[0], screen.words(W.shape[0])), -1, dtype=torch.int32, device=DEVICE)
+    mask = torch.full((x.shape[0], _mask.words(W.shape[0])), -1, dtype=torch.int32, device=DEVICE)
     MAKERS[way](x16, w16, *of, mask, margins=margins)
     counts = torch.empty(x.shape[0], dtype=torch.int64, device=DEVICE)
     compact.count(mask, W.shape[0], counts)
@@ -545,6 +552,17 @@ def test_the_makers_of_the_mask_agree_where_arithmetic_is_exact(margins):
     assert margins or torch.equal(masks["plain"], x @ W.T + bias > 0)
 
 
+@pytest.mark.slow(but=2)
+@pytest.mark.parametrize("tile, features", [(256, 300), (32, 300), (64, 129), (128, 129), (256, 1), (128, 257)])
+def test_in_the_accumulators_order_each_bit_is_the_plain_one(tile, features, monkeypatch):
+    """Of tiles that have whole words, and of narrower ones that share them."""
+    set_tiles(monkeypatch, {"screen": {"features": tile}})
+    x, W = grid(17, 70, step=0.25, reach=4, seed=0), grid(features, 70, step=0.5, reach=2, seed=1)
+    bias = -x[0] @ W.T
+    for way in ("plain", "persistent", "library"):
+        assert torch.equal(candidates(x, W, bias, way=way, without="margins"), x @ W.T + bias > 0), way
+
+
 @pytest.mark.slow(but=1)
 @pytest.mark.parametrize("way", MAKERS)
 def test_no_maker_misses_a_member(way, monkeypatch):
@@ -561,7 +579,7 @@ def test_tiles_of_bfloat16_copies_are_taken_too():
     x, W = grid(40, 64, step=0.25, reach=4, seed=0).to(DEVICE), grid(100, 64, step=0.5, reach=2, seed=1).to(DEVICE)
     of_rows = torch.zeros(3, 40, device=DEVICE)
     of_features = torch.zeros(3, 100, device=DEVICE)
-    mask = torch.empty(40, screen.words(100), dtype=torch.int32, device=DEVICE)
+    mask = torch.empty(40, _mask.words(100), dtype=torch.int32, device=DEVICE)
     screen.screen(x.bfloat16(), W.bfloat16(), of_rows, of_features, mask)
     assert torch.equal(bits(mask, 100), (x @ W.T > 0).cpu())
 
@@ -635,8 +653,8 @@ def some_members() -> Tensor:
 def mask_of(member: Tensor) -> Tensor:
     """The mask, with bits set past the last feature and in every word past it."""
     features = member.shape[1]
-    wide = torch.ones(member.shape[0], 32 * screen.words(features), dtype=torch.int64)
-    wide[:, :features] = member
+    wide = torch.ones(member.shape[0], 32 * _mask.words(features), dtype=torch.int64)
+    wide[:, places(features)] = member.long()
     return on((wide.view(member.shape[0], -1, 32) << torch.arange(32)).sum(2).to(torch.int32))
 
 
@@ -661,7 +679,7 @@ def test_compaction_is_ascending_and_what_does_not_fit_is_flagged(capacity):
     assert torch.equal(memory.cpu().long(), want), "rows that do not fit are left out whole, and nothing else is written"
 
 
-@pytest.mark.parametrize("features, words", [(1, 1), (31, 1), (32, 2), (33, 1), (70, 1), (257, 2), (300, 1024)])
+@pytest.mark.parametrize("features, words", [(1, 1), (31, 1), (32, 2), (33, 1), (70, 1), (128, 4), (257, 2), (300, 1024)])
 def test_compaction_of_any_width(features, words, monkeypatch):
     set_tiles(monkeypatch, {"compact": {"words": words}})
     member = some_members()[:, :features]
