@@ -22,6 +22,7 @@ import torch
 # Before anything imports Triton: without a GPU its interpreter runs the kernels.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+import interpreter
 import routes
 import ways
 from hypothesis import HealthCheck, settings
@@ -46,6 +47,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.without_bf16:
         ways.take_bf16_away()
+    if os.environ["TRITON_INTERPRET"] == "1":
+        interpreter.quicken()
     if not config.pluginmanager.hasplugin("benchmarks.gpu.live"):  # which runs with whatever packages there are
         routes.count()
         config.pluginmanager.register(routes.Report(config))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import ModuleType
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from sae_fast.code import SparseCode, Transposed
+
+T = TypeVar("T")
+# Seconds for what ends by itself unless it hangs: no machine is so busy that it takes this long.
+PATIENCE = 600
 
 # (B, d, F).  Every pair of a d with an F occurs once, and every B with every d and with every F.
 SHAPES = [
@@ -139,6 +145,15 @@ def opcheck(op, arguments, utils=None) -> None:
         "test_aot_dispatch_dynamic",
     )  # fmt: skip
     torch.library.opcheck(op, arguments, test_utils=utils)
+
+
+def wait_until(condition: Callable[[], T]) -> T:
+    """What ``condition()`` gives once that is true; fails where something hangs."""
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < end, f"{condition} is still {found!r}"
+        time.sleep(0.02)
+    return found
 
 
 # ---- Random problems ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import PATIENCE, wait_until
 from problems.tiny_models import WORDS, save_tiny_model, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -257,13 +258,11 @@ def test_what_a_killed_harvest_leaves_is_swept_by_the_next(folder, tmp_path):
     if child == 0:
         try:
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-            HiddenStates.__call__ = lambda self, ids: time.sleep(60)
+            HiddenStates.__call__ = lambda self, ids: time.sleep(PATIENCE)
             harvested(folder, tmp_path)
         finally:
             os._exit(0)
-    deadline = time.monotonic() + 20
-    while not list(cache.glob(".*/**/activations.npy")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: list(cache.glob(".*/**/activations.npy")))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert len(list(cache.iterdir())) == 1

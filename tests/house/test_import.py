@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import PATIENCE
 
 import sae_fast as sf
 
@@ -21,7 +22,7 @@ HEAVY = ["transformers", "matplotlib", "triton", "pandas", "pyarrow", "duckdb", 
 def in_a_fresh_process(script: str):
     """What the script prints as JSON."""
     environment = {**os.environ, "PYTHONPATH": str(Path(sf.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 

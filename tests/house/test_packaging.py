@@ -15,6 +15,7 @@ from pathlib import Path
 from zipfile import Path as ZipPath
 
 import pytest
+from helpers import PATIENCE
 from packaging.requirements import Requirement
 from setuptools import Distribution
 from setuptools.command.build_ext import customize_compiler, new_compiler
@@ -87,7 +88,9 @@ def below(folder: Path) -> set[str]:
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """Without this process's PYTHONPATH."""
     environment = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "SAE_FAST_CUDA": "0", **environment}
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def output(*command: str | Path, **how) -> str:

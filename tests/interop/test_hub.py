@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import same_bits
+from helpers import PATIENCE, same_bits
 from problems.hub_server import Server
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is an optional extra")
@@ -44,7 +44,7 @@ def client(server: Server, tmp_path: Path, script: str) -> dict:
         environment.pop(name, None)
     head = "import json, torch, sae_fast as sf\nfrom sae_fast import interop\n"
     done = subprocess.run(
-        [sys.executable, "-c", head + script], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", head + script], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from helpers import Judge, assert_same_bits, randn, same_bits, strided, tensors_in
+from problems.ranks import of_two_ranks, with_ranks
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
@@ -1032,12 +1032,11 @@ def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
     return (x_hat - x).pow(2).sum(-1).mean()
 
 
-def ddp_rank(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def ddp_rank(rank: int, log: TextIO) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """By case: gradients of the first step, and parameters after the second."""
     results = {}
     for name, (layer, kind) in ddp_cases().items():
+        print(name, file=log)
         sae = make(layer, seed=rank)  # DDP brings rank 0's to the others
         model = nn.parallel.DistributedDataParallel(WithLoss(sae) if kind == "own" else sae)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -1050,23 +1049,13 @@ def ddp_rank(rank: int, folder: str) -> None:
                 grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in sae.named_parameters()}
             optimizer.step()
         results[name] = grads, {n: p.detach() for n, p in sae.named_parameters()}
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+@with_ranks
 def test_data_parallel_training_on_two_ranks_is_that_of_the_whole_batch(tmp_path: Path):
     """Also under a loss of x̂ alone, where b_gate and threshold have no gradient of their own: no unused parameter."""
-    processes = torch.multiprocessing.spawn(ddp_rank, (str(tmp_path),), nprocs=2, join=False)
-    end = time.monotonic() + 120
-    try:
-        while not processes.join(timeout=5):
-            assert time.monotonic() < end, "the two ranks wait for each other"
-    finally:
-        for process in processes.processes:
-            if process.is_alive():
-                process.kill()
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    first, second = of_two_ranks(ddp_rank, tmp_path)
     for name, (layer, kind) in ddp_cases().items():
         assert_same_bits(*(list(part.values()) for part in (first[name][0], second[name][0])))
         assert_same_bits(*(list(part.values()) for part in (first[name][1], second[name][1])))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "cuda_build"  # kept: the next run compiles what has changed
@@ -118,7 +119,7 @@ def module():
         pytest.skip("there is no nvcc")
     command = [sys.executable, "-c", BUILD, str(FOLDER / "lib"), str(FOLDER / "temp")]
     environment = {**os.environ, "SAE_FAST_CUDA": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return next((FOLDER / "lib" / "sae_fast").glob("_C_cuda*.so"))
 

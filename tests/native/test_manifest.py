@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("triton.backends.nvidia.compiler", reason="Triton has no CUDA compiler here")
@@ -60,7 +61,9 @@ if __name__ == "__main__":
 def compiled(*arguments: str | Path) -> subprocess.CompletedProcess:
     """Python on these arguments, with Triton as a compiler: in the tests' own process it may be an interpreter."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SAE_FAST_TUNING")}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=900)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=2 * PATIENCE
+    )
 
 
 @pytest.mark.slow

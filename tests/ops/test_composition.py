@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
 from helpers import Judge, Problem, dense, make_inputs, randn
+from problems.ranks import of_two_ranks, with_ranks
 from torch import Tensor
 
 from sae_fast import ops, reference
@@ -244,16 +245,14 @@ def test_the_gradient_to_x_from_an_outside_loss_by_autograd(route):
 # ---- A feature-parallel step on two ranks ----------------------------------------------------------------------------
 
 
-def feature_parallel_rank(rank: int, folder: str) -> None:
+def feature_parallel_rank(rank: int, log: TextIO) -> dict[str, Tensor]:
     """Each rank owns half of the features.  The partial x̂ are summed between decode and loss; nothing else crosses."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     whole, own = problem(), slice(0, 41) if rank == 0 else slice(41, 100)
     mine = [t if name in ("x", "b_dec") else t[own] for name, t in zip(["x", *NAMES], whole.tensors(), strict=True)]
     p, B = Problem(*mine), SHAPE[0]
     code = encode(p)
     x_hats = ops.decode(code, p.W_dec, code.values)
+    print("has its share of x̂", file=log)
     torch.distributed.all_reduce(x_hats)
     r, r_aux = x_hats + p.b_dec - p.x
     g_mag = ops.sampled_dots(code, 2 / B * r, p.W_dec) * (code.magnitudes > 0)
@@ -261,6 +260,7 @@ def feature_parallel_rank(rank: int, folder: str) -> None:
     scale = torch.exp(p.r_mag)[code.indices]
     delta, csc, ones = g_gate + scale * g_mag, ops.transpose(code), torch.ones(B, 1)
     through_encoder = ops.decode(code, p.W_enc, delta).sum(0)
+    print("has its gradients", file=log)
     torch.distributed.all_reduce(through_encoder)
     grads = {
         "W_enc": RowGradient(csc, [delta], [p.x_c]),
@@ -276,14 +276,12 @@ def feature_parallel_rank(rank: int, folder: str) -> None:
         rows, last_step = (W.reshape(len(W), -1), v.reshape(len(v), -1)), torch.full((len(W),), ADAM["step"] - 1)
         ops.weight_step(*rows, last_step, grad, unit_rows=name == "W_dec", **ADAM)
         after[name] = W
-    torch.save(after, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return after
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+@with_ranks
 def test_a_feature_parallel_step_on_two_ranks(tmp_path: Path):
-    torch.multiprocessing.spawn(feature_parallel_rank, (str(tmp_path),), nprocs=2)
-    halves = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    halves = of_two_ranks(feature_parallel_rank, tmp_path)
     assert torch.equal(halves[0]["b_dec"], halves[1]["b_dec"])
     p = problem()
     ours = {name: torch.cat([half[name] for half in halves]) for name in NAMES if name != "b_dec"}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Judge, assert_same_bits, make_inputs
+from helpers import PATIENCE, Judge, assert_same_bits, make_inputs
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -856,7 +856,7 @@ assert not any(name.startswith("sae_fast") for name in sys.modules)
     if kind == "gated":  # once is enough: importing SAELens takes seconds
         # Elsewhere than in the repository, where transformers would take the folder kernels for a package of that name.
         alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        subprocess.run([sys.executable, "-c", elsewhere], check=True, timeout=300, cwd=tmp_path, env=alone)
+        subprocess.run([sys.executable, "-c", elsewhere], check=True, timeout=PATIENCE, cwd=tmp_path, env=alone)
         torch.testing.assert_close(torch.load(tmp_path / "out.pt"), theirs(x).detach())
 
 

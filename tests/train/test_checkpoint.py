@@ -15,7 +15,7 @@ from random import Random
 
 import pytest
 import torch
-from helpers import assert_same_bits, randn, same_bits
+from helpers import PATIENCE, assert_same_bits, randn, same_bits
 from problems.checkpoint import interrupted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -463,7 +463,7 @@ def test_a_save_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new(tmp_pa
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "old", tmp_path / "new", out],
         cwd=Path(__file__).parent, env=ENVIRONMENT,
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     moments, endings = json.loads(done.stdout.splitlines()[-1])
@@ -537,7 +537,7 @@ def test_saves_killed_at_random_moments_leave_what_was_there_and_nothing_that_st
     done = subprocess.run(
         [sys.executable, "-c", script, how, tmp_path, tmp_path / "folder"],
         cwd=Path(__file__).parent, env=ENVIRONMENT,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     unreadable = int(done.stdout.splitlines()[-1])
