@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast import ops
+from sae_fast import arguments, ops
 from sae_fast.code import RowGradient
 from sae_fast.signals import uninterrupted
 
@@ -39,7 +39,8 @@ class RowAdam(torch.optim.Optimizer):
         unit_rows: bool = False,
         unit_start: bool = True,
     ):
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, unit_rows=unit_rows, unit_start=unit_start))
+        betas = checked_betas(betas)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, unit_rows=unit_rows, unit_start=unit_start))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, by itself or from the constructor; ``ValueError`` names what is wrong with it."""
@@ -166,15 +167,21 @@ class RowAdam(torch.optim.Optimizer):
                 self.state[p]["last_step"] = saved[i]["last_step"].to(p.device, torch.int64, copy=True)
 
 
+def checked_betas(betas: Any) -> tuple[float, float]:
+    """(β1, β2); ``ValueError`` for what is none."""
+    wanted = "two numbers in [0, 1)"
+    beta1, beta2, *others = (*arguments.numbers("betas", betas, lambda beta: 0 <= beta < 1, wanted), None)
+    if beta2 is None or len(others) != 1:
+        raise ValueError(f"betas: got {betas}, want {wanted}")
+    return beta1, beta2
+
+
 def check_group(group: dict[str, Any]) -> None:
     """``ValueError`` unless RowAdam can step the parameters of this group with its settings."""
-    lr, betas, eps = group["lr"], group["betas"], group["eps"]
-    if not lr >= 0:
-        raise ValueError(f"lr: got {lr}, want ≥ 0")
-    if not (len(betas) == 2 and all(0 <= b < 1 for b in betas)):
-        raise ValueError(f"betas: got {betas}, want two numbers in [0, 1)")
-    if not eps >= 0:
-        raise ValueError(f"eps: got {eps}, want ≥ 0")
+    checked_betas(group["betas"])
+    for name in ("lr", "eps"):
+        value = group[name]
+        arguments.number(name, value.item() if isinstance(value, Tensor) else value, lambda n: n >= 0, "≥ 0")
     for p in group["params"]:
         if p.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"params: got a parameter in {p.dtype}, want float32 masters; keep bf16 modules for inference")

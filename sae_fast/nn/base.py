@@ -244,8 +244,7 @@ class SparseAutoencoder(nn.Module):
         Gated SAE is set equal to b_gate.  Zero biases open half of all gates instead, and training ends at a worse
         trade-off.  Fractional counts are spread over the features, so a batch smaller than F / l0 works too.
         """
-        if not 0 < l0 <= self.d_sae:
-            raise ValueError(f"l0: got {l0}, want 0 < l0 ≤ d_sae = {self.d_sae}")
+        l0 = arguments.number("l0", l0, lambda n: 0 < n <= self.d_sae, f"0 < l0 ≤ d_sae = {self.d_sae}")
         x_c = self.centred(self.check_input(x))
         batch = x_c.shape[0]
         if batch < 2:

@@ -26,7 +26,10 @@ BY_NAME: dict[str, type[Objective]] = {kind.__name__: kind for kind in (Gated, L
 def Matryoshka(over: Objective | None = None, group_sizes: Sequence[int] | None = None, **options: Any) -> Objective:
     """The objective ``over``, by default TopK(), with reconstruction from prefixes of the features: its arguments are those
     of :class:`Prefixes`."""
-    return replace(over or TopK(), prefixes=Prefixes(None if group_sizes is None else tuple(group_sizes), **options))
+    over = TopK() if over is None else over
+    if not isinstance(over, Objective):
+        raise ValueError(f"over: got {over!r}, want one of sae_fast.objectives, or None")
+    return replace(over, prefixes=Prefixes(group_sizes, **options))  # type: ignore[arg-type]
 
 
 def of_dialect(activation: str, l1_coefficient: float | Tensor, dialect: str = "paper") -> Gated | L1:

@@ -48,6 +48,7 @@ class AuxK:
             object.__setattr__(self, "k", arguments.whole("aux: k", self.k, wanted="a positive int or None"))
         if self.dialect not in DIALECTS:
             raise ValueError(f"aux: dialect: got {self.dialect!r}, want one of {DIALECTS}")
+        object.__setattr__(self, "by_norm", arguments.flag("aux: by_norm", self.by_norm))
         if self.by_norm and self.dialect != "saelens":
             raise ValueError(f"aux: by_norm: got True with dialect {self.dialect!r}, want dialect 'saelens'")
 

@@ -43,7 +43,7 @@ class L0(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        form = self.form or ("step" if self.target is None else "target")
+        form = ("step" if self.target is None else "target") if self.form is None else self.form
         object.__setattr__(self, "form", form)
         for name, value, among in (("form", form, FORMS), ("window", self.window, WINDOWS)):
             if value not in among:

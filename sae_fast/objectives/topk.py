@@ -29,11 +29,10 @@ class TopK(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, fits, wanted in (
-            ("threshold_beta", lambda beta: 0 <= beta < 1, "0 ≤ β < 1"),
-            ("threshold_start", lambda steps: steps >= 0, "steps ≥ 0"),
-        ):
-            object.__setattr__(self, name, arguments.number(name, getattr(self, name), fits, wanted))
+        beta = arguments.number("threshold_beta", self.threshold_beta, lambda beta: 0 <= beta < 1, "0 ≤ β < 1")
+        start = arguments.whole("threshold_start", self.threshold_start, 0, wanted="a whole number of steps ≥ 0")
+        object.__setattr__(self, "threshold_beta", beta)
+        object.__setattr__(self, "threshold_start", start)
 
     def next_threshold(self, threshold: Tensor, code: SparseCode, step: int) -> Tensor:
         """0-d: what a threshold, negative while it is not set, is after a step on ``code``."""

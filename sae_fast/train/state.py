@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +12,18 @@ from torch import Tensor
 from sae_fast import arguments, nn, ops
 from sae_fast.code import SparseCode
 from sae_fast.objectives import Matryoshka, Objective, TopK, of_dialect
-from sae_fast.optim import RowAdam
+from sae_fast.optim import RowAdam, checked_betas
 from sae_fast.reference import DIALECTS
+
+NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of the settings: what fits, in words
+    **dict.fromkeys(("lr", "eps", "l1_coefficient"), (lambda n: n >= 0, "a number ≥ 0")),
+    **dict.fromkeys(("init_l0", "grad_clip"), (lambda n: n > 0, "a number > 0")),
+    **dict.fromkeys(
+        ("lr_warmup_steps", "l1_warmup_steps", "lr_decay_start", "total_steps"),
+        (lambda n: isinstance(n, int) and n >= 0, "a whole number of steps ≥ 0"),
+    ),
+    "dead_after": (arguments.counts, "a whole number of examples > 0"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,24 +46,20 @@ class Settings:
     dead_after: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "betas", checked_betas(self.betas))
+        object.__setattr__(self, "unit_start", arguments.flag("unit_start", self.unit_start))
         if self.dialect not in DIALECTS:
             raise ValueError(f"dialect: got {self.dialect!r}, want one of {DIALECTS}")
-        for name in ("lr_warmup_steps", "l1_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want ≥ 0")
-        if self.l1_coefficient is not None and not self.l1_coefficient >= 0:
-            raise ValueError(f"l1_coefficient: got {self.l1_coefficient}, want ≥ 0")
+        for part in fields(self):
+            value, optional = getattr(self, part.name), str(part.type).endswith("| None")
+            if part.name in NUMBERS and not (optional and value is None):
+                fits, wanted = NUMBERS[part.name]
+                wanted = f"{wanted} or None" if optional else wanted
+                object.__setattr__(self, part.name, arguments.number(part.name, value, fits, wanted))
         if (self.lr_decay_start is None) != (self.total_steps is None):
             raise ValueError("lr_decay_start, total_steps: got one without the other, want both or neither")
         if self.lr_decay_start is not None and self.total_steps is not None and self.lr_decay_start > self.total_steps:
             raise ValueError(f"lr_decay_start: got {self.lr_decay_start}, want ≤ total_steps = {self.total_steps}")
-        if self.init_l0 is not None and not self.init_l0 > 0:
-            raise ValueError(f"init_l0: got {self.init_l0}, want > 0 or None")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ValueError(f"grad_clip: got {self.grad_clip}, want > 0 or None")
-        if self.dead_after is not None:
-            arguments.number("dead_after", self.dead_after, arguments.positive, "a number of examples > 0 or None")
         if self.objective is not None and not isinstance(self.objective, Objective):
             raise ValueError(f"objective: got {self.objective!r}, want one of sae_fast.objectives, or None")
         if self.objective is not None and isinstance(coefficient := self.objective.coefficient, Tensor):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_fast import nn
+from sae_fast import arguments, nn
 from sae_fast.objectives import AuxK, Objective
 from sae_fast.ops.dispatch import log_once
 from sae_fast.optim import RowAdam
@@ -71,6 +71,8 @@ class Trainer:
         dead_after: int | None = None,
         aux: float | AuxK | None = None,
     ):
+        if not isinstance(sae, nn.SparseAutoencoder):
+            raise ValueError(f"sae: got {sae!r}, want one of sae_fast's layers")
         if objective is not None and l1_coefficient is not None:
             raise ValueError(f"l1_coefficient: got {l1_coefficient} beside an objective, want its coefficient there")
         if objective is not None and dialect != "paper":
@@ -136,9 +138,9 @@ class Trainer:
         Returns one record every ``log_every`` steps and for the last: step, loss, reconstruction, sparsity, auxiliary, l0,
         fvu (of that batch), lr, l1_coefficient, seconds (since the start of this call), and dead if that is counted.
         """
-        if log_every < 1:
-            raise ValueError(f"log_every: got {log_every}, want ≥ 1")
+        log_every = arguments.whole("log_every", log_every, wanted="≥ 1, a whole number of steps")
         if steps is not None:
+            steps = arguments.whole("steps", steps, 0, wanted="a whole number ≥ 0, or None")
             batches = itertools.islice(batches, steps)
         history: list[dict[str, float]] = []
         start = time.perf_counter()

@@ -227,6 +227,8 @@ def test_a_guess_changes_no_bit(times, way, support):
         assert_same_bits(code, encode(x, W, bias, support, k, guess=guess))
         with pytest.raises(ValueError, match=r"^guess: got shape \(129,\)"):
             encode(x, W, bias, support, k, guess=guess[1:])
+        with pytest.raises(ValueError, match=r"^guess: got a tensor with support 'threshold'"):
+            encode(x, W, bias, "threshold", 0, guess=guess)
 
 
 @supports

@@ -113,7 +113,7 @@ def test_groups_are_sizes_or_shares(train, groups, sizes):
         ("jumprelu", dict(init_l0=-1), "init_l0: got -1.0, want > 0"),
         ("topk", dict(beta1=1), "beta1: got 1.0, want 0 ≤ beta1 < 1"),
         ("topk", dict(aux=-1), "aux: got -1.0, want > 0, or 0 for none"),
-        ("topk", dict(dead_after=0), "dead_after: got 0, want a number of examples > 0"),
+        ("topk", dict(dead_after=0), "dead_after: got 0, want a whole number of examples > 0"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said_before_the_harvest(train, monkeypatch, kind, changes, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -324,6 +325,36 @@ def test_a_loss_of_what_does_not_go_together_is_refused(x, objective, dead, mess
         (lambda: sf.Trainer(sf.ReluSAE(4, 8), objective=L1(torch.ones(3))), "objective: got a coefficient of shape"),
         (lambda: sf.Trainer(sf.TopKSAE(4, 8, k=2), objective=TopK), "objective: got <class"),
         (lambda: TopK(threshold_beta=1), "threshold_beta: got 1"),
+        (lambda: TopK(threshold_start=2.5), "threshold_start: got 2.5, want a whole number of steps ≥ 0"),
+        (lambda: AuxK(k=2.5), "aux: k: got 2.5, want a positive int or None"),
+        (lambda: AuxK(dialect="saelens", by_norm="no"), "aux: by_norm: got 'no', want True or False"),
+        (lambda: L0(form=""), "form: got '', want one of"),
+        (lambda: Prefixes((2.5, 5.5)), r"group_sizes: got (2.5, 5.5), want positive ints"),
+        (lambda: Prefixes(()), r"group_sizes: got (), want positive ints"),
+        (lambda: Matryoshka(5), "over: got 5, want one of sae_fast.objectives, or None"),
+        (lambda: Matryoshka(group_sizes=5), "group_sizes: got 5, want positive ints"),
+        (lambda: sf.Trainer(5, l1_coefficient=1.0), "sae: got 5, want one of sae_fast's layers"),
+        (lambda: sf.TopKSAE(4, 8, k=2.5), "k: got 2.5, want an int"),
+        (lambda: sf.TopKSAE(4, 8, k=2).calibrate_(torch.ones(3, 4), "2"), "l0: got '2', want 0 < l0"),
+        *(
+            (lambda name=name, value=value: sf.Trainer(sf.TopKSAE(4, 8, k=2), **{name: value}), f"{name}: got {said}")
+            for name, value, said in (
+                ("betas", 0.9, "0.9, want two numbers in [0, 1)"),
+                ("betas", (0.9, "a"), "(0.9, 'a'), want two"),
+                ("betas", (0.9, 0.9, 0.9), "(0.9, 0.9, 0.9), want two"),
+                ("lr", None, "None, want a number ≥ 0"),
+                ("eps", "a", "'a', want a number ≥ 0"),
+                ("l1_coefficient", "a", "'a', want a number ≥ 0 or None"),
+                ("grad_clip", "a", "'a', want a number > 0 or None"),
+                ("init_l0", True, "True, want a number > 0 or None"),
+                ("lr_warmup_steps", 2.5, "2.5, want a whole number of steps ≥ 0"),
+                ("total_steps", "9", "'9', want a whole number of steps ≥ 0 or None"),
+                ("dead_after", 2.5, "2.5, want a whole number of examples > 0 or None"),
+                ("unit_start", "no", "'no', want True or False"),
+            )
+        ),
+        (lambda: sf.optim.RowAdam([torch.nn.Parameter(torch.ones(2))], betas=0.9), "betas: got 0.9, want two numbers"),
+        (lambda: sf.optim.RowAdam([torch.nn.Parameter(torch.ones(2))], lr="a"), "lr: got 'a', want ≥ 0"),
         (lambda: Prefixes(), "group_sizes, fractions, random: got none"),
         (lambda: Prefixes((1, 2), random=2), "group_sizes, fractions, random: got"),
         (lambda: Prefixes((1, 0)), "group_sizes: got"),
@@ -353,5 +384,5 @@ def test_a_loss_of_what_does_not_go_together_is_refused(x, objective, dead, mess
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(make, message):
-    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
         make()

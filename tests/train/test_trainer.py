@@ -328,6 +328,8 @@ def test_fit_prints_only_if_asked(capfd):
 
 def test_fit_refuses_to_log_every_zero_steps():
     trainer = sf.Trainer(make(), l1_coefficient=1.0)
+    with raises_and_changes_nothing("steps: got 2.5, want a whole number ≥ 0", everything(trainer)):
+        trainer.fit([], steps=2.5)
     with raises_and_changes_nothing("log_every: got 0, want ≥ 1", everything(trainer)):
         trainer.fit(batches(1), log_every=0)
 

@@ -102,6 +102,8 @@ def _encode(
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, want one of {PRECISIONS}")
     if guess is not None:
+        if support == "threshold":
+            raise ValueError("guess: got a tensor with support 'threshold', which does not use it, want None")
         checks.shape("guess", guess, x.shape[0])
         checks.floating("guess", guess, W_enc, "W_enc")
     shadow = checks.shadow(W_enc, shadow_rows, shadow_norms)
