@@ -111,6 +111,12 @@ class SparseCode:
         flat = flat.index_put((self.row_ids() * self.d_sae + self.indices.long(),), values)
         return flat.reshape(self.shape)
 
+    def of_rows(self, first: int, last: int) -> SparseCode:
+        """Rows first .. last, of flattened leading dimensions; the entries are views.  Synchronises on a GPU."""
+        begin, end = self.indptr[[first, last]].tolist()
+        indptr, shape = self.indptr[first : last + 1] - begin, torch.Size((last - first, self.d_sae))
+        return SparseCode(shape, indptr, self.indices[begin:end], self.u[begin:end], self.values[:, begin:end])
+
     def with_values(self, values: Tensor) -> SparseCode:
         """The same support with other values [V, nnz]."""
         return replace(self, values=values)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.code import Decoder, Layer, RowGradient, SparseCode, Transposed
-from sae_fast.objectives import Objective, Revived
+from sae_fast.objectives import Objective, Pull, Revived
 from sae_fast.ops import checks
 from sae_fast.ops.autograd import function
 from sae_fast.ops.decode_loss import prefix_rows
@@ -197,20 +197,37 @@ def _joined(code: SparseCode, entries: Entries, alive: Revived) -> tuple[SparseC
 
 
 def of_dense_step(
-    code: SparseCode, x_c: Tensor, target: Tensor, layer: Layer, decoder: Decoder, objective: Objective
-) -> StepGradients:
-    """The same for a code so dense that its gradients are, and a plain objective."""
-    weight = objective.sparsity_weight(decoder.W)
-    out = ops.dense_gradients(code, x_c, target, layer, decoder.W, decoder.b, weight, objective.stops_auxiliary)
+    code: SparseCode, x_c: Tensor, target: Tensor, layer: Layer, decoder: Decoder, objective: Objective,
+    revived: Callable[[Tensor], Revived | None] | None = None,
+) -> StepGradients:  # fmt: skip
+    """The same for a code so dense that its gradients are, and an objective without prefixes."""
+    n, weight = target.shape[0], objective.sparsity_weight(decoder.W)
+    one, rest = objective.by_example(code, layer)
+
+    def pull(part: SparseCode, losses: Tensor, grads: Tensor) -> Pull:
+        return one.pull(part, layer, decoder.W, losses, grads, n)
+
+    out = ops.dense_gradients(
+        code, x_c, target, layer, decoder.W, decoder.b, weight, objective.stops_auxiliary, objective.zeros, pull,
+        objective.linear,
+    )  # fmt: skip
+    losses = (out.losses + out.losses.new_tensor([0.0, float(rest), 0.0])).to(decoder.W.dtype)
     if objective.costs_norm:
-        out.W_dec.addcmul_(objective.norm_cost(decoder.W, out.values, target.shape[0])[:, None], decoder.W)
+        out.W_dec.addcmul_(objective.norm_cost(decoder.W, out.norms, n)[:, None], decoder.W)
+    alive = None if revived is None else revived(-out.errors)
+    if alive is not None:
+        losses = torch.cat([losses[:2], losses[2:] + alive.loss])
+        for whole, rows in (
+            (out.W_enc, alive.W_enc), (out.W_dec, alive.W_dec), (out.parameters[0], alive.bias), (out.delta, alive.bias),
+        ):  # fmt: skip
+            whole[alive.ids] += rows
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": out.W_enc,
-        **_of_parameters(layer, objective, out.parameters, {}),
+        **_of_parameters(layer, objective, out.parameters, out.constants),
         "W_dec": out.W_dec,
         "b_dec": _b_dec(out.residual, out.delta, layer, decoder),
     }
-    return StepGradients(out.losses, out.errors, gradients)
+    return StepGradients(losses, out.errors, gradients)
 
 
 def _of_parameters(

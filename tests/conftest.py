@@ -28,7 +28,7 @@ import ways
 from hypothesis import HealthCheck, settings
 from tqdm import tqdm
 
-from sae_fast.ops import crossovers, dispatch
+from sae_fast.ops import crossovers, dense_step, dispatch
 
 # tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop all others.
 tqdm.set_lock(RLock())
@@ -113,6 +113,14 @@ def route(request, monkeypatch):
     for op in crossovers.CROSSOVER:
         monkeypatch.setitem(crossovers.CROSSOVER, op, crossover)
     return request.param
+
+
+@pytest.fixture(params=["engine", "torch"])
+def dense_way(request, monkeypatch):
+    """The dense way through a step, with the engine between its products and, as on a GPU, with torch."""
+    monkeypatch.setitem(crossovers.CROSSOVER, "step", -1.0)
+    if request.param == "torch":
+        monkeypatch.setattr(dense_step, "_native", lambda *_: False)
 
 
 @pytest.fixture

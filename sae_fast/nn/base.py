@@ -13,7 +13,7 @@ from sae_fast import activations, arguments, functional, gradients, ops
 from sae_fast.code import Decoder, Layer, SparseCode
 from sae_fast.objectives import Objective, Revived
 from sae_fast.ops import checks
-from sae_fast.ops.dispatch import without_autocast
+from sae_fast.ops.dispatch import trusted, without_autocast
 from sae_fast.reference import Loss
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -298,6 +298,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     @without_autocast()
+    @trusted()
     def row_gradients(
         self, x: Tensor, objective: Objective, shadow: ops.Shadow | None = None,
         dead: Callable[[SparseCode], Tensor] | None = None,
@@ -311,8 +312,6 @@ class SparseAutoencoder(nn.Module):
         x_c, layer = self.centred(x), self.layer(shadow)
         code = objective.code(self._train_code(x_c, shadow, objective.slack(layer)), layer)
         decoder = Decoder(self.W_dec, self.b_dec, self.apply_b_dec_to_input)
-        if objective.plain and ops.dense_step_pays(code, self.W_dec):
-            return gradients.of_dense_step(code, x_c, x, layer, decoder, objective), code
         revived = None
         if objective.aux is not None and dead is not None:
             aux = objective.aux
@@ -320,7 +319,9 @@ class SparseAutoencoder(nn.Module):
             def revived(error: Tensor) -> Revived | None:
                 return aux.revive(x_c, error, layer, self.W_dec, dead(code), self.precision)
 
-        return gradients.of_step(code, x_c, x, layer, decoder, objective, revived=revived), code
+        dense = objective.prefixes is None and ops.dense_step_pays(code, self.W_dec)
+        of_step = gradients.of_dense_step if dense else gradients.of_step
+        return of_step(code, x_c, x, layer, decoder, objective, revived=revived), code
 
     def _train_code(self, x_c: Tensor, shadow: ops.Shadow | None, slack: float) -> SparseCode:
         """The code that a step is taken on."""

@@ -16,7 +16,7 @@ from sae_fast.objectives.auxk import AuxK, Revived
 from sae_fast.objectives.gated import Gated
 from sae_fast.objectives.l0 import L0
 from sae_fast.objectives.l1 import L1
-from sae_fast.objectives.objective import Objective
+from sae_fast.objectives.objective import Objective, Pull
 from sae_fast.objectives.prefixes import Prefixes
 from sae_fast.objectives.topk import TopK
 
@@ -70,6 +70,7 @@ __all__ = [
     "Matryoshka",
     "Objective",
     "Prefixes",
+    "Pull",
     "Revived",
     "TopK",
     "describe",

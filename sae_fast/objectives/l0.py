@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,19 @@ from sae_fast.objectives.objective import Objective, Pull, penalised
 
 FORMS = ("step", "target", "quadratic", "tanh")
 WINDOWS = ("pi", "f")
+
+
+class _Near(NamedTuple):
+    """The entries of a code that may lie in a window, and all that do not fire: where ``at`` [m] they are, their features,
+    rows and thresholds, whether they fire and whether they lie inside; l0 [B] float64, of the whole code."""
+
+    at: Tensor
+    features: Tensor
+    rows: Tensor
+    threshold: Tensor
+    fires: Tensor
+    inside: Tensor
+    l0: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class L0(Objective):
             raise ValueError("ste_to_input: got True with window 'f', want window 'pi'")
 
     @property
-    def plain(self) -> bool:
+    def linear(self) -> bool:
         return False
 
     @property
@@ -73,59 +88,85 @@ class L0(Objective):
     def slack(self, layer: Layer) -> float:
         threshold = layer.vectors[0]
         below = float(-threshold.amin().clamp(max=0))  # the support is cut at 0, f is not
-        slack = self.bandwidth / 2 * (1 + 2**-10) + 2**-20 * float(threshold.abs().amax()) + below
+        slack = self._margin(threshold) + below
         if not isfinite(slack):
             raise ValueError(f"threshold: got {threshold[~threshold.isfinite()].tolist()[:3]} …, want finite ones")
         return slack
 
     def code(self, code: SparseCode, layer: Layer) -> SparseCode:
-        pi, threshold = self._at(code, layer)
-        return code.with_values(torch.where(pi > threshold, pi, 0)[None])
+        if bool((layer.vectors[0] >= 0).all()):
+            return code
+        pi = code.u + layer.bias.index_select(0, code.indices)
+        return code.with_values(torch.where(pi > layer.vectors[0].index_select(0, code.indices), pi, 0)[None])
+
+    def by_example(self, code: SparseCode, layer: Layer) -> tuple[Objective, Tensor | float]:
+        if self.form != "target":
+            return self, 0.0
+        assert self.target is not None
+        mean = self._near(code, layer).l0.mean()
+        off = mean / self.target - 1
+        one, slope = copy(self), (2 * self.coefficient / self.target) * off
+        object.__setattr__(one, "form", "step")
+        object.__setattr__(one, "coefficient", slope)
+        return one, self.coefficient * off.square() - slope * mean
 
     def pull(self, code: SparseCode, layer: Layer, W_dec: Tensor, losses: Tensor, grads: Tensor, n: int) -> Pull:
-        pi, threshold = self._at(code, layer)
-        fires, inside = pi > threshold, self._window((pi - threshold) / self.bandwidth)
-        g, constants, of_norms = grads[0], {}, None
+        if self.form == "target":
+            one, rest = self.by_example(code, layer)
+            pull = one.pull(code, layer, W_dec, losses.double(), grads, n)
+            return pull._replace(losses=penalised(losses, pull.losses[1] + rest))
+        near, g, constants, of_norms = self._near(code, layer), grads[0], {}, None
         if self.form == "tanh":
-            norms = W_dec.norm(dim=1)[code.indices]
+            norms = W_dec.norm(dim=1).index_select(0, code.indices)
             squashed = torch.tanh(self.tanh_scale * code.magnitudes * norms)
-            penalty = code.row_sums(squashed).mean(dtype=torch.float64) * self.coefficient
+            penalty = code.row_sums(squashed).sum(dtype=torch.float64) / n * self.coefficient
             slope = 1 - squashed.square()
             g = g + slope * (norms * (self.tanh_scale * self.coefficient / n))
             of_norms = slope * (self.tanh_scale * code.magnitudes)
-            estimate = inside * g * (threshold / self.bandwidth)
-        else:
-            penalty, slopes = self._penalty(fires, code, layer.vectors[0])
-            of_step = inside
+        of_near = g[near.at]
+        estimate = near.inside * of_near * (near.threshold / self.bandwidth)
+        if self.form != "tanh":
+            penalty, slopes = self._penalty(near.l0, n)
+            of_step, slope = near.inside, slopes if slopes.dim() == 0 else slopes[near.rows]
             if self.window == "f":  # inactive entries: the feature's constant, of all n, less what the active ones have
-                of_step = (inside & fires).to(g.dtype) - (fires & self._window(threshold / self.bandwidth)).to(g.dtype)
-                constant = (-slopes.mean() / self.bandwidth).to(g.dtype)
-                constants["threshold"] = torch.where(self._window(layer.vectors[0] / self.bandwidth), constant, 0)
-            slope = slopes if slopes.dim() == 0 else slopes[code.row_ids()]
-            estimate = inside * g * (threshold / self.bandwidth) + of_step * (slope / (n * self.bandwidth)).to(g.dtype)
-        delta = torch.where(fires, g, 0)
-        if self.ste_to_input:
-            delta = delta + estimate
-        return Pull(penalised(losses, penalty), (delta, delta, -estimate), constants, of_norms)
+                constant = slopes * (code.batch / n) if slopes.dim() == 0 else slopes.sum() / n
+                always = self._window(layer.vectors[0] / self.bandwidth)
+                constants["threshold"] = torch.where(always, (-constant / self.bandwidth).to(g.dtype), 0)
+                of_step = (near.inside & near.fires).to(g.dtype) - (near.fires & always[near.features]).to(g.dtype)
+            estimate = estimate + of_step * (slope / (n * self.bandwidth)).to(g.dtype)
+        delta = g.index_copy(0, near.at, torch.where(near.fires, of_near, 0) + (estimate if self.ste_to_input else 0))
+        of_threshold = torch.zeros_like(g).index_copy_(0, near.at, -estimate)
+        return Pull(penalised(losses, penalty), (delta, delta, of_threshold), constants, of_norms)
 
-    def _penalty(self, fires: Tensor, code: SparseCode, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        """(the penalty, n times its slope in an entry's step: 0-d, or [n] by example), in float64."""
-        l0, c, t = code.row_sums(fires.double()), self.coefficient, self.target
+    def _penalty(self, l0: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """(the penalty, n times its slope in an entry's step: 0-d, or by example), in float64."""
+        c, t = self.coefficient, self.target
+        if self.form == "step":
+            return c * l0.sum() / n, c * l0.new_ones(())
+        assert t is not None
+        off = l0 - t
+        return c * (2 / t) * off.square().sum() / n, (4 * c / t) * off
+
+    def _near(self, code: SparseCode, layer: Layer) -> _Near:
+        threshold, f = layer.vectors[0], code.magnitudes
+        reach = float(threshold.amax()) + self._margin(threshold)
+        near = (f < reach) | (f == 0)
+        below = torch.zeros_like(threshold, dtype=torch.bool)
         if self.window == "f":  # what does not fire is 0, and so above a threshold below that
             below = threshold < 0
-            l0 = code.row_sums((fires & ~below[code.indices]).double()) + below.sum()
-        if self.form == "step":
-            return c * l0.mean(), c * l0.new_ones(())
-        assert t is not None
-        off = l0.mean() / t - 1 if self.form == "target" else l0 - t
-        if self.form == "target":
-            return c * off.square(), (2 * c / t) * off
-        return c * (2 / t) * off.square().mean(), (4 * c / t) * off
+            apart = below | self._window(threshold / self.bandwidth)
+            near = near | apart.index_select(0, code.indices) if bool(apart.any()) else near
+        at = near.nonzero()[:, 0]
+        features, rows = code.indices[at].long(), torch.searchsorted(code.indptr, at, right=True) - 1
+        pi, theta = code.u[at] + layer.bias[features], threshold[features]
+        fires, inside = pi > theta, self._window((pi - theta) / self.bandwidth)
+        uncounted = torch.bincount(rows[~fires | below[features]], minlength=code.batch)
+        l0 = (code.indptr.diff() - uncounted + below.sum()).double()
+        return _Near(at, features, rows, theta, fires, inside, l0)
 
-    @staticmethod
-    def _at(code: SparseCode, layer: Layer) -> tuple[Tensor, Tensor]:
-        """π and the threshold, [nnz]."""
-        return code.u + layer.bias[code.indices], layer.vectors[0][code.indices]
+    def _margin(self, threshold: Tensor) -> float:
+        """Half a window, and what rounding may add to it."""
+        return self.bandwidth / 2 * (1 + 2**-10) + 2**-20 * float(threshold.abs().amax())
 
     @staticmethod
     def _window(z: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ class Lp(Objective):
             raise ValueError(f"p: got {self.p} with a penalty on decoder norms, want 1")
 
     @property
-    def plain(self) -> bool:
-        return super().plain and self.p == 1
+    def linear(self) -> bool:
+        return self.p == 1
 
     def sparsity_weight(self, W_dec: Tensor) -> Tensor:
         if self.p != 1:

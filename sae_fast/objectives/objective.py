@@ -65,7 +65,12 @@ class Objective:
     @property
     def plain(self) -> bool:
         """True if losses and gradients are those of ops.decode_loss with :meth:`sparsity_weight`, and no more."""
-        return self.prefixes is None and self.aux is None
+        return self.linear and self.prefixes is None and self.aux is None
+
+    @property
+    def linear(self) -> bool:
+        """True if the penalty is that of :meth:`sparsity_weight`."""
+        return True
 
     @property
     def target_l0(self) -> float | None:
@@ -113,8 +118,13 @@ class Objective:
         norm = W_dec.norm(dim=1)
         return torch.where(norm > 0, sums * (self.coefficient / n) / norm, 0)  # at 0 the subgradient that autograd takes
 
+    def by_example(self, code: SparseCode, layer: Layer) -> tuple[Objective, Tensor | float]:
+        """(an objective of the same gradients at this code, whose penalty is a mean over examples; what that one lacks)."""
+        return self, 0.0
+
     def pull(self, code: SparseCode, layer: Layer, W_dec: Tensor, losses: Tensor, grads: Tensor, n: int) -> Pull:
-        """The losses and what values pull on, from those of ops.decode_loss and its grads [V, nnz]."""
+        """The losses and what values pull on, from those of ops.decode_loss and its grads [V, nnz].  Of some of the n
+        examples of a batch their part, unless :meth:`by_example` gives another objective."""
         pulled = layer.activation.pullback(code.u, list(grads), code.indices, layer.vectors)
         return Pull(losses, pulled, norms=code.values[-1] if self.costs_norm else None)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from sae_fast.code import Adam, Rows, Shadow
+from sae_fast.ops.dispatch import trusts
 from sae_fast.ops.native import _C, in_memory
 
 
@@ -75,7 +76,7 @@ def csr(indptr: Tensor, indices: Tensor, features: int) -> None:
     dtype("indices", indices, torch.int32)
     if indptr.shape[0] < 1:
         raise ValueError("indptr: got no element, want B + 1 of them")
-    if _native(indptr, indices) and _C.sound_csr(indptr, indices, features):
+    if trusts() or (_native(indptr, indices) and _C.sound_csr(indptr, indices, features)):
         return
     offsets("indptr", indptr, indices.shape[0])
     within("indices", indices, features)
@@ -91,7 +92,7 @@ def csc(colptr: Tensor, rows: Tensor, perm: Tensor, batch: int) -> None:
     dtype("perm", perm, torch.int64)
     if colptr.shape[0] < 1:
         raise ValueError("colptr: got no element, want F + 1 of them")
-    if _native(colptr, rows, perm) and _C.sound_csc(colptr, rows, perm, batch):
+    if trusts() or (_native(colptr, rows, perm) and _C.sound_csc(colptr, rows, perm, batch)):
         return
     offsets("colptr", colptr, rows.shape[0])
     within("rows", rows, batch)

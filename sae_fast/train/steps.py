@@ -15,6 +15,7 @@ from sae_fast import gradients, nn, ops
 from sae_fast.code import RowGradient, SparseCode
 from sae_fast.objectives import L0, Objective, TopK
 from sae_fast.ops import checks
+from sae_fast.ops.dispatch import trusted
 from sae_fast.train.state import Rates, Result, TrainState
 
 
@@ -58,7 +59,7 @@ class HostSteps:
 
     def step(self, x: Tensor, rates: Rates) -> HostResult:
         state = self.state
-        with beginning(state, x) as rows:
+        with beginning(state, x) as rows, trusted():
             result = update(state, rows, state.step_count, rates, self._shadow())
         state.step_count += 1
         return result

@@ -8,8 +8,8 @@ from helpers import Judge, assert_repeats, randn
 
 import sae_fast as sf
 from sae_fast import ops, use_backend
-from sae_fast.objectives import of_dialect
-from sae_fast.ops import crossovers, dense_gradient, dense_step
+from sae_fast.objectives import L0, Gated, of_dialect
+from sae_fast.ops import crossovers, dense_gradient
 from sae_fast.reference import DIALECTS
 
 B, D, F, L1 = 57, 33, 100, 0.7
@@ -43,14 +43,6 @@ def by_autograd(sae, x, dialect) -> dict[str, torch.Tensor]:
     return {"losses": losses, **{n: g for (n, _), g in zip(sae.named_parameters(), grads, strict=True)}}
 
 
-@pytest.fixture(params=["engine", "torch"])
-def dense_way(request, monkeypatch):
-    """The dense way, with the pointwise part by the C++ engine and, as on a GPU, by torch."""
-    monkeypatch.setitem(crossovers.CROSSOVER, "step", -1.0)
-    if request.param == "torch":
-        monkeypatch.setattr(dense_step, "_by_engine", dense_step._by_torch)
-
-
 @pytest.mark.parametrize("density", [0.5, 0.03, 1.0], ids=["half", "sparse", "all"])
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("kind", [sf.GatedSAE, sf.ReluSAE])
@@ -71,11 +63,9 @@ def test_gradients_are_as_near_to_float64_as_torchs(kind, dialect, density, isa,
 @torch.no_grad()
 def test_repeats_bit_for_bit(dense_way):
     sae, x = layer(sf.GatedSAE, 0.5)
-    code, weight = sae.encode_sparse(x), torch.full((F,), L1)
 
     def run():
-        out = ops.dense_gradients(code, x, x, sae.layer(), sae.W_dec, sae.b_dec, weight, True)
-        return [t for part in out for t in (part if isinstance(part, tuple) else (part,))]
+        return list(gradients(sae, x, "paper").values())
 
     assert_repeats(run, threads=[torch.get_num_threads()])  # the BLAS rounds differently with other numbers of threads
 
@@ -100,13 +90,15 @@ def test_an_empty_code_has_gradients_of_zero(dense_way):
     assert grads["b_dec"].any()
 
 
-def test_training_from_a_dense_start_follows_the_sparse_way(monkeypatch):
+@pytest.mark.parametrize("kind", [sf.GatedSAE, sf.JumpReluSAE])
+def test_training_from_a_dense_start_follows_the_sparse_way(kind, monkeypatch):
     """The same weights to rounding, whichever way each step takes."""
     weights = []
+    objective = Gated(0.1) if kind is sf.GatedSAE else L0(target=5, bandwidth=0.1)
     for crossover in (0.11, 9.0):
         monkeypatch.setitem(crossovers.CROSSOVER, "step", crossover)
-        sae = sf.GatedSAE(D, F, seed=3)
-        trainer = sf.Trainer(sae, lr=1e-3, l1_coefficient=0.1, betas=(0.0, 0.9))
+        sae = kind(D, F, seed=3)
+        trainer = sf.Trainer(sae, lr=1e-3, objective=objective, betas=(0.0, 0.9))
         for step in range(5):
             trainer.step(randn(B, D, seed=step))
         weights.append(torch.cat([p.detach().flatten() for p in sae.parameters()]))

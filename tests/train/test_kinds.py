@@ -13,7 +13,7 @@ from problems.objectives import CASES
 
 import sae_fast as sf
 from sae_fast.objectives import L0, L1, AuxK, Gated, Matryoshka, Prefixes, TopK, describe, rebuild
-from sae_fast.ops import dense_gradient
+from sae_fast.ops import checks, dense_gradient
 
 B, D, F = 64, 16, 50
 KINDS = {
@@ -185,7 +185,7 @@ def test_an_aid_touches_the_dead_features_that_it_has_chosen():
         for name in ("W_enc", "W_dec"):
             touched = sf.ops.touched(done.by_name[name].csc)
             assert touched[touched < 5].tolist() == chosen, name
-            assert bool(sf.optim.to_dense(done.by_name[name], sae.W_dec)[chosen].any(1).all()), name
+            assert bool(dense_gradient(sae.W_dec, done.by_name[name])[chosen].any(1).all()), name
         assert done.losses[2] > 0
         with torch.no_grad():
             sae.b_enc[dead] = -100.0
@@ -386,3 +386,18 @@ def test_a_loss_of_what_does_not_go_together_is_refused(x, objective, dead, mess
 def test_what_does_not_go_together_is_refused(make, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         make()
+
+
+@each
+def test_a_step_does_not_check_the_codes_that_it_made(kind, monkeypatch):
+    looked = []
+    monkeypatch.setattr(checks, "_native", lambda *tensors: looked.append(tensors))
+    trainer = trainer_of(kind)
+    trainer.step(randn(B, D, seed=1))
+    with pytest.raises(ValueError, match="x: got nan"):
+        trainer.step(torch.full((B, D), torch.nan))
+    assert not looked
+    code = trainer.sae.encode_sparse(randn(B, D, seed=1))
+    with pytest.raises(ValueError, match="indices: got values from"):
+        sf.ops.transpose(replace(code, indices=code.indices + F))
+    assert looked

@@ -14,7 +14,7 @@ from sae_fast.code import Decoder, Layer, SparseCode
 from sae_fast.gradients import HostKernels, StepGradients
 from sae_fast.objectives import Objective, Revived
 from sae_fast.ops import crossovers
-from sae_fast.ops.dispatch import cpu_rejects, without_autocast
+from sae_fast.ops.dispatch import cpu_rejects, trusted, without_autocast
 from sae_fast.ops.encode import screen
 
 KERNELS = HostKernels(in_one_pass=True)
@@ -84,8 +84,8 @@ class Step:
             return self.revived(x_c, error, layer, W_dec)
 
         problem = code, x_c, x, layer, decoder, self.objective
-        if self.gradients and self.objective.plain and ops.dense_step_pays(code, W_dec):
-            return gradients.of_dense_step(*problem)
+        if self.gradients and self.objective.prefixes is None and ops.dense_step_pays(code, W_dec):
+            return gradients.of_dense_step(*problem, revived)
         if self.gradients:
             return gradients.of_step(*problem, KERNELS, revived)
         entries = KERNELS.entries(code, layer, decoder, x, self.objective)
@@ -107,7 +107,7 @@ class Forward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.step = step
         ctx.save_for_backward(*tensors)
-        with without_autocast():
+        with without_autocast(), trusted():
             x, W_enc, W_dec, b_dec, *vectors = tensors
             W = W_enc.T.contiguous()  # as it is, unless a parametrization made W_enc
             done = step.take(x, code, W, W_dec, b_dec, *vectors)
