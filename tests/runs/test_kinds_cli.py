@@ -110,7 +110,7 @@ def test_groups_are_sizes_or_shares(train, groups, sizes):
         ("jumprelu", dict(target_l0=0), "target_l0: got 0.0, want > 0"),
         ("jumprelu", dict(bandwidth=-1), "bandwidth: got -1.0, want > 0"),
         ("jumprelu", dict(penalty="nan"), "penalty: got nan, want > 0"),
-        ("jumprelu", dict(init_l0=-1), "init_l0: got -1.0, want > 0"),
+        ("jumprelu", dict(init_l0=-1), "init_l0: got -1.0, want a number > 0"),
         ("topk", dict(beta1=1), "beta1: got 1.0, want 0 ≤ beta1 < 1"),
         ("topk", dict(aux=-1), "aux: got -1.0, want > 0, or 0 for none"),
         ("topk", dict(dead_after=0), "dead_after: got 0, want a whole number of examples > 0"),
