@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -110,8 +110,9 @@ def decode_loss(s: Size) -> None:
     entries, weight = s.of(s.entries), s.of(s.F)
     for kind in (named("relu"), named("gated")):
         V, layer = kind.value_sets, Layer(s.W(), weight, kind, (weight,) * len(kind.parameters))
-        step = StepOutputs(layer, entries, entries, meta(s.entries, 4), entries)
-        for outputs in (None, step) if s.dtype == torch.float32 else (None,):  # a Trainer's weights are float32
+        step = StepOutputs(layer, entries, entries, meta(s.entries, 4), entries, entries, V == 2)
+        steps = (step, step._replace(auxiliary=False)) if s.dtype == torch.float32 else ()  # a Trainer's weights
+        for outputs in (None, *steps):
             values = s.of(V, s.entries)
             decoded = s.W(), s.of(s.d), s.x(), weight, float(s.B), Outputs.of(values, s.x())
             decode_loss((*s.rows(), values), *decoded, outputs)
@@ -160,6 +161,7 @@ def weight_step(s: Size) -> None:
     for unit_rows, shadow in ((True, None), (False, Shadow(*rounded(W))), (False, None)):
         state = Rows(W, s.W(), last_step, shadow)
         weight_step(state, s.gradient(), Update(adam, unit_rows, meta(), skip))
+        weight_step(state, replace(s.gradient(), along=s.of(s.entries)), Update(adam, unit_rows, meta(), skip))
         weight_step(state, s.gradient(), Update(adam, unit_rows, None, skip))
         row_step(state, s.W(), Update(adam, unit_rows, None, skip))
     own, update = meta(s.F), Update(adam, False, None, skip)  # own: of the saelens dialect

@@ -22,13 +22,16 @@ from sae_fast.kernels.sampled_dots import row_sums, sum_over_slices
 class StepOutputs(NamedTuple):
     """The gradients of each entry that a training step needs, written in the same pass.  Given: the layer and u [C].
     Written: delta [C], the gradient of u; entries [C, 4] = delta and the gradients of bias and of the activation's
-    parameters (0 for those that it lacks); decoder [C] = 2 m / N, the weights of the residuals in W_dec's gradient."""
+    parameters (0 for those that it lacks); decoder [C] = 2 m / N, the weights of the residuals in W_dec's gradient; along
+    [C], an entry's part of ⟨that gradient, row⟩, with the second residual's where that has a part in the gradient."""
 
     layer: Layer
     u: Tensor
     delta: Tensor
     entries: Tensor
     decoder: Tensor
+    along: Tensor
+    auxiliary: bool
 
 
 @triton.jit
@@ -72,9 +75,9 @@ def _residuals(
 @triton.jit
 def _finish(
     begin_ptr, end_ptr, indices_ptr, values_ptr, weight_ptr, partials_ptr, squares_ptr, losses_ptr, grads_ptr,
-    u_ptr, first_ptr, second_ptr, delta_ptr, entries_ptr, decoder_ptr, two, one,
+    u_ptr, first_ptr, second_ptr, delta_ptr, entries_ptr, decoder_ptr, along_ptr, two, one,
     slices, stride_v, stride_g, stride_p, stride_s,
-    V: tl.constexpr, KIND: tl.constexpr, ENTRIES: tl.constexpr,
+    V: tl.constexpr, KIND: tl.constexpr, AUXILIARY: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
@@ -86,10 +89,13 @@ def _finish(
         weight = tl.load(weight_ptr + feature, mask=chosen, other=0.0).to(tl.float32)
         magnitude = tl.load(values_ptr + at, mask=chosen, other=0.0).to(tl.float32)
         g_mag = two * sum_over_slices(partials_ptr + at, stride_s, slices, chosen)
+        along = magnitude * g_mag
         if V == 2:
             gate = tl.load(values_ptr + stride_v + at, mask=chosen, other=0.0).to(tl.float32)
             g_mag = tl.where(magnitude == 0, 0.0, g_mag)
             g_gate = two * sum_over_slices(partials_ptr + stride_p + at, stride_s, slices, chosen)
+            if AUXILIARY:
+                along += gate * g_gate
             g_gate = tl.where(gate == 0, 0.0, g_gate + one * weight)
             sparsity += weight * gate
             tl.store(grads_ptr + stride_g + at, g_gate, mask=chosen)
@@ -104,6 +110,7 @@ def _finish(
             four = tl.join(tl.join(delta, first), tl.join(bias, second))
             tl.store(delta_ptr + at, delta, mask=chosen)
             tl.store(decoder_ptr + at, two * magnitude, mask=chosen)
+            tl.store(along_ptr + at, along, mask=chosen)
             at_four = at[:, None] * 4 + tl.arange(0, 4)[None, :]
             tl.store(entries_ptr + at_four, tl.reshape(four, (ENTRIES, 4)), mask=chosen[:, None])
     losses_ptr += b * 3 + tl.arange(0, 1)
@@ -142,11 +149,11 @@ def decode_loss(
     sizes = (V, slices, capacity), (rows, slices, 2)
     partials, squares = (torch.empty(size, dtype=torch.float32, device=W.device) for size in sizes)
     vectors, kind = ((None, None), 0) if step is None else (step.layer.vector_slots(), step.layer.activation.native)
-    u, *written = (None, None, None, None) if step is None else (step.u, step.delta, step.entries, step.decoder)
+    u, *written, auxiliary = (*5 * [None], False) if step is None else step[1:]
     if cuda:
         native.call("residuals", W.dtype, target.dtype, V, *code, W, b_dec, target, residuals, partials, squares, rows, d,
                    slices, capacity)  # fmt: skip
-        native.call("finish", W.dtype, V, kind, *code, sparsity_weight, partials, squares, losses, grads,
+        native.call("finish", W.dtype, V, kind, auxiliary, *code, sparsity_weight, partials, squares, losses, grads,
                    u, vectors[0], *written, rows, slices, capacity, float(normaliser))  # fmt: skip
         return
     launch(
@@ -157,5 +164,6 @@ def decode_loss(
     launch(
         _finish, (rows,), *code, sparsity_weight, partials, squares, losses, grads,
         u, *vectors, *written, 2.0 / normaliser, 1.0 / normaliser, slices, values.stride(0), grads.stride(0),
-        *partials.stride()[:2], V=V, KIND=kind, ENTRIES=c["finish"], num_warps=1,
+        *partials.stride()[:2], V=V, KIND=kind, AUXILIARY=auxiliary, ENTRIES=c["finish"],
+        num_warps=1,
     )  # fmt: skip

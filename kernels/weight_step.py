@@ -1,6 +1,7 @@
 """weight_step: a gradient row, its projection, Adam with β1 = 0 and renormalisation in one visit of a weight row.
 
-A program takes a slice of 512 columns of one row.  Unit rows need sums over the row, so there it takes the whole row.
+A program takes a slice of 512 columns of one row.  Unit rows need two sums over the row: a program takes all of it; or,
+where ⟨gradient, row⟩ is known by entry, wide rows go by slices too, and :func:`_normalise` divides them by their norms.
 Before it :func:`_advance` has said how far the row's second moment has decayed, and noted the visit.
 """
 
@@ -94,9 +95,22 @@ def _advance(
 
 
 @triton.jit
+def _along(f, colptr_ptr, perm_ptr, along_ptr, BLOCK: tl.constexpr):
+    """⟨gradient, row⟩ of feature f, from its entries."""
+    end = tl.load(colptr_ptr + f + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in range(tl.load(colptr_ptr + f), end, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        entry = tl.load(perm_ptr + at, mask=at < end, other=0)
+        total += tl.load(along_ptr + entry, mask=at < end, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def _step(
     W_ptr, v_ptr, decay_ptr, grad_ptr, colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, first_ptr,
-    partials_ptr, own_ptr, constants_ptr, scale_ptr, skip_ptr, shadow_ptr, norms_ptr, n, d, first_feature, K, norm_columns,
+    partials_ptr, own_ptr, constants_ptr, scale_ptr, skip_ptr, shadow_ptr, norms_ptr, along_ptr, squares_ptr,
+    n, d, first_feature, K, norm_columns,
     UNIT: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     if skip_ptr is not None and tl.load(skip_ptr) != 0:
@@ -121,6 +135,8 @@ def _step(
     W = tl.load(W_ptr + element, mask=inside, other=0.0)
     if own_ptr is not None:
         g += tl.load(own_ptr + i, mask=live, other=0.0).to(tl.float32) * W
+    if along_ptr is not None:
+        g -= _along(f, colptr_ptr, perm_ptr, along_ptr, 32 * ENTRIES) * W
     if scale_ptr is not None:
         g *= tl.load(scale_ptr).to(tl.float32)
     if UNIT:
@@ -136,6 +152,9 @@ def _step(
         norm2 = tl.sum(W * W, axis=1, keep_dims=True)
         W *= tl.where(norm2 > 0, tl.div_rn(1.0, tl.sqrt_rn(norm2)), 1.0)
     tl.store(W_ptr + element, W, mask=inside)
+    if squares_ptr is not None:
+        square = tl.sum(tl.where(inside, W * W, 0.0), axis=1, keep_dims=True)
+        tl.store(squares_ptr + i * tl.num_programs(1) + tl.program_id(1), square, mask=live)
 
     if shadow_ptr is not None:
         scaled = W * tl.load(norms_ptr + i * norm_columns, mask=live, other=0.0)
@@ -145,6 +164,24 @@ def _step(
         slot = norms_ptr + i * norm_columns + 1 + 2 * tl.program_id(1)
         tl.store(slot, tl.sum(scaled * scaled, axis=1, keep_dims=True), mask=live)
         tl.store(slot + 1, tl.sum(lost * lost, axis=1, keep_dims=True), mask=live)
+
+
+@triton.jit
+def _normalise(
+    W_ptr, squares_ptr, colptr_ptr, skip_ptr, d, first_feature, slices, SLICES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Unit norm for rows that have entries, from the squares of their slices."""
+    if skip_ptr is not None and tl.load(skip_ptr) != 0:
+        return
+    i = tl.program_id(0).to(tl.int64)
+    at = colptr_ptr + first_feature + i
+    if tl.load(at) == tl.load(at + 1):
+        return
+    s, columns = tl.arange(0, SLICES), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    norm2 = tl.sum(tl.load(squares_ptr + i * slices + s, mask=s < slices, other=0.0), axis=0)
+    W = tl.load(W_ptr + i * d + columns, mask=columns < d, other=0.0)
+    W *= tl.where(norm2 > 0, tl.div_rn(1.0, tl.sqrt_rn(norm2)), 1.0)
+    tl.store(W_ptr + i * d + columns, W, mask=columns < d)
 
 
 def weight_step(
@@ -162,9 +199,9 @@ def weight_step(
     cuda = native.takes("weight_step") and _cuda_steps(rows, gradient, update.unit_rows)
     split = partials(entries, d, runs_for(gradient, runs), first_feature, first_feature + n, cuda)
     walked = (*entries, *split, gradient.self_coefficient)
-    return (
-        _cuda_step(rows, update, walked, first_feature) if cuda else _launch_step(rows, update, None, walked, first_feature)
-    )
+    if cuda:
+        return _cuda_step(rows, update, walked, first_feature)
+    _launch_step(rows, update, None, walked, first_feature, gradient.along)
 
 
 def row_step(rows: Rows, grad: Tensor, update: Update, colptr: Tensor | None = None) -> None:
@@ -172,12 +209,20 @@ def row_step(rows: Rows, grad: Tensor, update: Update, colptr: Tensor | None = N
     _launch_step(rows, update, grad, (colptr, *9 * [None]), 0)
 
 
-def _launch_step(rows: Rows, update: Update, grad: Tensor | None, walked: tuple, first_feature: int) -> None:
+def _launch_step(
+    rows: Rows, update: Update, grad: Tensor | None, walked: tuple, first_feature: int, along: Tensor | None = None
+) -> None:
     """``walked``: a gradient's sources, partial rows and coefficients, as the kernel takes them."""
     (n, d), shadow, unit_rows = rows.W.shape, rows.shadow, update.unit_rows
     _check(unit_rows, shadow)
     whole = triton.next_power_of_2(d)
-    columns = whole if unit_rows else min(whole, config("weight_step")["columns"] if shadow is None else SLICE)
+    columns = min(whole, config("weight_step")["columns"] if shadow is None else SLICE)
+    squares = None
+    if unit_rows and along is not None and d > 2 * columns:
+        squares = rows.W.new_empty(n, cdiv(d, columns))
+        walked = *walked[:-1], None  # what the coefficient gives is along the row
+    elif unit_rows:
+        columns = whole
     if grad is None:
         of_rows, tile = 1, walk(d, columns, config("weight_step")["entries"], rows.W)
     else:
@@ -186,9 +231,14 @@ def _launch_step(rows: Rows, update: Update, grad: Tensor | None, walked: tuple,
     decay = _decay(rows.last_step, walked[0], update, first_feature)
     launch(
         _step, (cdiv(n, of_rows), cdiv(d, columns)), rows.W, rows.v, decay, grad, *walked, update.adam.constants,
-        update.grad_scale, update.skip, *(shadow or (None, None)), n, d, first_feature, *_widths(shadow), UNIT=unit_rows,
-        ROWS=of_rows, **tile,
+        update.grad_scale, update.skip, *(shadow or (None, None)), None if squares is None else along, squares, n, d,
+        first_feature, *_widths(shadow), UNIT=unit_rows and squares is None, ROWS=of_rows, **tile,
     )  # fmt: skip
+    if squares is not None:
+        launch(
+            _normalise, squares.shape, rows.W, squares, walked[0], update.skip, d, first_feature, squares.shape[1],
+            SLICES=triton.next_power_of_2(squares.shape[1]), COLUMNS=columns, num_warps=max(1, columns // 128),
+        )  # fmt: skip
 
 
 def _cuda_steps(rows: Rows, gradient: RowGradient, unit_rows: bool) -> bool:

@@ -152,13 +152,15 @@ class RowGradient:
         grad[i] = Σ_s Σ_{j in feature i} values[s][perm[j]] · A[s][rows[j]]  +  self_coefficient[i] · W[i]
 
     values: list of [nnz]; A: list of [B, d], same length; self_coefficient [F], 0 for
-    a feature without entries.  For a vector parameter [F], A is [B, 1] ones.
+    a feature without entries.  For a vector parameter [F], A is [B, 1] ones.  along [nnz], where it is known: each
+    entry's part of ⟨grad[i], W[i]⟩ without the coefficient's, in the order of values.
     """
 
     csc: Transposed
     values: list[Tensor]
     A: list[Tensor]
     self_coefficient: Tensor | None = None
+    along: Tensor | None = None
 
     @classmethod
     def of(

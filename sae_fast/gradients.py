@@ -75,7 +75,8 @@ class Entries(NamedTuple):
     """Losses and gradients on the entries of a code.  losses [3]; residuals [B, d_out] of each value set, or [G · B, d_out]
     of prefixes, the suffix sums R of MATH.md §8; error [B, d_out] = x̂ − target; delta [nnz], the gradient of u; columns
     [nnz, 2 + P or more]: delta and the gradients of the bias and the activation's parameters; decoder [nnz]: the magnitudes
-    times 2/B, the weights of the residuals in W_dec's gradient; constants and norms: a Pull's."""
+    times 2/B, the weights of the residuals in W_dec's gradient; constants and norms: a Pull's; along
+    [nnz], where the kernels have it: RowGradient's for W_dec."""
 
     losses: Tensor
     residuals: tuple[Tensor, ...]
@@ -85,6 +86,7 @@ class Entries(NamedTuple):
     decoder: Tensor
     constants: Mapping[str, Tensor] = MappingProxyType({})
     norms: Tensor | None = None
+    along: Tensor | None = None
 
 
 class Kernels(Protocol):
@@ -173,7 +175,7 @@ def of_step(
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": RowGradient(csc, [entries.delta], [x_c]),
         **_of_parameters(layer, objective, sums, entries.constants),
-        "W_dec": RowGradient(of_decoder, values, list(residuals), own),
+        "W_dec": RowGradient(of_decoder, values, list(residuals), own, entries.along),
         "b_dec": _b_dec(through_decoder, delta, layer, decoder),
     }
     return StepGradients(entries.losses, entries.error, gradients)

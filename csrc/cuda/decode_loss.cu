@@ -39,16 +39,16 @@ void residuals(Storage storage, Storage target_storage, int V, Address begin, Ad
   });
 }
 
-void finish(Storage storage, int V, int kind, Address begin, Address end, Address indices, Address values, Address weight,
+void finish(Storage storage, int V, int kind, bool auxiliary, Address begin, Address end, Address indices, Address values, Address weight,
             Address partials, Address squares, Address losses, Address grads, Address u, Address first, Address delta,
-            Address entries, Address decoder, int64_t rows, int64_t slices, int64_t capacity, double normaliser, Address stream) {
+            Address entries, Address decoder, Address along, int64_t rows, int64_t slices, int64_t capacity, double normaliser, Address stream) {
   with_storage(storage, [&](auto t) {
     using T = decltype(t);
     const Finish<T> a = {at<const int64_t>(begin), at<const int64_t>(end), at<const int32_t>(indices), at<const T>(values),
                          at<const T>(weight), at<const float>(partials), at<const float>(squares), at<float>(losses),
-                         at<T>(grads), at<const T>(u), at<const T>(first), at<T>(delta), at<T>(entries), at<T>(decoder), rows,
+                         at<T>(grads), at<const T>(u), at<const T>(first), at<T>(delta), at<T>(entries), at<T>(decoder), at<T>(along), rows,
                          slices, capacity, static_cast<float>(2.0 / normaliser), static_cast<float>(1.0 / normaliser),
-                         static_cast<Activation>(kind)};
+                         static_cast<Activation>(kind), auxiliary};
     const auto go = [&](auto kernel) {
       launch("decode_loss", sizes(V, rows, 0, capacity), kernel, dim3((rows + 3) / 4), 128, 0, reinterpret_cast<Stream>(stream), a);
     };

@@ -37,12 +37,14 @@ class DeviceKernels:
     def entries(self, code: Gapped, layer: Layer, decoder: Decoder, target: Tensor, objective: Objective) -> Entries:
         B, C, weight = target.shape[0], code.values.shape[1], objective.sparsity_weight(decoder.W)
         delta, weights = self.ones.new_zeros(2, C)  # zeros in the gaps
-        step, out = StepOutputs(layer, code.u, delta, self.ones.new_empty(C, 4), weights), Outputs.of(code.values, target)
+        columns, along, auxiliary = self.ones.new_empty(C, 4), self.ones.new_empty(C), not objective.stops_auxiliary
+        step = StepOutputs(layer, code.u, delta, columns, weights, along, auxiliary)
+        out = Outputs.of(code.values, target)
         of_code = code.begin, code.end, code.indices, code.values
         decode_loss(of_code, decoder.W, decoder.b, target, weight, float(B), out, step)
         losses, residuals = out.losses.sum(0, dtype=torch.float64) / B, tuple(out.residuals)
         norms = code.values[-1] if objective.costs_norm else None
-        return Entries(losses, residuals, residuals[0], delta, step.entries, weights, norms=norms)
+        return Entries(losses, residuals, residuals[0], delta, columns, weights, norms=norms, along=along)
 
     def transpose(self, code: Gapped) -> Transposed:
         csc = Transposed.empty(self.features, code.indices)

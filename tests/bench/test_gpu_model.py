@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import PATIENCE
 
 from benchmarks.gpu import cuts, model, sass
 from benchmarks.gpu.profile import read
@@ -47,7 +48,7 @@ def test_instructions_are_counted_by_loop_outside_and_after_the_product():
 def test_the_kernels_of_this_tree_are_counted():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.sass"], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "benchmarks.gpu.sass"], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

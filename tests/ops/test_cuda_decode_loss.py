@@ -73,16 +73,18 @@ def test_what_a_training_step_needs(activation, V, dtype):
 
     def formula(values, u, scale, *arguments):
         grads = plain(code, normaliser)(values, *arguments)[3]
+        along = (values * grads).sum(0) - values[-1] * arguments[3][code.indices.long()] / normaliser
         vectors = () if scale is None else (scale, scale)
         parts = named(activation).pullback(u, list(grads), code.indices.long(), vectors)
-        return [*parts, *[torch.zeros_like(u)] * (4 - len(parts))], values[0] * (2 / normaliser)
+        return [*parts, *[torch.zeros_like(u)] * (4 - len(parts))], values[0] * (2 / normaliser), along
 
     given = (code.values, code.u, scale, *arguments)
     torchs, exact = formula(*given), formula(*(None if t is None else t.double() for t in given))
-    _, _, grads, delta, entries, decoder = run(code, arguments, normaliser, u=code.u, scale=scale, step=True)
+    _, _, grads, delta, entries, decoder, along = run(code, arguments, normaliser, u=code.u, scale=scale, step=True)
     assert_same_bits(grads, run(code, arguments, normaliser)[2])
     assert_same_bits(delta, entries[0])
     judge.add("decoder", decoder, torchs[1], exact[1])
+    judge.add("along", along, torchs[2], exact[2])
     for name, *results in zip(("delta", "bias", "r_mag", "b_mag"), entries, torchs[0], exact[0], strict=True):
         judge.add(name, *results)
     judge.verdict()

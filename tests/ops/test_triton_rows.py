@@ -111,18 +111,20 @@ def test_what_a_training_step_needs(activation, V, dtype):
 
         def formula(values, u, scale, *arguments, code=code):
             grads = plain_losses(code, normaliser)(values, *arguments)[3]
+            along = (values * grads).sum(0) - values[-1] * arguments[3][code.indices.long()] / normaliser
             vectors = () if scale is None else (scale, scale)
             parts = named(activation).pullback(u, list(grads), code.indices.long(), vectors)
-            return [*parts, *[torch.zeros_like(u)] * (4 - len(parts))], values[0] * (2 / normaliser)
+            return [*parts, *[torch.zeros_like(u)] * (4 - len(parts))], values[0] * (2 / normaliser), along
 
         given = (code.values, code.u, scale, *arguments)
         exact = formula(*(None if t is None else t.double() for t in given))
         torchs = formula(*given)
         gapped = Gapped(code, dtype)
-        _, _, grads, delta, entries, decoder = run_gapped(gapped, *arguments, normaliser, code.u, scale, step=True)
+        _, _, grads, delta, entries, decoder, along = run_gapped(gapped, *arguments, normaliser, code.u, scale, step=True)
         assert_same_bits(grads, run_losses(code, *arguments, normaliser=normaliser).grads)
         assert_same_bits(delta, entries[0])
         judge.add("decoder", decoder, torchs[1], exact[1])
+        judge.add("along", along, torchs[2], exact[2])
         for name, *results in zip(("delta", "bias", "r_mag", "b_mag"), entries, torchs[0], exact[0], strict=True):
             judge.add(name, *results)
     judge.verdict()

@@ -21,7 +21,7 @@ from problems.gapped import DEVICE, Gapped
 import sae_fast as sf
 from sae_fast import ops, use_backend
 from sae_fast.code import RowGradient, Rows, Shadow
-from sae_fast.kernels import _config, native
+from sae_fast.kernels import _config, _launch, native
 from sae_fast.kernels import round as round_kernels
 from sae_fast.kernels import weight_step as step_kernels
 
@@ -97,6 +97,23 @@ def test_a_shadow_follows_the_rows_that_change(d, whole, body):
     idle = there(~step.touched())
     assert_same_bits([t[idle] for t in shadow], [t[idle] for t in before])
     assert not same_bits(shadow.norms, before.norms)
+
+
+@pytest.mark.parametrize("d, slices", [(16, []), (17, [4]), (43, [8])])
+def test_wide_unit_rows_go_by_slices_where_the_gradient_along_them_is_known(d, slices, monkeypatch):
+    for generation in _config.SHIPPED.values():
+        for op in ("outer", "weight_step"):
+            monkeypatch.setitem(generation, op, bodies.TILES[op])
+    step = make_step(40, d, 9, S=2, unit=True, own=True, long=True)
+    dots = (ops.sampled_dots(step.code, a, step.state.W) for a in step.A)
+    along = torch.stack([values * dot for values, dot in zip(step.values, dots, strict=True)]).sum(0)
+    gradient = moved(replace(step.gradient(), along=along), DEVICE)
+    with _launch.recording() as launches:
+        launched(step, gradient, True)
+    assert [it.options["SLICES"] for it in launches if it.kernel is step_kernels._normalise] == slices
+    found = [moved(launched(step, gradient, True), "cpu") for _ in range(2)]
+    judge_state(found[0], step, True)
+    assert_same_bits(*found)
 
 
 @bodies.of_gpu

@@ -28,21 +28,21 @@ def run_losses(code: SparseCode, *arguments: Tensor, normaliser: float) -> ops.D
 
 
 def run_gapped(gapped: Gapped, W, b_dec, target, weight, normaliser, u=None, scale=None, step: bool = False):
-    """(residuals, losses_rows, grads, delta, entries, decoder) of the kernels on buffers with gaps."""
+    """(residuals, losses_rows, grads, delta, entries, decoder, along) of the kernels on buffers with gaps."""
     V, (rows, d), dtype = gapped.values.shape[0], target.shape, W.dtype
     residuals = torch.empty(V, rows, d, device=DEVICE, dtype=dtype)
     losses = torch.empty(rows, 3, device=DEVICE)
-    grads, delta, decoder = gapped.blank(V, dtype=dtype), gapped.blank(dtype=dtype), gapped.blank(dtype=dtype)
+    grads, (delta, decoder, along) = gapped.blank(V, dtype=dtype), (gapped.blank(dtype=dtype) for _ in range(3))
     entries = torch.full((gapped.capacity, 4), -7.0, dtype=dtype, device=DEVICE)
     outputs = None
     if step:
         kind = named("relu" if V == 1 else "gated")
         layer = Layer(W, b_dec, kind, () if V == 1 else (scale.to(DEVICE), scale.to(DEVICE)))
-        outputs = decode_loss_kernel.StepOutputs(layer, gapped.spread(u), delta, entries, decoder)
+        outputs = decode_loss_kernel.StepOutputs(layer, gapped.spread(u), delta, entries, decoder, along, V == 2)
     code, out = (
         (gapped.begin, gapped.end, gapped.indices, gapped.values),
         decode_loss_kernel.Outputs(residuals, grads, losses),
     )
     decode_loss_kernel.decode_loss(code, *on_device(W, b_dec, target, weight), normaliser, out, outputs)
-    between = [gapped.packed(t) for t in (grads, *((delta, entries.T, decoder) if step else ()))]
+    between = [gapped.packed(t) for t in (grads, *((delta, entries.T, decoder, along) if step else ()))]
     return residuals.cpu(), losses.cpu(), *between

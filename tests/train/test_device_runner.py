@@ -42,7 +42,7 @@ SMALL = {  # tiles, for the interpreter's sake
     "decode_loss": {"entries": 8, "columns": 8, "finish": 16},
     "transpose": {"entries": 16, "chunks": 2},
     "outer": {"columns": 8},
-    "weight_step": {"columns": 8},
+    "weight_step": {"columns": 2},
 }
 
 # The interpreter's own; a GPU has none.

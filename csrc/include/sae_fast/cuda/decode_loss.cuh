@@ -125,10 +125,11 @@ struct Finish {
   float* losses;  // [rows, 3]
   T* grads;       // [V, C]
   const T *u, *first;            // [C], [F]: the activation's first vector
-  T *delta, *entries, *decoder;  // [C], [C, 4], [C]
+  T *delta, *entries, *decoder, *along;  // [C], [C, 4], [C], [C]
   int64_t rows, slices, capacity;
   float two, one;  // 2 / N and 1 / N
   Activation kind;
+  bool auxiliary;
 };
 
 template <class T, int V>
@@ -160,6 +161,9 @@ __global__ void __launch_bounds__(128) finish_kernel(const Finish<T> a) {
     a.grads[j] = from_float<T>(g_mag);
     if (!a.delta) continue;
     a.decoder[j] = from_float<T>(a.two * magnitude);
+    float along = magnitude * (a.two * dots[0]);
+    if (V == 2 && a.auxiliary) along += to_float(a.values[a.capacity + j]) * (a.two * dots[V - 1]);
+    a.along[j] = from_float<T>(along);
     with_activation(a.kind, [&](auto kind) {
       using Kind = decltype(kind);
       if constexpr (Kind::value_sets == V) {
