@@ -83,6 +83,7 @@ bench-peers: $(PEERS)/.built
 	OMP_WAIT_POLICY=passive $(PEERS)/bin/python -m pytest -m peers tests/peers/test_peer_benchmarks.py
 	$(PEERS)/bin/python -m benchmarks.peers
 	$(PEERS)/bin/python -m benchmarks.peers.quality
+	$(PEERS)/bin/python -m benchmarks.peers.quality_kinds
 	$(PEERS)/bin/python -m benchmarks.peers.dictionary_learning_loop
 	$(PEERS)/bin/python -m benchmarks.peers.saelens_loop
 

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ class Others:
 
 def about() -> dict[str, str]:
     """What a file of figures says of where they come from."""
-    return {"device": device(), "versions": versions(), "commit": commit()}
+    return {"device": device(), "versions": versions(), "commit": commit(), "date": date.today().isoformat()}
 
 
 def cache_bytes() -> int:

@@ -18,4 +18,4 @@ A claim is a module with
 Modules whose names begin with an underscore are what several claims share.
 """
 
-NAMES = ("loss_terms", "bias", "ablations", "pareto", "attribution", "shift", "cognition", "perturbation")
+NAMES = ("loss_terms", "bias", "ablations", "pareto", "kinds", "attribution", "shift", "cognition", "perturbation")

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 import sae_fast as sf
+from benchmarks import activations
+from benchmarks.activations import Activations
 from benchmarks.data import Superposition
-from sae_fast.data.harvest import harvest
-from sae_fast.data.text import stdlib_documentation
-from sae_fast.demo import demo_model
 
 WORLD = {"d": 64, "features": 256, "active": 5.0}  # of Superposition
 QUICK_CHARACTERS = 60_000  # of the text, for a quick run
@@ -36,18 +35,14 @@ class Task(NamedTuple):
 def real(seed: int, batch_size: int, held_out: int, quick: bool) -> Task:
     """The third layer of MiniLM (block 2) on the standard library's documentation.  The seed chooses the order of the
     training tokens; the tokens held out are the same for all."""
-    train_part, mean, scale, rows = harvested(quick, held_out)
-    return Task(mean, lambda: (x / scale for x in train_part.batches(batch_size, seed=seed)), rows, None)
+    found, rows = harvested(quick, held_out)
+    return Task(found.mean, lambda: found.batches(batch_size, seed=seed), rows, None)
 
 
 @lru_cache(maxsize=1)
-def harvested(quick: bool, held_out: int) -> tuple[Any, Tensor, float, Tensor]:
-    text = stdlib_documentation()
-    store = harvest(demo_model(), text[:QUICK_CHARACTERS] if quick else text, 2, device="cpu")
-    train_part, held_part = store.split()
-    mean, scale = train_part.mean_and_scale()
-    rows = next(held_part.batches(min(held_out, held_part.n_tokens), seed=0))
-    return train_part, (mean / scale).float(), scale, rows / scale
+def harvested(quick: bool, held_out: int) -> tuple[Activations, Tensor]:
+    found = activations.of_demo(characters=QUICK_CHARACTERS if quick else None)
+    return found, found.rows(held_out)
 
 
 @lru_cache(maxsize=1)
@@ -68,9 +63,13 @@ def synthetic(seed: int, batch_size: int, held_out: int) -> Task:
 
 
 def train(sae: sf.GatedSAE | sf.ReluSAE, task: Task, steps: int, **options: Any) -> None:
-    """As `runs.train`: b_dec at the mean, the learning rate falling over the last fifth; ``options`` are Trainer's."""
+    """As `runs.train`: the learning rate falling over the last fifth; ``options`` are Trainer's."""
+    fit(sf.Trainer(sae, lr_decay_start=steps * 4 // 5, total_steps=steps, **options), task, steps)
+
+
+def fit(trainer: sf.Trainer, task: Task, steps: int) -> None:
+    """So many steps on the task's batches, with b_dec at their mean to begin with."""
     with torch.no_grad():
-        sae.b_dec.copy_(task.mean)
-    trainer = sf.Trainer(sae, lr_decay_start=steps * 4 // 5, total_steps=steps, **options)
+        trainer.sae.b_dec.copy_(task.mean)
     for x in itertools.islice(task.batches(), steps):
         trainer.step(x)

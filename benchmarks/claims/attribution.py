@@ -170,8 +170,9 @@ def in_the_transformer(kind: str, seed: int, quick: bool) -> dict[str, Any]:
 
     task = _tasks.real(seed, 512, HELD_OUT, quick)
     sae = trained_sae(kind, task, 96 if quick else 1024, {"Gated": 3.0, "ReLU": 1.6}[kind], 60 if quick else 300, seed)
-    store, _, scale, _ = _tasks.harvested(quick, HELD_OUT)
-    scale_(sae, scale)
+    found, _ = _tasks.harvested(quick, HELD_OUT)
+    store = found.train
+    scale_(sae, found.scale)
     with quiet(transformers):
         model = transformers.AutoModel.from_pretrained(demo_model()).eval()
     tokens, pairs = (QUICK_TOKENS, QUICK_PAIRS) if quick else (TOKENS, PAIRS)

@@ -33,14 +33,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import sae_fast as sf
-from benchmarks import jsonfile, machine
+from benchmarks import activations, jsonfile, machine
 from benchmarks.peers.dictionary_learning import trainer_of
 from benchmarks.registry import OURS
 from sae_fast import reference
 from sae_fast.analysis.plots import ACCENT, INK, TERMS, empty_figure, label_axes, plain_ticks
-from sae_fast.data.harvest import harvest
-from sae_fast.data.text import stdlib_documentation
-from sae_fast.demo import demo_model
 from sae_fast.runs.train import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -73,16 +70,30 @@ class Target(NamedTuple):
         return self.theirs_seconds / self.ours_seconds if self.ours_seconds else math.inf
 
 
+@torch.no_grad()
+def quality(sae: sf.GatedSAE, x: Tensor) -> tuple[float, float, float]:
+    """(FVU, L0, fraction of gates open) on x, in plain PyTorch."""
+    error, l0, gates = 0.0, 0, 0
+    for rows in x.split(1024):
+        code = reference.gated_encode(rows, sae.W_enc, sae.b_gate, sae.b_mag, sae.r_mag, sae.b_dec)
+        error += float((rows - reference.decode(code.f, sae.W_dec, sae.b_dec)).double().pow(2).sum())
+        l0 += int(code.f.count_nonzero())
+        gates += int(code.gate.count_nonzero())
+    variance = float((x - x.mean(0)).double().pow(2).sum())
+    return error / variance, l0 / len(x), gates / (len(x) * sae.d_sae)
+
+
 @dataclass
 class Run:
-    """One training: by whom, from which start, on its own copy of the SAE."""
+    """One training: by whom, from which start, on its own copy of the SAE, of which ``measure`` says how good it is."""
 
     provider: str
     start: str
-    sae: sf.GatedSAE
+    sae: Any
     step: Callable[[Tensor], Any]
     seconds: float = 0.0
     curve: list[Point] = field(default_factory=list)
+    measure: Callable[[Any, Tensor], tuple[float, float, float]] = quality
 
     @property
     def name(self) -> str:
@@ -95,7 +106,7 @@ class Run:
         self.seconds += time.perf_counter() - start
 
     def evaluate(self, step: int, x: Tensor) -> None:
-        self.curve.append(Point(step, self.seconds, *quality(self.sae, x)))
+        self.curve.append(Point(step, self.seconds, *self.measure(self.sae, x)))
 
     def first_as_good(self, fvu: float, l0: float) -> Point | None:
         return next((p for p in self.curve if p.fvu <= AS_GOOD * fvu and p.l0 <= AS_GOOD * l0), None)
@@ -108,19 +119,6 @@ class Pair(NamedTuple):
     ours: Run
     theirs: Run
     at_least: float | None
-
-
-@torch.no_grad()
-def quality(sae: sf.GatedSAE, x: Tensor) -> tuple[float, float, float]:
-    """(FVU, L0, fraction of gates open) on x, in plain PyTorch."""
-    error, l0, gates = 0.0, 0, 0
-    for rows in x.split(1024):
-        code = reference.gated_encode(rows, sae.W_enc, sae.b_gate, sae.b_mag, sae.r_mag, sae.b_dec)
-        error += float((rows - reference.decode(code.f, sae.W_dec, sae.b_dec)).double().pow(2).sum())
-        l0 += int(code.f.count_nonzero())
-        gates += int(code.gate.count_nonzero())
-    variance = float((x - x.mean(0)).double().pow(2).sum())
-    return error / variance, l0 / len(x), gates / (len(x) * sae.d_sae)
 
 
 def start_runs(mean: Tensor, first_batch: Tensor, recipe: Recipe) -> list[Run]:
@@ -205,10 +203,10 @@ def show(console: Console, pair: Pair) -> None:
         console.print(f"  at the end: {ratio:.3g} times sooner, wanted at least {pair.at_least:g}: {verdict}\n")
 
 
-def write(runs: Sequence[Run], about: dict[str, Any], out: Path) -> None:
-    """quality.csv, quality.json and quality.png, into the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "quality.csv").open("w", newline="") as file:
+def write(runs: Sequence[Run], compared: Sequence[Pair], about: dict[str, Any], path: Path) -> None:
+    """The curves and what was compared, as ``path`` with the endings .csv and .json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["provider", "start", *Point._fields])
         for run in runs:
@@ -218,11 +216,27 @@ def write(runs: Sequence[Run], about: dict[str, Any], out: Path) -> None:
             "wanted_at_least": pair.at_least,
             "targets": [{**t._asdict(), "times_sooner": t.times_sooner} for t in targets(pair)],
         }
-        for pair in pairs(runs)
+        for pair in compared
     }
     ends = {run.name: run.curve[-1]._asdict() for run in runs}
-    jsonfile.write(out / "quality.json", {"about": about, "ends": ends, "pairs": found})
-    draw(runs, out / "quality.png")
+    jsonfile.write(path.with_suffix(".json"), {"about": about, "ends": ends, "pairs": found})
+
+
+def draw_curves(axes: Any, runs: Sequence[Run], x: str, y: str) -> None:
+    """A number of every run against another, both logarithmic; the peer's line is broad, ours runs on it."""
+    for run in runs:
+        ours = run.provider == OURS
+        points = [p for p in run.curve if getattr(p, x) > 0]
+        axes.plot(
+            [getattr(p, x) for p in points], [getattr(p, y) for p in points], label=run.name,
+            color=ACCENT if ours else TERMS["reconstruction"], linewidth=1.5 if ours else 3.5, alpha=1 if ours else 0.45,
+            linestyle="--" if run.start == ZERO else "-", zorder=2 if ours else 1,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    if y != "density":
+        plain_ticks(axes.yaxis)
+    plain_ticks(axes.xaxis)
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -235,20 +249,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         ("step", "density", "Density", "step", "fraction of gates open"),
     )
     for axes, (x, y, title, x_label, y_label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for run in runs:
-            color = ACCENT if run.provider == OURS else TERMS["reconstruction"]
-            points = [p for p in run.curve if getattr(p, x) > 0]
-            axes.plot(
-                [getattr(p, x) for p in points], [getattr(p, y) for p in points], label=run.name, color=color,
-                linewidth=1.5 if run.provider == OURS else 3.5, alpha=1 if run.provider == OURS else 0.45,
-                linestyle="--" if run.start == ZERO else "-", zorder=2 if run.provider == OURS else 1,
-            )  # fmt: skip
         label_axes(axes, title, x_label, y_label)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        if y != "density":
-            plain_ticks(axes.yaxis)
-        plain_ticks(axes.xaxis)
+        draw_curves(axes, runs, x, y)
     figure.axes[0].legend(frameon=False)
     figure.suptitle("The same Gated SAE, batches, λ and schedule; held-out tokens", color=INK)
     figure.savefig(path, dpi=130)
@@ -266,22 +268,29 @@ def main(
     """Trains the demo's SAE four times, in turns, and says how much sooner ours is as good."""
     out = out or ROOT / "benchmarks" / "results" / machine.slug()
     recipe = Recipe(steps=steps, seed=seed, device="cpu")
-    store = harvest(demo_model(), stdlib_documentation(), 2, device="cpu")
-    train_part, held_part = store.split(recipe.holdout)
-    mean, scale = train_part.mean_and_scale()
-    held_out = next(held_part.batches(min(EVALUATION_ROWS, held_part.n_tokens), seed=seed)) / scale
-    batches = (x / scale for x in train_part.batches(recipe.batch_size, steps=steps, seed=seed))
+    found = activations.of_demo(recipe.holdout)
+    held_out = found.rows(EVALUATION_ROWS, seed)
+    batches = found.batches(recipe.batch_size, steps, seed)
     first = next(batches)
-    runs = start_runs((mean / scale).float(), first, recipe)
+    runs = start_runs(found.mean, first, recipe)
     others = machine.Others()
     train(runs, itertools.chain([first], batches), held_out, steps)
+    finish(runs, pairs(runs), others, {"recipe": dataclasses.asdict(recipe)}, out / "quality", draw)
+
+
+def finish(
+    runs: Sequence[Run], compared: Sequence[Pair], others: machine.Others, setting: dict[str, Any], path: Path,
+    drawn: Callable[[Sequence[Run], Path], None],
+) -> None:  # fmt: skip
+    """Says what came out, and writes it as ``path`` with the endings .csv, .json and .png."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for pair in pairs(runs):
+    for pair in compared:
         show(console, pair)
     if others.share() > 0.05:
         console.print(f"others took {others.share():.0%} of this machine: these times are too high", style="yellow")
-    write(runs, machine.about() | {"recipe": dataclasses.asdict(recipe)}, out)
-    console.print(f"written to {os.path.relpath(out)}: quality.csv, quality.json, quality.png")
+    write(runs, compared, machine.about() | setting, path)
+    drawn(runs, path.with_suffix(".png"))
+    console.print(f"written to {os.path.relpath(path)}: .csv, .json and .png")
 
 
 if __name__ == "__main__":

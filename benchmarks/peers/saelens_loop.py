@@ -32,13 +32,10 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 import sae_fast as sf
-from benchmarks import machine
+from benchmarks import activations, machine
 from benchmarks.data import DIRECTIONS, FULL, QUICK, Shape, Superposition
 from benchmarks.ending import close
 from benchmarks.registry import OURS
-from sae_fast.data.harvest import harvest
-from sae_fast.data.text import stdlib_documentation
-from sae_fast.demo import demo_model
 from sae_fast.interop import saelens
 from sae_fast.runs.train import Recipe
 
@@ -87,13 +84,11 @@ class Result:
 
 
 def demo_task() -> Task:
-    """The demo's activations: block 2 of MiniLM on the standard library's documentation, scaled."""
     recipe = Recipe(device="cpu")
-    train_part, _ = harvest(demo_model(), stdlib_documentation(), 2, device="cpu").split(recipe.holdout)
-    _, scale = train_part.mean_and_scale()
+    found = activations.of_demo(recipe.holdout)
     block, turns = 5, 8
-    batches = [x / scale for x in train_part.batches(recipe.batch_size, steps=block * turns, seed=0)]
-    shape = Shape(recipe.batch_size, train_part.d, recipe.d_sae, recipe.init_l0)
+    batches = list(found.batches(recipe.batch_size, block * turns))
+    shape = Shape(recipe.batch_size, found.train.d, recipe.d_sae, recipe.init_l0)
     return Task("demo's activations", shape, 3e-4, recipe.l1, batches, block, turns)
 
 

@@ -38,5 +38,6 @@ def source(path: Path, about: str) -> str:
 
 
 def of(about: dict[str, str]) -> str:
-    """The device and the commit that a JSON of figures names."""
-    return f"{about['device']}, commit {about['commit']}"
+    """The device, the commit and, where it is known, the day that a JSON of figures names."""
+    day = f", {about['date']}" if "date" in about else ""
+    return f"{about['device']}, commit {about['commit']}{day}"

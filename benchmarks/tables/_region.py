@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,14 @@ def table(make: Table) -> Table:
     """Decorator: registers a table by its function's name."""
     TABLES[make.__name__] = make
     return make
+
+
+def newest(name: str, results: Path = RESULTS) -> Path | None:
+    """The newest JSON of a name among the machines' results; None before there is one."""
+    found = {
+        path: json.loads(path.read_text("utf-8"))["about"].get("date", "") for path in sorted(results.glob(f"*/{name}"))
+    }
+    return max(found, key=lambda path: found[path], default=None)
 
 
 def documents(root: Path = ROOT) -> list[Path]:

@@ -26,6 +26,19 @@ RIVALS = (  # work, rival, case, provider, shape
     ("a step at *small*", "dictionary_learning {}", "step", "dictionary_learning", SMALL),
     ("a step in SAELens' dialect at *small*", "SAELens {}", "step_saelens", "sae_lens", SMALL),
 )
+KINDS = {
+    "step": "Gated",
+    "kind_relu": "ReLU",
+    "kind_jumprelu": "JumpReLU",
+    "kind_topk": "TopK",
+    "kind_topk_dead": "TopK, a tenth dead, with AuxK",
+    "kind_batchtopk": "BatchTopK",
+    "kind_matryoshka": "Matryoshka BatchTopK",
+}
+KINDS_SAID = (
+    "A step of each kind, with all that dictionary_learning's trainer of that kind has around it: its Adam, its clip, its\n"
+    "threshold; and how many times faster it is than that trainer's `update`:"
+)
 BATCHES = {
     "superposition": "the benchmark's data: few directions out of many",
     "noise": "white noise",
@@ -60,6 +73,27 @@ def rivals() -> str:
         rows.append([work, rival.format(_version(theirs.versions)), *cells])
     about = f"*small* is {shape(SMALL)}; {figures.about()}"
     return grid(["", "rival", "it takes", "sae_fast takes", ""], rows) + source(CSV, about)
+
+
+@table
+def kinds() -> str | None:
+    """A whole step of each kind, beside the bare product and dictionary_learning's trainer of that kind."""
+    figures, rows, peer = Figures(CSV), [], "dictionary_learning"
+    measured = [case for case in KINDS if all(figures.has(case, peer, at=at) for at in (FULL, SMALL))]
+    if measured in ([], ["step"]):
+        return None
+    for case in measured:
+        cells = [KINDS[case], f"{number(figures(case, OURS))} ms"]
+        for at in (FULL, SMALL):
+            ours, product, theirs = (figures(case, provider, at=at) for provider in (OURS, PRODUCT, peer))
+            cells += [number(ours / product), times(theirs / ours)]
+            if at == FULL:
+                cells.append(number(figures(case, OURS, "peak_memory") / figures(case, peer, "peak_memory"), 2))
+        rows.append(cells)
+    headings = ["", "a whole step", "÷ bare product", "faster than dictionary_learning's trainer", "memory ÷ its"]
+    headings += ["÷ bare product at *small*", "faster at *small*"]
+    about = f"{shape(FULL)}, *small* {shape(SMALL)}; {figures.about()}"
+    return f"{KINDS_SAID}\n\n" + grid(headings, rows) + source(CSV, about)
 
 
 @table

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from datetime import date
 from pathlib import Path
 
 from benchmarks import jsonfile, machine
 from benchmarks.tables._markdown import grid, of, source
-from benchmarks.tables._region import RESULTS, ROOT, table
+from benchmarks.tables._region import RESULTS, ROOT, newest, table
 from sae_fast.runs.train import summary
 
 KEPT = ("held_out", "training", "step", "recipe")
@@ -17,8 +16,7 @@ KEPT = ("held_out", "training", "step", "recipe")
 
 def kept(results: Path = RESULTS) -> Path | None:
     """The newest demo.json, of whichever machine; None before there is one."""
-    found = {path: json.loads(path.read_text("utf-8"))["about"]["date"] for path in sorted(results.glob("*/demo.json"))}
-    return max(found, key=lambda path: found[path], default=None)
+    return newest("demo.json", results)
 
 
 def keep(metrics: Path, results: Path = RESULTS, picture: Path = ROOT / "docs" / "demo_training.png") -> Path:
@@ -29,9 +27,8 @@ def keep(metrics: Path, results: Path = RESULTS, picture: Path = ROOT / "docs" /
     run = json.loads(metrics.read_text("utf-8"))
     if missing := [name for name in KEPT if name not in run]:
         raise ValueError(f"{metrics}: got no {', '.join(missing)}, want the metrics.json of a demo")
-    about = machine.about() | {"date": date.today().isoformat()}
     path = results / machine.slug() / "demo.json"
-    jsonfile.write(path, {"about": about} | {name: run[name] for name in KEPT})
+    jsonfile.write(path, {"about": machine.about()} | {name: run[name] for name in KEPT})
     shutil.copyfile(metrics.with_name("training.png"), picture)
     return path
 
@@ -45,5 +42,4 @@ def demo() -> str | None:
     run = json.loads(path.read_text("utf-8"))
     held_out = run["held_out"]
     rows = summary(held_out, run["training"], run["step"])
-    about = f"{of(run['about'])}, {run['about']['date']}"
-    return grid([f"on {held_out['tokens']:,} held-out tokens", ""], rows) + source(path, about)
+    return grid([f"on {held_out['tokens']:,} held-out tokens", ""], rows) + source(path, of(run["about"]))

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from benchmarks import jsonfile, tables
 from benchmarks.claims import _page
-from benchmarks.data import FULL, Shape
+from benchmarks.data import FULL, SMALL, Shape
+from benchmarks.results import Row
+from benchmarks.results import write as write_rows
 from benchmarks.tables import __main__, _figures, _markdown, _region, demo
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +116,73 @@ def test_cells_are_the_csvs_own():
     assert [cell.strip() for cell in line.split("|")][2:5] == [
         f"{eager:,.0f} ms".replace(",", " "), f"{eager / product:.3g}", f"{eager / ours:.3g} ×",
     ]  # fmt: skip
+
+
+def test_a_step_of_each_kind_is_shown_once_it_is_measured(tmp_path, monkeypatch):
+    """Made up: of each case 10 ms ours, 20 of the product, 100 of the peer's, and a MiB of memory against four."""
+    monkeypatch.setattr(_markdown, "ROOT", tmp_path)
+    monkeypatch.setattr(tables.cpu, "CSV", tmp_path / "made.csv")
+    found = {("sae_fast", "time"): 10, ("bare_product", "time"): 20, ("dictionary_learning", "time"): 100,
+             ("sae_fast", "peak_memory"): 1, ("dictionary_learning", "peak_memory"): 4}  # fmt: skip
+
+    def write(cases):
+        rows = [
+            Row(case, who, "train", metric, "", str(at), value, value, value, "a machine", "torch 2", "abc", "2026-12-01")
+            for case in cases for at in (FULL, SMALL) for (who, metric), value in found.items()
+        ]  # fmt: skip
+        (tmp_path / "made.csv").unlink(missing_ok=True)
+        write_rows(tmp_path / "made.csv", rows)
+
+    write(["step"])
+    assert tables.TABLES["kinds"]() is None, "no other kind is measured yet"
+    write(["step", "kind_topk"])
+    lines = tables.TABLES["kinds"]().split("\n\n", 1)[1].splitlines()
+    assert lines[2] == "| Gated | 10.0 ms | 0.500 | 10.0 × | 0.25 | 0.500 | 10.0 × |"
+    assert lines[3].startswith("| TopK |") and lines[4] == "", "what is not measured has no row"
+
+
+def test_the_newest_result_of_a_name_is_shown(tmp_path):
+    assert _region.newest("loop.json", tmp_path) is None
+    for machine, about in (("a", {"date": "2026-12-01"}), ("b", {}), ("c", {"date": "2026-11-30"})):
+        jsonfile.write(tmp_path / machine / "loop.json", {"about": about})
+    assert _region.newest("loop.json", tmp_path) == tmp_path / "a" / "loop.json"
+
+
+def test_the_loops_of_each_kind_stand_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(_markdown, "ROOT", tmp_path)
+    task = {"shape": {"B": 8, "d": 4, "F": 32, "l0": 2.0}, "l1": 2.5, "k": 3, "warmup": 2, "steps": 30}
+    ratios, l0 = {"0–2": 2.0, "2–20": 4.0, "20–30": 6.0, "0–30": 5.0}, {"0": 3.0, "1": 3.0, "16": 3.0}
+    each = {"kind": "topk", "start": "the package's", "task": task, "every": 5, "ratios": ratios, "l0": l0}
+    each["theirs_median_s"] = 0.2
+    about = {"device": "a machine", "commit": "abc", "date": "2026-12-01"}
+    jsonfile.write(tmp_path / "loop.json", {"about": about, "results": [each, each | {"kind": "gated"}]})
+    fit = {"about": about, "results": [{"ratios": [2.0, 3.0, 4.0]}, {"ratios": [5.0]}]}
+    jsonfile.write(tmp_path / "fit.json", fit)
+    paths = {"dictionary_learning_loop.json": tmp_path / "loop.json", "saelens_loop.json": tmp_path / "fit.json"}
+    monkeypatch.setattr(tables.peers, "newest", paths.get)
+    loops = tables.TABLES["loops"]()
+    assert "| dictionary_learning's `trainSAE`, TopK | 5.0 × |  |" in loops
+    assert "| SAELens' `SAETrainer.fit`, Gated | 3.0 × | 5.0 × |" in loops
+    lines = tables.TABLES["trainsae"]().splitlines()
+    assert lines[0].count("the first 2 steps") == lines[0].count("the last 10") == 1
+    assert lines[2] == "| TopK | the package's | 200 ms | 2.0 ×, L0 3.00 | 6.0 ×, L0 3.00 | **5.0 ×** |"
+    assert "λ 2.5 or k 3, 30 steps with warm-ups of 2 and 4" in lines[-1] and "2026-12-01" in lines[-1]
+
+
+def test_curves_and_fronts_of_the_kinds_are_shown_once_they_are_there(tmp_path, monkeypatch):
+    for module in (_markdown, tables.peers):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert tables.TABLES["fronts"]() is None
+    jsonfile.write(tmp_path / "docs" / "claims" / "kinds.json", {})
+    assert "](/docs/claims/kinds.png)" in tables.TABLES["fronts"]()
+    monkeypatch.setattr(tables.peers, "newest", lambda name: None)
+    assert tables.TABLES["quality_kinds"]() is None
+    end = {"fvu": 0.1, "l0": 32.0, "theirs_seconds": 60.0, "ours_seconds": 6.0, "times_sooner": 10.0}
+    about = {"device": "a machine", "commit": "abc", "task": {"k": 32, "steps": 500}}
+    jsonfile.write(tmp_path / "quality_kinds.json", {"about": about, "pairs": {"batchtopk": {"targets": [end]}}})
+    monkeypatch.setattr(tables.peers, "newest", tmp_path.joinpath)
+    shown = tables.TABLES["quality_kinds"]()
+    assert "](/quality_kinds.png)" in shown and "| BatchTopK | 0.100 | 32.0 | 60.0 s | 6.00 s | 10.0 × |" in shown
 
 
 def test_formulas_are_what_they_come_to():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 pytest.importorskip("dictionary_learning", reason="the peers are in an environment of their own: make test-peers builds it")
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -23,10 +24,11 @@ from benchmarks import gate, machine
 from benchmarks.cases import CASES
 from benchmarks.cases.step import L1, SETTINGS
 from benchmarks.data import Shape, Superposition, world
-from benchmarks.peers import PACKAGES, quality
+from benchmarks.peers import PACKAGES, dictionary_learning_loop, quality, quality_kinds
 from benchmarks.peers.__main__ import PROVIDERS, jobs
 from benchmarks.peers.dictionary_learning import trainer_of
 from benchmarks.peers.handover import hand_over
+from benchmarks.peers.trainers import KINDS
 from sae_fast.runs.train import Recipe
 
 TINY = Shape(B=33, d=20, F=100, l0=6)
@@ -116,7 +118,8 @@ def test_a_target_is_reached_when_fvu_and_l0_both_are(runs):
 
 
 def test_what_is_written(runs, tmp_path):
-    quality.write(runs, {"device": machine.device()}, tmp_path)
+    quality.write(runs, quality.pairs(runs), {"device": machine.device()}, tmp_path / "quality")
+    quality.draw(runs, tmp_path / "quality.png")
     with (tmp_path / "quality.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * len(quality.evaluation_steps(20))
@@ -124,3 +127,61 @@ def test_what_is_written(runs, tmp_path):
     assert len(result["pairs"]) == 3
     assert all(len(pair["targets"]) == 4 for pair in result["pairs"].values())
     assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What a quick run of the kinds that keep the largest writes: its folder, and its pairs and curves."""
+    out = tmp_path_factory.mktemp("quality")
+    kinds = [argument for kind in quality_kinds.OF_K for argument in ("--kind", kind)]
+    result = CliRunner().invoke(quality_kinds.app, ["--quick", *kinds, "--out", str(out)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    with (out / "quality_kinds.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return out, json.loads((out / "quality_kinds.json").read_text()), rows
+
+
+def test_curves_of_the_kinds_that_keep_the_largest_are_equal_step_by_step(written):
+    out, found, rows = written
+    assert quality_kinds.OF_K == tuple(found["pairs"]) == ("topk", "batchtopk", "matryoshka")
+    for kind in quality_kinds.OF_K:
+        ours, theirs = (
+            [row for row in rows if (row["provider"], row["start"]) == (provider, kind)]
+            for provider in (quality.OURS, quality.THEIRS)
+        )
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            assert float(a["fvu"]) == pytest.approx(float(b["fvu"]), rel=1e-3)
+            assert float(a["l0"]) == pytest.approx(found["about"]["task"]["k"], rel=1e-2) == float(b["l0"])
+        assert float(ours[-1]["fvu"]) < float(ours[0]["fvu"])
+    assert (out / "quality_kinds.png").stat().st_size > 10_000
+
+
+def test_a_kind_that_is_penalised_has_no_place_there():
+    result = CliRunner().invoke(quality_kinds.app, ["--quick", "--kind", "gated"])
+    assert result.exit_code == 2 and "got gated, want one of topk, batchtopk, matryoshka" in " ".join(result.output.split())
+
+
+# ---- the package's own loop -----------------------------------------------------------------------------------------
+
+
+def test_the_loop_runs_every_kind_from_its_starts_and_leaves_figures(tmp_path):
+    result = CliRunner().invoke(
+        dictionary_learning_loop.app, ["--quick", "--out", str(tmp_path / "f")], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "f").read_text())["results"]
+    assert [each["kind"] for each in found] == [kind for kind, about in KINDS.items() for _ in about.starts]
+    for each in found:
+        assert list(each["ratios"])[-1] == f"0–{each['task']['steps']}"
+        assert all(ratio > 0 for ratio in each["ratios"].values())
+        first = each["l0"]["0"]
+        if each["kind"] in quality_kinds.OF_K:
+            assert first == each["task"]["k"]
+        else:  # of 1024: half of all, or calibrated to 16
+            assert first < 40 if each["start"].startswith("calibrated") else first > 300
+
+
+def test_a_kind_that_is_not_there_is_refused():
+    result = CliRunner().invoke(dictionary_learning_loop.app, ["--kind", "sparse"])
+    assert result.exit_code == 2 and "got sparse, want one of gated, standard, april" in " ".join(result.output.split())
