@@ -125,6 +125,7 @@ def test_a_backend_is_forced_inside_the_with_block_only(monkeypatch):
         pass
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "module, extra", [("dictionary_learning", "dictionary-learning"), ("saelens", "saelens"), ("saebench", "saebench")]
 )

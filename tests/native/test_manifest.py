@@ -72,6 +72,7 @@ def test_the_kernels_need_what_the_manifest_says():
     assert found.returncode == 0, f"{found.stdout}{found.stderr}\nif this is meant: python -m sae_fast.kernels.aot --write"
 
 
+@pytest.mark.slow
 def test_stack_shared_memory_and_forgotten_kernels_are_seen(tmp_path):
     (tmp_path / "planted.py").write_text(PLANTED)
     found = compiled(tmp_path / "planted.py")

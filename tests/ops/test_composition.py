@@ -279,6 +279,7 @@ def feature_parallel_rank(rank: int, log: TextIO) -> dict[str, Tensor]:
     return after
 
 
+@pytest.mark.slow
 @with_ranks
 def test_a_feature_parallel_step_on_two_ranks(tmp_path: Path):
     halves = of_two_ranks(feature_parallel_rank, tmp_path)

@@ -69,8 +69,9 @@ def test_as_near_to_float64_as_torchs(body, monkeypatch):
     judge_body(body, body.shapes, 2, float, monkeypatch)
 
 
+@pytest.mark.slow(but=1, of_gpu=True)
 @bodies.every
-@pytest.mark.parametrize("V", [1, 2])
+@pytest.mark.parametrize("V", [2, 1])
 def test_by_any_positive_number_and_with_one_value_set(V, body, monkeypatch):
     """The loss of a micro-batch is divided by the whole batch's size; one value set pays its own sparsity and has no
     auxiliary loss."""
@@ -80,6 +81,7 @@ def test_by_any_positive_number_and_with_one_value_set(V, body, monkeypatch):
 # ---- Prefixes, and values that are 0 ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=2, of_gpu=True)
 @bodies.but_cuda
 @pytest.mark.parametrize("kind, V, zeros", [("fractions", 2, False), ("single features", 1, True), ("none", 2, True)])
 def test_prefixes_and_zeros_are_as_near_to_float64_as_torchs(kind, V, zeros, body, monkeypatch):
@@ -232,8 +234,9 @@ def of_size(body: bodies.Body, V: int, B: int, d: int, F: int) -> tuple:
     return inputs(*(bodies.NINE if body.of_gpu else (B, d, F)), V)
 
 
+@pytest.mark.slow(but=1, of_gpu=True)
 @bodies.every
-@pytest.mark.parametrize("V", [1, 2])
+@pytest.mark.parametrize("V", [2, 1])
 def test_strides_do_not_matter(V, body):
     code, *arguments = of_size(body, V, 57, 63, 100)
     apart = replace(code, indptr=strided(code.indptr), indices=strided(code.indices), values=strided(code.values))

@@ -69,9 +69,10 @@ def test_as_near_to_float64_as_torchs(project, body):
     judge_shapes(body, shapes(body), S=1, own=body.of_gpu, project=project)
 
 
+@pytest.mark.slow(but=2, of_gpu=True)
 @bodies.but_cuda
 @pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize("S", [2, 3])
+@pytest.mark.parametrize("S", [3, 2])
 def test_several_sources_and_a_self_coefficient(S, project, body):
     judge_shapes(body, shapes(body, S)[:1] if body.of_gpu else [(3, 63, 31), (57, 100, 400)], S, True, project)
 

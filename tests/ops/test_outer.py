@@ -46,8 +46,9 @@ def trials_of(shape: tuple, S: int, dtype: torch.dtype, n: int) -> list:
     return trials
 
 
+@pytest.mark.slow(but=1, of_gpu=True)
 @bodies.every
-@pytest.mark.parametrize("S", [1, 2, 3])
+@pytest.mark.parametrize("S", [3, 2, 1])
 def test_as_near_to_float64_as_torchs(S, body, monkeypatch):
     for shape, dtype in product(shapes(body, S), body.dtypes):
         B, d, F = shape

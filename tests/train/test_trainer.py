@@ -36,6 +36,7 @@ def assert_like(sae, plain: PlainTrainer, tolerance: float = 1e-9) -> None:
 # ---- The step -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(but=8)
 @classes
 @dialects
 @pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)], ids=str)
