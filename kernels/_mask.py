@@ -19,6 +19,11 @@ def words(features: int) -> int:
     return cdiv(features, 256) * 8
 
 
+def places(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The word of each feature and its bit there."""
+    return features // 128 * 4 + features % 8 // 2, features % 128 // 8 * 2 + features % 2
+
+
 def parts(mask: Tensor, tile: int) -> Tensor:
     """The mask in parts of words: those that a tile of so many features has whole."""
     return mask.view({32: torch.int8, 64: torch.int16, 128: torch.int32}[min(tile, 128)])

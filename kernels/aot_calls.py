@@ -73,7 +73,7 @@ def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
 def encode(s: Size) -> None:
     from sae_fast.kernels import compact, encode, screen
     from sae_fast.kernels._mask import words
-    from sae_fast.kernels.round import compare_rows, rounded
+    from sae_fast.kernels.round import BOUND, COLUMNS, compare_rows, rounded
 
     x, W, of_feature = s.x(), s.W(), s.of(s.F)
     shadow, flag = Shadow(*rounded(W)), integers(dtype=torch.int32)
@@ -90,7 +90,8 @@ def encode(s: Size) -> None:
     values = s.of(2, s.entries)
     packed = integers(s.B + 1), indices, values[0], values, indices, values[0], values  # pack itself waits for their number
     _launch.launch(compact._pack, (s.B,), begin, end, *packed, s.entries, s.entries - 16, V=2, BLOCK=128, num_warps=1)
-    mask, terms = integers(s.B, words(s.F), dtype=torch.int32), (meta(3, s.B), meta(3, s.F))
+    mask = integers(s.B, words(s.F), dtype=torch.int32)
+    terms = meta(s.B, COLUMNS, dtype=BOUND), meta(s.F, COLUMNS, dtype=BOUND)
     screen.scan(meta(1024, s.F), 0, *terms, mask)
     if _config.config("screen_wide")["persistent"]:
         screen.screen(meta(s.B, shadow[0].shape[1], dtype=torch.float16), shadow[0], *terms, mask, persistent=True)

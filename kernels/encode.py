@@ -11,7 +11,7 @@ from sae_fast.code import Layer
 from sae_fast.kernels import compact
 from sae_fast.kernels._mask import words
 from sae_fast.kernels.compact import Gapped
-from sae_fast.kernels.round import feature_terms, norm_columns, padded, round_rows, row_terms
+from sae_fast.kernels.round import BOUND, COLUMNS, feature_terms, norm_columns, padded, round_rows, row_terms
 from sae_fast.kernels.screen import screen
 
 
@@ -36,11 +36,11 @@ def candidates(
     x16 = torch.empty(B, K, dtype=torch.float16, device=device)
     norms = torch.empty(B, norm_columns(d), dtype=torch.float32, device=device)
     round_rows(x, x16, norms, shift, centred, flag)
-    of_rows, of_features = norms.new_empty(3, B), norms.new_empty(3, features)
-    row_terms(norms, K, of_rows)
+    of_rows, of_features = (norms.new_empty(n, COLUMNS, dtype=BOUND) for n in (B, features))
+    row_terms(norms, K, of_rows, margins=exact)
     feature_terms(shadow.norms, layer.bias, layer.cut, K, of_features, margins=exact)
     mask = torch.empty(B, words(features), dtype=torch.int32, device=device)
-    screen(x16, shadow.rows, of_rows, of_features, mask, margins=exact)
+    screen(x16, shadow.rows, of_rows, of_features, mask)
     counts = torch.empty(B, dtype=torch.int64, device=device)
     compact.count(mask, features, counts)
     end = counts.cumsum(0)

@@ -3,6 +3,8 @@
 float16 keeps 11 bits of a value where bfloat16 keeps 8, at the same rate of the tensor cores; a power of two for each row
 brings it into range.  A row's ``norms``, float32 [1 + 2·S]: that scale, then for each slice of 512 columns the squared
 norms of the scaled row and of what rounding took from it.
+
+The bias and the bound are a product too, of COLUMNS more columns, bfloat16 for its range: row_terms and feature_terms.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_fast.kernels._config import config
-from sae_fast.kernels._launch import cdiv, launch
+from sae_fast.kernels._launch import INTERPRETED, cdiv, launch
 from sae_fast.kernels.flag import not_finite, stale
 
 SLICE = 512  # columns whose sums of squares are kept together: weight_step refreshes a slice of a row at a time
 DEPTH = 64  # K is a multiple of it, so that no product masks its inner dimension
+COLUMNS = 16  # of the bound's product, the least that tensor cores take
+TERMS = 5  # columns of them that are not 0
+BOUND = torch.float32 if INTERPRETED else torch.bfloat16  # of the same values: the interpreter multiplies no bfloat16
 
 
 def padded(d: int) -> int:
@@ -123,9 +128,22 @@ def _norm(norms_ptr, i, inside, norm_columns, FIRST: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def _truncated(v):
+    """float32 to the bfloat16 next to it on the side of 0, as float32."""
+    return (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _above(v):
+    """float32 ≥ 0 rounded up to bfloat16, as float32; what is not finite is ∞."""
+    up = (v.to(tl.int32, bitcast=True) + 65535).to(tl.float32, bitcast=True)
+    return tl.where(v < float("inf"), _truncated(up), float("inf"))
+
+
+@triton.jit
 def _terms(
     norms_ptr, bias_ptr, cut_ptr, out_ptr, n, norm_columns, gamma,
-    FEATURES: tl.constexpr, HAS_CUT: tl.constexpr, MARGINS: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr, HAS_CUT: tl.constexpr, MARGINS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -142,27 +160,32 @@ def _terms(
         bias = tl.load(bias_ptr + i, mask=inside, other=0.0).to(tl.float32)
         if HAS_CUT:
             bias -= tl.load(cut_ptr + i, mask=inside, other=0.0).to(tl.float32)
-        zeroth = bias * scale
+        high = bias * scale
         if MARGINS:
-            # Rounded up; what is above 0 stays so, and -inf, of a feature that is switched off, stays that.
-            above = tl.maximum(zeroth * (1 + 2.0**-22), 2.0**-126)
-            zeroth = tl.where(usual, tl.where(bias > 0, above, zeroth * (1 - 2.0**-22)), float("inf"))
+            # What is above 0 stays so; -inf, of a feature that is switched off, stays that.
+            high = tl.where(usual, tl.where(bias > 0, tl.maximum(high, 2.0**-126), high), float("inf"))
+        middle = tl.where(tl.abs(high) < float("inf"), high - _truncated(high), 0.0)
+        low = middle - _truncated(middle)
         first, second = rounded, lost
     else:
-        zeroth = scale
+        high, middle, low = scale, scale, scale
         first, second = tl.where(usual, lost + gamma * rounded, float("inf")), rounded
-    tl.store(out_ptr + i, zeroth, mask=inside)
-    tl.store(out_ptr + n + i, first, mask=inside)
-    tl.store(out_ptr + 2 * n + i, second, mask=inside)
+    column = tl.arange(0, COLUMNS)[None, :]
+    out = tl.where(column == 0, _truncated(high)[:, None], tl.where(column == 1, _truncated(middle)[:, None], 0.0))
+    out = tl.where(column == 2, low[:, None], out)
+    if MARGINS:
+        out = tl.where(column == 3, _above(first)[:, None], tl.where(column == 4, _above(second)[:, None], out))
+    tl.store(out_ptr + i[:, None] * COLUMNS + column, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-def row_terms(norms: Tensor, K: int, out: Tensor) -> None:
-    """out [3, B]: each row's factors of the bias, of the features' norms and of what rounding took from the features."""
-    _launch_terms(norms, None, None, out, K, False, True)
+def row_terms(norms: Tensor, K: int, out: Tensor, margins: bool = True) -> None:
+    """out [B, COLUMNS] BOUND: each row's factors of the bias, three times, of the features' norms and of what rounding
+    took from the features.  The last two are 0 without ``margins``."""
+    _launch_terms(norms, None, None, out, K, False, margins)
 
 
 def feature_terms(norms: Tensor, bias: Tensor, cut: Tensor | None, K: int, out: Tensor, margins: bool = True) -> None:
-    """out [3, F]: each feature's factors, in the same order; ``bias`` and ``cut`` [F]."""
+    """out [F, COLUMNS] BOUND: each feature's factors, in the same order; ``bias`` and ``cut`` [F]."""
     _launch_terms(norms, bias, cut, out, K, True, margins)
 
 
@@ -175,5 +198,5 @@ def _launch_terms(norms, bias, cut, out, K, features, margins) -> None:
     n = norms.shape[0]
     launch(
         _terms, (cdiv(n, 256),), norms, bias, cut, out, n, norms.shape[1], accumulation(K),
-        FEATURES=features, HAS_CUT=cut is not None, MARGINS=margins, BLOCK=256, num_warps=4,
+        FEATURES=features, HAS_CUT=cut is not None, MARGINS=margins, BLOCK=256, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """screen: the encoder's product in 16 bits, of which only a bit an entry is kept.
 
-Bit i of a row's mask says that feature i could be active: that the product, the bias and the bound of the error do not
-stay at or below 0.  The [B, F] pre-activations never reach memory.  docs/screen.md derives the bound; its three terms are
-products of a number a row and a number a feature (round.row_terms and round.feature_terms).
+A feature's bit in a row's mask says that it could be active: that the product, the bias and the bound of the error do not
+stay at or below 0.  The [B, F] pre-activations never reach memory.  docs/screen.md derives the bound; it and the bias are
+a product of their own, of few columns (round.row_terms and round.feature_terms), onto the same accumulators.
 
 Two kernels give the same mask: one of plain pointers for every GPU since Ampere, and a persistent one that lets Hopper's
 copy engine fetch the tiles.  The library's product in chunks, each scanned for its signs, gives it too: what they have to
@@ -21,16 +21,7 @@ from torch import Tensor
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels._mask import parts, store_bits
-
-
-@triton.jit
-def _upper(acc, row_terms_ptr, feature_terms_ptr, rows, features, B, F, MARGINS: tl.constexpr):
-    """The upper bound of the scaled pre-activations.  Term by term onto the accumulators: their sum first would spill."""
-    v = acc + tl.load(row_terms_ptr + rows)[:, None] * tl.load(feature_terms_ptr + features)[None, :]
-    if MARGINS:
-        v = v + tl.load(row_terms_ptr + B + rows)[:, None] * tl.load(feature_terms_ptr + F + features)[None, :]
-        v = v + tl.load(row_terms_ptr + 2 * B + rows)[:, None] * tl.load(feature_terms_ptr + 2 * F + features)[None, :]
-    return v
+from sae_fast.kernels.round import COLUMNS, TERMS
 
 
 @triton.jit
@@ -43,65 +34,64 @@ def _place(tile, B, F, ROWS: tl.constexpr, FEATURES: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
-def _write(
-    acc, m, n, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, stride,
-    MARGINS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    rows, features = m * ROWS + tl.arange(0, ROWS), n * FEATURES + tl.arange(0, FEATURES)
-    at_rows, at_features = tl.minimum(rows, B - 1), tl.minimum(features, F - 1)
-    v = _upper(acc, row_terms_ptr, feature_terms_ptr, at_rows, at_features, B, F, MARGINS)
-    store_bits(mask_ptr, v, rows, B, stride, n, ROWS, FEATURES)
+def _terms(terms_ptr, at, n, COLUMNS: tl.constexpr):
+    """Rows ``at`` of [n, COLUMNS]; those past the last are the last."""
+    at = tl.minimum(at, n - 1).to(tl.int64)
+    return tl.load(terms_ptr + at[:, None] * COLUMNS + tl.arange(0, COLUMNS))
 
 
 @triton.jit
 def _screen(
     x_ptr, w_ptr, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, K, stride,
-    MARGINS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     m, n = _place(tl.program_id(0), B, F, ROWS, FEATURES, GROUP)
-    rows = tl.minimum(m * ROWS + tl.arange(0, ROWS), B - 1).to(tl.int64)
-    features = tl.minimum(n * FEATURES + tl.arange(0, FEATURES), F - 1).to(tl.int64)
+    rows, features = m * ROWS + tl.arange(0, ROWS), n * FEATURES + tl.arange(0, FEATURES)
+    of_rows, of_features = _terms(row_terms_ptr, rows, B, COLUMNS), _terms(feature_terms_ptr, features, F, COLUMNS)
     depth = tl.arange(0, DEPTH)
-    x = x_ptr + rows[:, None] * K + depth[None, :]
-    w = w_ptr + features[None, :] * K + depth[:, None]
+    x = x_ptr + tl.minimum(rows, B - 1).to(tl.int64)[:, None] * K + depth[None, :]
+    w = w_ptr + tl.minimum(features, F - 1).to(tl.int64)[None, :] * K + depth[:, None]
     acc = tl.zeros((ROWS, FEATURES), tl.float32)
     for _ in range(0, K, DEPTH):
         acc = tl.dot(tl.load(x), tl.load(w), acc)
         x += DEPTH
         w += DEPTH
-    _write(acc, m, n, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, stride, MARGINS, ROWS, FEATURES)
+    acc = tl.dot(of_rows, of_features.T, acc)
+    store_bits(mask_ptr, acc, rows, B, stride, n, ROWS, FEATURES)
 
 
 @triton.jit
 def _screen_persistent(
     x_ptr, w_ptr, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, K, stride, programs,
-    MARGINS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     x = tl.make_tensor_descriptor(x_ptr, [B, K], [K, 1], [ROWS, DEPTH])
     w = tl.make_tensor_descriptor(w_ptr, [F, K], [K, 1], [FEATURES, DEPTH])
     tiles = tl.cdiv(B, ROWS) * tl.cdiv(F, FEATURES)
     for tile in tl.range(tl.program_id(0), tiles, programs):
         m, n = _place(tile, B, F, ROWS, FEATURES, GROUP)
+        rows, features = m * ROWS + tl.arange(0, ROWS), n * FEATURES + tl.arange(0, FEATURES)
+        of_rows, of_features = _terms(row_terms_ptr, rows, B, COLUMNS), _terms(feature_terms_ptr, features, F, COLUMNS)
         acc = tl.zeros((ROWS, FEATURES), tl.float32)
         for k in range(0, K, DEPTH):
             acc = tl.dot(x.load([m * ROWS, k]), w.load([n * FEATURES, k]).T, acc)
-        _write(acc, m, n, row_terms_ptr, feature_terms_ptr, mask_ptr, B, F, stride, MARGINS, ROWS, FEATURES)
+        acc = tl.dot(of_rows, of_features.T, acc)
+        store_bits(mask_ptr, acc, rows, B, stride, n, ROWS, FEATURES)
 
 
 def screen(
-    x: Tensor, w: Tensor, row_terms: Tensor, feature_terms: Tensor, mask: Tensor, margins: bool = True,
-    persistent: bool | None = None,
-) -> None:  # fmt: skip
-    """mask [B, words(F)] int32 from x [B, K] and w [F, K] (float16 or bfloat16, of round.round_rows) and the terms [3, B]
-    and [3, F].  ``margins=False`` leaves the bound out: the 16-bit product decides."""
+    x: Tensor, w: Tensor, row_terms: Tensor, feature_terms: Tensor, mask: Tensor, persistent: bool | None = None
+) -> None:
+    """mask [B, words(F)] int32 from x [B, K] and w [F, K] (float16 or bfloat16, of round.round_rows) and the terms
+    [B, COLUMNS] and [F, COLUMNS]."""
     B, K = x.shape
     c = config("screen" if K <= 1024 else "screen_wide")
     if c["library"] and persistent is None:
-        return screen_by_library(x, w, row_terms, feature_terms, mask, margins)
+        return screen_by_library(x, w, row_terms, feature_terms, mask)
     features = w.shape[0]
     tiles = cdiv(B, c["rows"]) * cdiv(features, c["features"])
     options = dict(
-        MARGINS=margins, ROWS=c["rows"], FEATURES=c["features"], DEPTH=c["depth"], GROUP=c["group"],
+        ROWS=c["rows"], FEATURES=c["features"], DEPTH=c["depth"], GROUP=c["group"], COLUMNS=COLUMNS,
         num_warps=c["warps"], num_stages=c["stages"],
     )  # fmt: skip
     out = parts(mask, c["features"])
@@ -127,33 +117,32 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 @triton.jit
 def _scan(
     product_ptr, row_terms_ptr, feature_terms_ptr, mask_ptr, first_row, B, F, stride,
-    MARGINS: tl.constexpr, FEATURES: tl.constexpr,
+    FEATURES: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     b, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     features = n * FEATURES + tl.arange(0, FEATURES)
     rows = first_row + b + tl.zeros((1,), tl.int64)
-    acc = tl.load(product_ptr + b * F + features, mask=features < F, other=0.0)[None, :]
-    v = _upper(acc, row_terms_ptr, feature_terms_ptr, rows, tl.minimum(features, F - 1), B, F, MARGINS)
-    store_bits(mask_ptr, v, rows, first_row + tl.num_programs(0), stride, n, 1, FEATURES)
+    v = tl.load(product_ptr + b * F + features, mask=features < F, other=0.0)[None, :]
+    at_features = feature_terms_ptr + tl.minimum(features, F - 1) * COLUMNS
+    for c in tl.static_range(TERMS):
+        of_rows = tl.load(row_terms_ptr + rows * COLUMNS + c).to(tl.float32)
+        v += of_rows[:, None] * tl.load(at_features + c).to(tl.float32)[None, :]
+    store_bits(mask_ptr, v, rows, B, stride, n, 1, FEATURES)
 
 
-def scan(
-    product: Tensor, first_row: int, row_terms: Tensor, feature_terms: Tensor, mask: Tensor, margins: bool = True
-) -> None:
+def scan(product: Tensor, first_row: int, row_terms: Tensor, feature_terms: Tensor, mask: Tensor) -> None:
     """The same mask for the rows first_row .. of a product [rows, F] float32 that is in memory."""
     rows, features = product.shape
     launch(
-        _scan, (rows, cdiv(features, 1024)), product, row_terms, feature_terms, mask, first_row, row_terms.shape[1],
-        features, mask.shape[1], MARGINS=margins, FEATURES=1024, num_warps=4,
+        _scan, (rows, cdiv(features, 1024)), product, row_terms, feature_terms, mask, first_row, row_terms.shape[0],
+        features, mask.shape[1], FEATURES=1024, COLUMNS=COLUMNS, TERMS=TERMS, num_warps=4,
     )  # fmt: skip
 
 
 CHUNK = 2**26  # entries of the product that the chunked variant holds: 256 MiB
 
 
-def screen_by_library(
-    x: Tensor, w: Tensor, row_terms: Tensor, feature_terms: Tensor, mask: Tensor, margins: bool = True
-) -> None:
+def screen_by_library(x: Tensor, w: Tensor, row_terms: Tensor, feature_terms: Tensor, mask: Tensor) -> None:
     """screen by torch's product, chunk by chunk, and a scan of each: what the fused kernels have to beat."""
     B, features = x.shape[0], w.shape[0]
     step = max(1, min(B, CHUNK // features))
@@ -161,4 +150,4 @@ def screen_by_library(
         rows = x[first : first + step]
         # float32 out of 16-bit operands: only CUDA's product can
         product = torch.mm(rows, w.T, out_dtype=torch.float32) if x.is_cuda else rows.float() @ w.T.float()
-        scan(product, first, row_terms, feature_terms, mask, margins)
+        scan(product, first, row_terms, feature_terms, mask)

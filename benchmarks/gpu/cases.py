@@ -267,16 +267,17 @@ def screen(how: str) -> Callable[[World], Running]:
     def start(here: World) -> Running:
         from sae_fast.kernels import compact
         from sae_fast.kernels import screen as kernels
-        from sae_fast.kernels.round import feature_terms, padded, rounded, row_terms
+        from sae_fast.kernels._mask import places, words
+        from sae_fast.kernels.round import BOUND, COLUMNS, feature_terms, padded, rounded, row_terms
 
         sae, B = here.sae, here.shape.B
         (W, norms), K = rounded(sae.W_enc.detach()), padded(sae.d_in)
         new = partial(torch.empty, device=W.device)
-        features, mask = new(3, sae.d_sae), new(B, kernels.words(sae.d_sae), dtype=torch.int32)
+        features, mask = new(sae.d_sae, COLUMNS, dtype=BOUND), new(B, words(sae.d_sae), dtype=torch.int32)
         feature_terms(norms, sae.b_gate.detach(), None, K, features)
         inputs = []
         for x in here.batches:
-            rows, of_rows = rounded((x - sae.b_dec).detach()), new(3, B)
+            rows, of_rows = rounded((x - sae.b_dec).detach()), new(B, COLUMNS, dtype=BOUND)
             row_terms(rows[1], K, of_rows)
             inputs.append((rows[0], of_rows))
 
@@ -291,8 +292,8 @@ def screen(how: str) -> Callable[[World], Running]:
             mask.fill_(0)
             run(inputs[0])
             code = sae.encode_sparse(here.batches[0])
-            word = mask[code.row_ids(), (code.indices // 32).long()]
-            missed = int(((word >> (code.indices % 32)) & 1 == 0).sum())
+            word, bit = places(code.indices)
+            missed = int(((mask[code.row_ids(), word.long()] >> bit) & 1 == 0).sum())
             counts = torch.empty(B, dtype=torch.int64, device=W.device)
             compact.count(mask, sae.d_sae, counts)
             found = int(counts.sum())

@@ -17,10 +17,8 @@ WANTED = {  # by the model's names: the kernel, and words of its variant's key
     "step of slices": ("weight_step._step", "grad_ptr=None", "values2_ptr=None", "own_ptr=None", "shadow_ptr:*fp16"),
     "step of whole rows up to 1024": ("weight_step._step", "grad_ptr=None", "UNIT=True", "COLUMNS=1024"),
     "step of whole rows up to 4096": ("weight_step._step", "grad_ptr=None", "UNIT=True", "COLUMNS=4096"),
-    "screen": ("screen._screen", "x_ptr:*fp16", "MARGINS=True"),
-    "screen without margins": ("screen._screen", "x_ptr:*fp16", "MARGINS=False"),
-    "screen of wide rows": ("screen._screen_persistent", "MARGINS=True", "FEATURES=256"),
-    "screen of wide rows without margins": ("screen._screen_persistent", "MARGINS=False", "FEATURES=256"),
+    "screen": ("screen._screen", "x_ptr:*fp16"),
+    "screen of wide rows": ("screen._screen_persistent", "FEATURES=256"),
 }
 
 

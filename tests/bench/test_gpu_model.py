@@ -52,9 +52,10 @@ def test_the_kernels_of_this_tree_are_counted():
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found.keys() == COUNTS.keys()
+    assert found.keys() == sass.WANTED.keys() <= COUNTS.keys()
     for name, it in found.items():
         assert it["loops"] and it["outside"] > 0 and (it["epilogue"] > 0) == name.startswith("screen"), name
+    assert found["screen"]["epilogue"] <= 220 and found["screen of wide rows"]["epilogue"] <= 400, "it only compares"
 
 
 def test_more_of_anything_takes_no_less_time_and_a_cut_saves():
