@@ -67,12 +67,13 @@ class GroupedSAE(SparseAutoencoder):
         prefixes = objective.prefixes
         if prefixes is None or self.group_sizes is None:
             return
-        if prefixes.random or (sizes := prefixes.sizes(self.d_sae)) != self.group_sizes:
-            got = "random prefixes" if prefixes.random else f"prefixes of groups {sizes}"
-            raise ValueError(f"objective: got {got}, want the SAE's own groups, {self.group_sizes}")
-        if not self.all_active:
+        sizes = None if prefixes.random else prefixes.sizes(self.d_sae)
+        if sizes == self.group_sizes and not self.all_active:
             groups = len(self.group_sizes)
             raise ValueError(f"sae: got active_groups = {self.active_groups}, want all {groups} groups to train")
+        if sizes != (*self.group_sizes[: self._active - 1], self.d_sae - self._bounds[self._active - 1]):
+            got = "random prefixes" if sizes is None else f"prefixes of groups {sizes}"
+            raise ValueError(f"objective: got {got}, want the SAE's own groups, {self.group_sizes}")
 
     @property
     def all_active(self) -> bool:

@@ -291,7 +291,8 @@ def judge_step(judge: Judge, kind: str, x: Tensor, saes, batch: int, threads: in
 @pytest.mark.parametrize("centred", [True, False], ids=["b_dec applied", "not applied"])
 def test_a_step_is_as_near_to_float64_as_saelens_own(kind, centred, shape, route, monkeypatch):
     judge = Judge()
-    for seed in range(6 if shape[1] > 1 else 64):  # of a handful of numbers luck decides whose rounding is smaller
+    few = 64 if shape[1] == 1 else 24 if kind == "jumprelu" else 6  # entries in a window are few as well
+    for seed in range(few):  # of a handful of numbers luck decides whose rounding is smaller
         monkeypatch.setattr(step, "precision", lambda x, n=seed: ("exact", "fp32")[n % 2])  # of either processor
         x, *saes = problem(kind, *shape, seed=seed, apply_b_dec_to_input=centred)
         judge_step(judge, kind, x, saes, shape[0], threads=1 + seed % 3)
@@ -370,14 +371,19 @@ def test_thresholds_below_zero_go_back_as_in_saelens():
     torch.testing.assert_close(ours.threshold.grad, theirs.threshold.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_jumprelu_takes_saelens_own_pass_while_a_tenth_of_the_features_is_active(caplog):
+def test_jumprelu_steps_densely_while_more_than_a_tenth_of_the_features_is_active(caplog):
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     theirs, ours = new("jumprelu", False), new("jumprelu", True)
     with Seen() as seen, caplog.at_level(logging.WARNING):
         out = ours.training_forward_pass(step_input(x))
-    assert seen.count("sae_fast.encode") == 1 and not seen.count("sae_fast.decode_loss") and not caplog.records
+    assert seen.count("sae_fast.encode") == 1 and not seen.count("sae_fast.outer") and not caplog.records
     assert whole(out.feature_acts).count_nonzero() > 0.3 * 64 * 64
-    torch.testing.assert_close(out.loss, theirs.training_forward_pass(step_input(x)).loss)
+    wanted = theirs.training_forward_pass(step_input(x)).loss
+    torch.testing.assert_close(out.loss, wanted)
+    for loss in (out.loss, wanted):
+        loss.backward()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_signatures_are_saelens(kind):

@@ -163,10 +163,10 @@ class MatryoshkaBatchTopKTrainer(_Largest, matryoshka_batch_top_k.MatryoshkaBatc
         return self._evaluate(x, step, logging)
 
     def _ready(self) -> Engine:
-        engine = super()._ready()
-        sae: Any = engine.sae
-        sae.active_groups = engine.ae.active_groups
-        return engine
+        assert self.engine is not None
+        sae: Any = self.engine.sae
+        sae.active_groups = self.engine.ae.active_groups
+        return super()._ready()
 
     def _objective(self) -> TopK:
         """TopK() with prefixes of the active groups: the last of them has the features, 0, of those that are off."""

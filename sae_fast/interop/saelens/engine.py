@@ -137,8 +137,6 @@ class OnTheEngine:
         vectors = self._vectors()
         with torch.no_grad(), without_autocast():
             code = step.code_to_train(step.centre(x, sae.b_dec), sae.W_enc.T.contiguous(), sae.W_dec, *vectors)
-        if step.too_dense(code):
-            return super().training_forward_pass(step_input)  # type: ignore[misc]
         loss, sae_out, acts, *parts = Forward.apply(step, code, x, sae.W_enc, sae.W_dec, sae.b_dec, *vectors)
         acts = acts if acts.dim() == 2 else coo(code, acts)
         return TrainStepOutput(

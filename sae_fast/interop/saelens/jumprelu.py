@@ -34,10 +34,6 @@ class _Jumps(Step):
         code = self.encode(x_c, W, *vectors, slack=self.objective.slack(self.layer(W, *vectors)))
         return code.with_values(self._estimated(jumprelu_sae.JumpReLU, code, *vectors)[None])
 
-    def too_dense(self, code: SparseCode) -> bool:
-        """True also of what the engine would take densely: it has no such way for this objective."""
-        return ops.dense_step_pays(code, code.u)
-
     def parts(self, done: StepGradients, code: SparseCode, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> list[Tensor]:
         return list(done.losses[:2])
 
@@ -67,8 +63,7 @@ class JumpReLUTrainingSAEConfig(OurConfig, jumprelu_sae.JumpReLUTrainingSAEConfi
 
 
 class JumpReLUTrainingSAE(OnTheEngine, jumprelu_sae.JumpReLUTrainingSAE):
-    """SAELens' JumpReLUTrainingSAE, trained by the engine; by SAELens' own pass on a batch on which more than a tenth of
-    the features are active, as they are at its start."""
+    """SAELens' JumpReLUTrainingSAE, trained by the engine."""
 
     def why_dense(self) -> str | None:
         if why := super().why_dense():

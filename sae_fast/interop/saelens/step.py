@@ -54,10 +54,6 @@ class Step:
         """The parts of the loss, 0-d each, by ``names``."""
         raise NotImplementedError
 
-    def too_dense(self, code: SparseCode) -> bool:
-        """True if SAELens' own pass is faster on this batch."""
-        return False
-
     def outputs(self, x: Tensor, W: Tensor, W_dec: Tensor, b_dec: Tensor, *vectors: Tensor) -> tuple[list[Tensor], ...]:
         """(the parts, [x̂, feature_acts]), made of differentiable ops: what Forward is the short cut of."""
         raise NotImplementedError
