@@ -205,6 +205,7 @@ def record_largest(B: int, d: int, F: int) -> None:
     """topk and batch_topk, by every way; floors after each tile, and blocks that the floor does not thin."""
     x, W, bias = layer(B, d, F) if B else (torch.empty(0, d), torch.ones(F, d), torch.ones(F))
     often = bias + 10.0 ** (3 if d > 1 else 1)  # more than the k, and ties
+    guess = torch.linspace(-1.0, 10.0**4, B)  # too low for some rows, too high for others
     for support, k in (("topk", 1), ("topk", F), ("topk", max(1, F // 20)), ("batch_topk", max(1, F // 20))):
         kind: dict = {"activation": "relu", "support": support, "k": k}
         for precision, dense_above in (("exact", 0.0), ("exact", 1.0), ("fp32", 1.0), ("bf16", 1.0)):
@@ -213,6 +214,7 @@ def record_largest(B: int, d: int, F: int) -> None:
                 patch.multiple(largest, ROOM=0, DENSE_ABOVE=2.0),
             ):
                 ops.encode(x, W, often, **kind, precision=precision)
+                ops.encode(x, W, often, **kind, precision=precision, guess=guess)
         with patch.object(largest, "DENSE_ABOVE", -1.0):
             ops.encode(x, W, bias, **kind)
         with (
@@ -222,6 +224,7 @@ def record_largest(B: int, d: int, F: int) -> None:
             patch.object(bound, "ROWS", 0),
         ):
             ops.encode(x, W, often, **kind)
+            ops.encode(x, W, often, **kind, guess=guess)
 
 
 def record_shadow(d: int, F: int) -> None:
@@ -257,7 +260,8 @@ def record_code(code: SparseCode, d: int) -> None:
     record_step(W[F // 4 :], one, None, F // 4)
     if B:
         layer = Layer(W, vector, named("gated" if V == 2 else "relu"), (torch.exp(vector), vector)[: 2 * (V == 2)])
-        ops.dense_gradients(code, A, A.flip(0), layer, W, A.sum(0), vector, stop_auxiliary=V == 1)
+        of_engine = dict(stop_auxiliary=V == 1, zeros=False, pull=None, linear=True)
+        ops.dense_gradients(code, A, A.flip(0), layer, W, A.sum(0), vector, **of_engine)
 
 
 def record_step(W: Tensor, gradient: RowGradient, shadow: screen.Shadow | None, first: int) -> None:
