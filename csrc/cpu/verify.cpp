@@ -9,10 +9,13 @@ int64_t verify(const args::verify& a) {
   int64_t members = 0;
   for (int64_t j = 0; j < a.n; j += 4) {
     const int64_t here = a.n - j < 4 ? a.n - j : 4;
-    const float* rows[4];
+    const float *rows[4], *next[4];
     float dots[4], *out[1] = {dots};
+    for (int q = 0; q < 4; ++q) next[q] = a.W + a.candidates[j + 4 + q < a.n ? j + 4 + q : a.n - 1] * a.d;
     for (int q = 0; q < 4; ++q) rows[q] = a.W + a.candidates[j + (q < here ? q : 0)] * a.d;
-    fixed_dots<1, 4>(&a.x, rows, a.d, out);
+    fixed_dots<1, 4>(&a.x, rows, a.d, out, [&](int64_t k) {
+      for (const float* row : next) __builtin_prefetch(row + k);
+    });
     for (int q = 0; q < here; ++q) {
       const int32_t i = a.candidates[j + q];
       if (dots[q] + a.bias[i] <= (a.cut ? a.cut[i] : 0.0f)) continue;  // a NaN stays

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "sae_fast/bf16.hpp"
 
@@ -37,6 +38,32 @@ inline uint32_t at_least(int16_t bound, float excess) {
   float key = static_cast<float>(least);
   uint32_t bits = host::bits(key);
   return static_cast<double>(key) > least ? bits - 1 : bits;
+}
+
+// Where a pre-activation of this bound is likely to be: half of the excess below.
+inline int16_t about(int16_t bound, float excess) {
+  const float likely = host::widen(static_cast<uint16_t>(bound)) - 0.5f * excess;
+  return likely > 0 ? static_cast<int16_t>(host::bits(likely) >> 16) : 0;
+}
+
+// The largest value that `wanted` of the numbers, none of them negative, reach: 1 to their number.
+template <class Number>
+Number reached(const std::vector<Number>& numbers, int64_t wanted) {
+  Number value = 0;
+  for (int bit = 8 * sizeof(Number) - 2; bit >= 0; --bit) {
+    const Number higher = static_cast<Number>(value | Number{1} << bit);
+    int32_t count = 0;
+    for (const Number number : numbers) count += number >= higher;
+    if (count >= wanted) value = higher;
+  }
+  return value;
+}
+
+// The same, of how many numbers have each value.
+inline int64_t reached_of(const std::vector<int64_t>& counts, int64_t wanted) {
+  int64_t value = static_cast<int64_t>(counts.size()) - 1;
+  for (int64_t best = 0; value > 0 && (best += counts[value]) < wanted;) --value;
+  return value;
 }
 
 }  // namespace keys

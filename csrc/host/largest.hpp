@@ -25,6 +25,7 @@ class Largest : public Tiles {  // of layers without a cut
     room_ = n * room_a_row_;
     for (int64_t b = 0; b < n; ++b) {
       row(b).kept.clear();
+      row(b).kept.reserve(2 * k_);
       row(b).floor = row(b).guess = guess && !whole_ && guess[b] > 0 ? host::bits(guess[b]) : 0;
     }
     const float least = guess && whole_ && n > 0 ? *std::min_element(guess, guess + n) : 0.0f;
@@ -124,28 +125,25 @@ class Largest : public Tiles {  // of layers without a cut
       }
     });
     if (!again.empty()) raise_floors(threads);
-    for (int64_t b = 0; b < n_; ++b) {
+    for_each(n_, threads, [&](int64_t b, int) {
       std::vector<Waiting>().swap(row(b).waiting);
-      row(b).kept.shrink_to_fit();
-    }
+      if (row(b).kept.capacity() > 2 * row(b).kept.size()) row(b).kept.shrink_to_fit();
+    });
     return true;
   }
 
   // After the last block: leaves exactly the chosen.  Returns their number; -1 if the guess for the whole batch was too high:
   // then all has to be done again without it.
   int64_t select(int threads) {
-    if (whole_) {
-      int64_t kept = 0;
-      for (const Row& r : rows_) kept += static_cast<int64_t>(r.kept.size());
-      if (guessed_ > 0 && kept < budget_) return -1;
-      choose_of_all();
-    }
+    if (whole_ && guessed_ > 0 && all_kept() < budget_) return -1;
+    if (whole_ && all_kept() > budget_) raise_the_floor();
     host::parallel_for(static_cast<int64_t>(rows_.size()), kBlock, threads, [&](int64_t b, int) {
-      std::sort(rows_[b].kept.begin(), rows_[b].kept.end(), [](const Entry& a, const Entry& c) { return a.index < c.index; });
+      const auto ascending = [](const Entry& a, const Entry& c) { return a.index < c.index; };
+      auto& kept = rows_[b].kept;
+      if (!std::is_sorted(kept.begin(), kept.end(), ascending)) std::sort(kept.begin(), kept.end(), ascending);
     });
-    int64_t nnz = 0;
-    for (const Row& r : rows_) nnz += static_cast<int64_t>(r.kept.size());
-    return nnz;
+    if (whole_) leave_out(all_kept() - budget_);
+    return all_kept();
   }
 
   void finish(const args::finish& a) override {
@@ -161,6 +159,7 @@ class Largest : public Tiles {  // of layers without a cut
 
  private:
   static constexpr int64_t kRun = 1024;  // features whose rows of W stay in cache
+  static constexpr int64_t kARow = 4;    // dots of a row of x that make up for reading it
   static constexpr int64_t kFewOf = 64;  // rows a block, one of which is dotted sooner than all are screened again
   struct Waiting {  // passed the screen, not yet decided
     int32_t index;
@@ -180,6 +179,7 @@ class Largest : public Tiles {  // of layers without a cut
   struct Scratch {  // a worker's
     std::vector<int32_t> indices;
     std::vector<int16_t> bounds;
+    std::vector<int32_t> keys;
     std::vector<float> u, cut, block;
     int64_t verified = 0;
   };
@@ -240,6 +240,12 @@ class Largest : public Tiles {  // of layers without a cut
     return sum;
   }
 
+  int64_t all_kept() const {
+    int64_t sum = 0;
+    for (const Row& r : rows_) sum += static_cast<int64_t>(r.kept.size());
+    return sum;
+  }
+
   // Drops what cannot be chosen, by the bounds alone if that is enough; otherwise the entries with the largest bounds are
   // decided, which raises the floor to where it belongs, then what is left.
   void narrow(const Layer& layer, bool all, int threads) {
@@ -248,43 +254,40 @@ class Largest : public Tiles {  // of layers without a cut
     else each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
       for (int64_t r = b; r < b + n; ++r) rank(s, r, least[r]);
     });
-    if (drop(threads) == 0 && !all) return raise_floors(threads);  // exact tiles
+    int64_t left = drop(threads);
+    if (left == 0) return raise_floors(threads);  // exact tiles
     if (!all && 2 * held() < room_) return;
-    decide(layer, least, threads);
+    decide(layer, least, std::min(left, k_ * n_), threads);
     raise_floors(threads);
-    if (drop(threads) == 0 || (!all && 2 * held() < room_)) return;
-    decide(layer, std::vector<int16_t>(n_, 1), threads);
+    left = drop(threads);
+    if (left == 0 || (!all && 2 * held() < room_)) return;
+    decide(layer, std::vector<int16_t>(n_, 1), left, threads);
     raise_floors(threads);
   }
 
-  // Ranks the bounds of a row: `least` is what the k best reach (or half of them if they are fewer), and less the excess, that
-  // is a floor.
+  // Ranks the bounds of a row: what the k best reach is, less the excess, a floor; `least` is where it is likely to be.
   void rank(Scratch& s, int64_t b, int16_t& least) {
     const auto& waiting = row(b).waiting;
-    if (waiting.empty()) return;
     s.bounds.clear();
     for (const Waiting& w : waiting)
       if (w.bound < keys::kNoBound) s.bounds.push_back(w.bound);
     const int64_t n = static_cast<int64_t>(s.bounds.size());
     if (n == 0) return;
-    const auto last = s.bounds.begin() + std::min(k_, (n + 1) / 2) - 1;
-    std::nth_element(s.bounds.begin(), last, s.bounds.end(), std::greater<int16_t>());
-    least = *last;
-    if (last - s.bounds.begin() == k_ - 1) row(b).floor = std::max(row(b).floor, keys::at_least(least, excess_[b]));
+    const int64_t best = std::min(k_, row(b).kept.empty() ? n : (n + 1) / 2);
+    const int16_t reached = keys::reached(s.bounds, best);
+    if (best == k_) row(b).floor = std::max(row(b).floor, keys::at_least(reached, excess_[b]));
+    least = keys::about(reached, excess_[b]);
   }
+
   void rank_all(std::vector<int16_t>& least) {
     std::vector<int64_t> bounds(keys::kNoBound), floors(keys::kNoBound);  // how many there are of each
     int64_t total = 0;
     for (int64_t b = 0; b < n_; ++b)
       for (const Waiting& w : row(b).waiting)
         if (w.bound < keys::kNoBound) ++bounds[w.bound], ++floors[keys::at_least(w.bound, excess_[b]) >> 16], ++total;
-    std::fill(least.begin(), least.end(), static_cast<int16_t>(reached(bounds, std::min(budget_, (total + 1) / 2))));
-    floor_ = std::max(floor_, static_cast<uint32_t>(reached(floors, budget_)) << 16);
-  }
-  static int64_t reached(const std::vector<int64_t>& counts, int64_t wanted) {
-    int64_t value = static_cast<int64_t>(counts.size()) - 1;
-    for (int64_t best = 0; value > 0 && (best += counts[value]) < wanted;) --value;
-    return value;
+    const int64_t best = keys::reached_of(bounds, std::min(budget_, all_kept() == 0 ? total : (total + 1) / 2));
+    for (int64_t b = 0; b < n_; ++b) least[b] = keys::about(static_cast<int16_t>(best), excess_[b]);
+    floor_ = std::max(floor_, static_cast<uint32_t>(keys::reached_of(floors, budget_)) << 16);
   }
 
   // What waits below its row's floor goes.  Returns how much is left.
@@ -301,11 +304,12 @@ class Largest : public Tiles {  // of layers without a cut
     return left;
   }
 
-  // The dots of all that waits with a bound of at least its row's, one run of features after the other: together the rows
-  // read each row of W from memory once.
-  void decide(const Layer& layer, const std::vector<int16_t>& least, int threads) {
+  // The dots of all that waits with a bound of at least its row's, about `number` in all, one run of features after the other:
+  // together the rows read each row of W from memory once, but no run is so short that x is read for less than kARow.
+  void decide(const Layer& layer, const std::vector<int16_t>& least, int64_t number, int threads) {
+    const int64_t run = std::max(kRun, kARow * n_ * seen_ / number);
     std::vector<std::pair<size_t, size_t>> cursors(n_);  // read, written back
-    for (int64_t last = std::min(kRun, seen_); n_ > 0; last = std::min(last + kRun, seen_)) {
+    for (int64_t last = std::min(run, seen_); n_ > 0; last = std::min(last + run, seen_)) {
       each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
         for (int64_t r = b; r < b + n; ++r) {
           auto& list = row(r).waiting;
@@ -332,13 +336,19 @@ class Largest : public Tiles {  // of layers without a cut
   // Leaves the best; the last of them is the floor.
   void raise_floors(int threads) {
     if (whole_) return raise_the_floor();
-    each_block(threads, [&](Scratch&, int64_t b, int64_t n) {
+    each_block(threads, [&](Scratch& s, int64_t b, int64_t n) {
       for (int64_t r = b; r < b + n; ++r) {
         auto& kept = row(r).kept;
         if (static_cast<int64_t>(kept.size()) < k_) continue;
-        std::nth_element(kept.begin(), kept.begin() + k_ - 1, kept.end(), before);
-        kept.resize(k_);
-        row(r).floor = std::max(row(r).floor, kept[k_ - 1].key);
+        s.keys.clear();
+        for (const Entry& e : kept) s.keys.push_back(static_cast<int32_t>(e.key));
+        const uint32_t floor = static_cast<uint32_t>(keys::reached(s.keys, k_));
+        kept.erase(std::remove_if(kept.begin(), kept.end(), [&](const Entry& e) { return e.key < floor; }), kept.end());
+        if (static_cast<int64_t>(kept.size()) > k_) {
+          std::nth_element(kept.begin(), kept.begin() + k_ - 1, kept.end(), before);
+          kept.resize(k_);
+        }
+        row(r).floor = std::max(row(r).floor, floor);
       }
     });
   }
@@ -354,18 +364,16 @@ class Largest : public Tiles {  // of layers without a cut
       r.kept.erase(std::remove_if(r.kept.begin(), r.kept.end(), [&](const Entry& e) { return e.key < floor_; }), r.kept.end());
   }
 
-  // Of those at the floor itself, as many as the budget still holds, the first rows' first.
-  void choose_of_all() {
-    raise_the_floor();
-    int64_t left = budget_;
-    for (const Row& r : rows_)
-      left -= std::count_if(r.kept.begin(), r.kept.end(), [&](const Entry& e) { return e.key > floor_; });
-    for (Row& r : rows_) {
-      std::sort(r.kept.begin(), r.kept.end(), before);  // those at the floor come last, ascending
-      const int64_t at_floor = std::count_if(r.kept.begin(), r.kept.end(), [&](const Entry& e) { return e.key == floor_; });
-      const int64_t taken = std::min(at_floor, left);
-      r.kept.resize(r.kept.size() - (at_floor - taken));
-      left -= taken;
+  // The last so many of those at the floor itself go.
+  void leave_out(int64_t excess) {
+    const auto at_floor = [&](const Entry& e) { return e.key == floor_; };
+    for (auto r = rows_.rbegin(); r != rows_.rend() && excess > 0; ++r) {
+      auto& kept = r->kept;
+      int64_t stay = std::count_if(kept.begin(), kept.end(), at_floor);
+      const int64_t gone = std::min(stay, excess);
+      stay -= gone, excess -= gone;
+      const auto goes = [&](const Entry& e) { return at_floor(e) && stay-- <= 0; };
+      if (gone > 0) kept.erase(std::remove_if(kept.begin(), kept.end(), goes), kept.end());
     }
   }
 

@@ -53,13 +53,20 @@ static inline __attribute__((always_inline)) void add_terms(const float* const* 
   }
 }
 
-// out[r][c] = x[r] . w[c]
-template <int R, int C>
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+
+// out[r][c] = x[r] . w[c]; before the terms from k on, ahead(k).
+template <int R, int C, class Ahead = Nothing>
 static inline __attribute__((always_inline)) void fixed_dots(const float* const* x, const float* const* w, int64_t d,
-                                                             float* const* out) {
+                                                             float* const* out, const Ahead& ahead = {}) {
   Register sums[R][C][kParts] = {};
   const int64_t whole = d / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) add_terms<R, C>(x, w, k, sums);
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    ahead(k);
+    add_terms<R, C>(x, w, k, sums);
+  }
   if (whole < d) {  // the rest, with zeros after it
     float x_rest[R][kLanes] = {}, w_rest[C][kLanes] = {};
     const float *xs[R], *ws[C];
