@@ -9,15 +9,38 @@ void outer(const args::outer& a) {
   for_gradient_rows(a, a.list, false, [&](int64_t i, const float* g) { axpy(a.out + i * a.d, g, 1.0f, a.d); });
 }
 
+// Squares of floats overflow and underflow: sums in double.
+static inline double sqnorm(const float* __restrict g, int64_t d) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(g[k]) * g[k];
+  return sum;
+}
+
+// |g - (g . w / |w|^2) w|^2 as |g|^2 - (g . w)^2 / |w|^2, whose cancellation a double has the digits for: what is lost is less
+// than what rounding g to floats took.
+static inline double sqnorm_beside(const float* __restrict g, const float* __restrict w, int64_t d) {
+  double gg = 0, gw = 0, ww = 0;
+  for (int64_t begin = 0; begin < d; begin += kAhead) {
+    const int64_t end = begin + kAhead < d ? begin + kAhead : d;
+    prefetch(w + d, begin, end);
+#pragma omp simd reduction(+ : gg, gw, ww)
+    for (int64_t k = begin; k < end; ++k) {
+      const double a = g[k], b = w[k];
+      gg += a * a;
+      gw += a * b;
+      ww += b * b;
+    }
+  }
+  const double beside = ww > 0 ? gg - gw / ww * gw : gg;
+  return beside < 0 ? 0 : beside;
+}
+
 void grad_sqnorm(const args::grad_sqnorm& a) {
   for_gradient_rows(a, nullptr, true, [&](int64_t i, float* g) {
     const int64_t d = a.d;
     if (a.self_coefficient) axpy(g, a.W + i * d, a.self_coefficient[i], d);
-    if (a.project) project_row(g, a.W + i * d, d);
-    double sum = 0;  // squares of floats overflow and underflow
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(g[k]) * g[k];
-    a.out[i] = sum;
+    a.out[i] = a.project ? sqnorm_beside(g, a.W + i * d, d) : sqnorm(g, d);
   });
 }
 

@@ -11,25 +11,34 @@ namespace sae_fast {
 namespace SAE_FAST_ISA {
 
 // Both moments, then the row.  The first is m + (1 - beta1) (g - m), taken from the nearer end, as torch's lerp does; below
-// the normal numbers it is 0, or a row that rests would never be left alone.
+// the normal numbers it is 0, or a row that rests would never be left alone.  With momentum the next row
+// is almost sure to move: it is fetched meanwhile.
 template <bool kMomentum>
 static inline void move_row(float* __restrict w, float* __restrict m, float* __restrict v, const float* __restrict g,
                             int64_t d, float decay, const Adam& adam) {
   const float fresh = static_cast<float>(1.0 - adam.beta2);
   const bool from_m = adam.beta1 > 0.5;
   const float part = static_cast<float>(from_m ? 1.0 - adam.beta1 : adam.beta1);
-#pragma omp simd
-  for (int64_t k = 0; k < d; ++k) {
-    float first = g[k];
+  for (int64_t begin = 0; begin < d; begin += kAhead) {
+    const int64_t end = begin + kAhead < d ? begin + kAhead : d;
     if (kMomentum) {
-      const float from = from_m ? m[k] : g[k], to = from_m ? g[k] : m[k];
-      first = from + part * (to - from);
-      first = __builtin_fabsf(first) < FLT_MIN ? 0.0f : first;
-      m[k] = first;
+      prefetch(w + d, begin, end);
+      prefetch(m + d, begin, end);
+      prefetch(v + d, begin, end);
     }
-    const float second = decay * v[k] + fresh * g[k] * g[k];
-    v[k] = second;
-    w[k] -= adam.step_size * first / (__builtin_sqrtf(second) * adam.inv_sqrt_correction + adam.eps);
+#pragma omp simd
+    for (int64_t k = begin; k < end; ++k) {
+      float first = g[k];
+      if (kMomentum) {
+        const float from = from_m ? m[k] : g[k], to = from_m ? g[k] : m[k];
+        first = from + part * (to - from);
+        first = __builtin_fabsf(first) < FLT_MIN ? 0.0f : first;
+        m[k] = first;
+      }
+      const float second = decay * v[k] + fresh * g[k] * g[k];
+      v[k] = second;
+      w[k] -= adam.step_size * first / (__builtin_sqrtf(second) * adam.inv_sqrt_correction + adam.eps);
+    }
   }
 }
 

@@ -47,6 +47,13 @@ static inline void dot4(const float* __restrict a, const float* const* row, floa
   out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
 }
 
+constexpr int64_t kAhead = 128;  // floats fetched at a time
+
+// Asks for row[begin .. end), which may lie past the end of an array.
+static inline void prefetch(const float* row, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; k += 16) __builtin_prefetch(row + k);
+}
+
 // n of them, not initialised.
 template <class T>
 static inline T* take(const Memory& memory, int64_t n) {
