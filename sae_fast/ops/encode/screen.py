@@ -6,7 +6,7 @@ Both operands carry their own error bound in extra columns (csrc/cpu/screen.cpp)
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -60,11 +60,16 @@ class Operands:
         self.rows, norms = round_rows(x, _to_32(d + MARGINS + OUTLIERS))
         self.outliers = outlier_columns(x, self.rows) if margins else torch.empty(0, dtype=torch.int64)
         m, K = self.outliers.shape[0], self.rows.shape[1]
-        self.screen_width = d + m
         gamma = (K + 8) * 2.0**-23
         terms = TERMS if margins else None
         self.screen = _C.Screen(d=d, K=K, outliers=self.outliers, m=m, gamma=gamma, terms=terms, open=_bits(OPEN[test]))
+        self._tail = slice(d + m + 3, d + m + MARGINS)
         _C.screen_x(screen=self.screen, x=x, n=x.shape[0], norms=norms, rows=self.rows, threads=threads())
+
+    @cached_property
+    def _margins(self) -> Tensor:
+        """[4, B]: the factors of x in the margins."""
+        return self.rows[:, self._tail].T.float().contiguous()
 
     def weights(self, first: int, last: int, out: Tensor) -> Tensor:
         """Rows [last − first, K] of W's operand, in the memory of ``out``."""
@@ -81,9 +86,8 @@ class Operands:
     def excess(self, operand: Tensor) -> Tensor:
         """[rows] float32: by how much the product can exceed π in any feature of ``operand``, which weights() gave; NaN in
         a row out of range."""
-        tail = slice(self.screen_width + 3, self.screen_width + MARGINS)
-        factors = operand[:, tail].double().nan_to_num(nan=0.0).amax(0)  # NaN: a feature out of range has no bound
-        return ((self.rows[:, tail].double() @ factors) * (EXCESS * (1 + 2.0**-16))).float()
+        factors = operand[:, self._tail].float().nan_to_num(nan=0.0).amax(0)  # NaN: a feature out of range has no bound
+        return (self._margins * (factors * (EXCESS * (1 + 2.0**-16)))[:, None]).sum(0)
 
 
 def outlier_columns(x: Tensor, rounded: Tensor) -> Tensor:

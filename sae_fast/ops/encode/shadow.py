@@ -64,7 +64,7 @@ def stale_columns(W: Tensor, shadow: Shadow, turn: int) -> Tensor:
     if shadow.of_gpu:
         now = now * shadow.norms[:, :1]
     # The engine's copy has 0 for subnormals; a NaN is no difference, but for the step to find.
-    return (now.to(kept.dtype) - kept).abs().amax() >= torch.finfo(kept.dtype).tiny
+    return (now.to(kept.dtype).float() - kept.float()).abs().amax() >= torch.finfo(kept.dtype).tiny
 
 
 class KeptShadow:
