@@ -563,6 +563,12 @@ GROUPS["peers"] = [
 ]  # fmt: skip
 
 GROUPS["native"] = [
+    Mutant("C++ entries: a run ends among entries that are summed together", "csrc/include/sae_fast/entries.hpp",
+           "begin) / 4 * 4 : end", "begin) : end", "test_walks.py"),
+    Mutant("C++ outer: the sources take turns in each run", "csrc/cpu/outer.cpp",
+           "{a.sources.of + s, 1}", "a.sources", "test_walks.py::test_outer"),
+    Mutant("C++ decode_loss: a prefix begins anew", "csrc/cpu/decode_loss.cpp",
+           "if (g > 0) axpy(r, r - sets.stride, 1.0f, d);", "", "test_decode_loss.py -k prefix"),
     Mutant("C++ weight_step: a row that rested decays once", "csrc/cpu/weight_step.cpp",
            "idle == 1 ? adam.beta2 : ::pow(adam.beta2, static_cast<double>(idle))", "adam.beta2",
            "test_weight_step.py::test_as_near_to_float64_as_torchs"),

@@ -1,12 +1,21 @@
 // Weight-gradient rows, and their squared norms without storing them.  A thread owns a feature.
+#include "sae_fast/entries.hpp"
 #include "sae_fast/gradient_row.hpp"
 #include "sae_fast/kernel_table.hpp"
 
 namespace sae_fast {
 namespace SAE_FAST_ISA {
 
+// By runs of examples where they pay and no feature is so long that threads share it; that changes no bit of a sum from 0.
 void outer(const args::outer& a) {
-  for_gradient_rows(a, a.list, false, [&](int64_t i, const float* g) { axpy(a.out + i * a.d, g, 1.0f, a.d); });
+  const Csr by_feature{a.code.colptr + a.first, a.code.rows, a.n};
+  const int64_t run = a.list || a.examples > kRun ? a.examples : run_of_features(by_feature, a.examples, a.d);
+  if (run == a.examples)
+    return for_gradient_rows(a, a.list, false, [&](int64_t i, const float* g) { axpy(a.out + i * a.d, g, 1.0f, a.d); });
+  for (int s = 0; s < a.sources.n; ++s)
+    for_entries(by_feature, 0, a.examples, run, a.threads, [&](int64_t i, int64_t begin, int64_t end, bool) {
+      add_run(a.code, {a.sources.of + s, 1}, a.d, begin, end, a.out + i * a.d);
+    });
 }
 
 // Squares of floats overflow and underflow: sums in double.

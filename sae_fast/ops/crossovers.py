@@ -13,7 +13,7 @@ from sae_fast.ops.native import _C, threads
 
 # nnz / (B · F) above which an op of the C++ engine takes its dense route, from a sweep at B 2048, d 768, F 24576 on
 # two Sapphire Rapids cores.  The route depends on the arguments only, never on timing, so runs repeat bit for bit.
-CROSSOVER = {"decode": 0.085, "sampled_dots": 0.085, "decode_loss": 0.16, "outer": 0.1, "weight_step": 0.12, "step": 0.11}
+CROSSOVER = {"decode": 0.25, "sampled_dots": 0.22, "decode_loss": 0.35, "outer": 0.22, "weight_step": 0.12, "step": 0.11}
 # The same for every op on a GPU: gathers at 2.7 TB/s against an fp32 product at 60 TFLOP/s, modelled, not measured.
 GPU_DENSE = 0.03
 CHUNK = 2**23  # floats in a dense chunk: 32 MiB

@@ -47,7 +47,7 @@ def _(W, colptr, rows, perm, values, A, self_coefficient, first_feature, project
 
 def _cpu(W: Tensor, gradient: RowGradient, first_feature: int, project: bool) -> Tensor:
     W, (n, d) = W.contiguous(), W.shape
-    if crossovers.is_dense("outer", *gradient.sizes()):
+    if crossovers.is_dense("weight_step", *gradient.sizes()):
         total = torch.zeros((), dtype=torch.float64)
         for first, last in crossovers.chunks(n, gradient.A[0].shape[0] + d):
             at = slice(first, last)

@@ -126,8 +126,8 @@ def _cpu(out: Tensor, gradient: RowGradient, features: Tensor | None, first_feat
         return
     features = None if features is None else features.contiguous()
     _C.outer(
-        code=csc, sources=(values, A), d=A[0].shape[1], list=features, first=first_feature, n=out.shape[0], out=out,
-        threads=threads(),
+        code=csc, sources=(values, A), examples=A[0].shape[0], d=A[0].shape[1], list=features, first=first_feature,
+        n=out.shape[0], out=out, threads=threads(),
     )  # fmt: skip
 
 

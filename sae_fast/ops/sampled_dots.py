@@ -56,7 +56,7 @@ def _cpu(indptr, indices, A, W):
         for first, last in crossovers.chunks(rows, features):
             crossovers.gather(indptr, indices, first, last, A[first:last] @ W.T, out)
         return out
-    _C.sampled_dots(code=(indptr, indices), A=A, W=W, d=d, out=out, threads=threads())
+    _C.sampled_dots(code=(indptr, indices), A=A, W=W, features=features, d=d, out=out, threads=threads())
     return out
 
 

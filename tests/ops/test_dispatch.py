@@ -158,7 +158,7 @@ def test_no_body_at_all_is_an_error_with_every_reason():
 @pytest.mark.parametrize("op", ["decode", "sampled_dots", "decode_loss", "outer", "weight_step", "grad_sqnorm"])
 def test_the_route_follows_the_density_of_the_code(op, monkeypatch):
     """nnz / (B·F) on either side of the op's crossover, and no clock: the same arguments take the same route."""
-    key = "outer" if op == "grad_sqnorm" else op
+    key = "weight_step" if op == "grad_sqnorm" else op
     density, decide = CODE.nnz / (9 * 33), crossovers.is_dense
     for crossover, dense in ((1.001 * density, False), (0.999 * density, True)):
         decisions = []

@@ -145,7 +145,7 @@ def test_on_a_grid_it_is_exact(B, d, F, S, seed, crossover, dtype):
     code = random_code(B, F, S, seed=seed)
     values, A = (code.values > 0.5).to(dtype), grid(S, B, d, step=1, reach=2, seed=seed).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(crossovers.CROSSOVER, "outer", crossover)
+        patch.setitem(crossovers.CROSSOVER, "weight_step", crossover)
         norm = ops.grad_sqnorm(gradient_of(code, values, A, None), randn(F, d, dtype=dtype))
     assert norm == plain(code, values, A, torch.zeros(F, d), None, False, torch.float64)
 

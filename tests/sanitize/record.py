@@ -304,6 +304,7 @@ def record_all() -> None:
     often[::3, 9] = True
     often[::100, 20] = True
     record_code(code_of(often, 2), 33)
+    record_code(code_of(torch.rand(30, 30) < 0.6, 2), 2**14)  # runs of 24 features, and of examples
 
 
 def main(target: Path) -> None:
