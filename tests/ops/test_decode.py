@@ -99,6 +99,8 @@ def test_a_code_without_rows_or_without_entries_decodes_to_zeros(body):
     empty = random_code(9, 33)
     empty = replace(empty, indptr=empty.indptr * 0, indices=empty.indices[:0], values=empty.values[:, :0])
     assert_same_bits(body.run(ops.decode, empty, randn(33, 5), empty.values), torch.zeros(2, 9, 5))
+    of_no_features = body.run(ops.decode, empty, randn(33, 5), empty.values, groups=(7, 7, 7))
+    assert_same_bits(of_no_features, torch.zeros(2, 2, 9, 5))
 
 
 @bodies.but_cuda

@@ -30,7 +30,8 @@ static inline int64_t first_from(const int32_t* indices, int64_t begin, int64_t 
 // them starts, also where there are no features.  Entries that are summed four at a time stay together: runs change no bit.
 template <class Body>
 static inline void for_entries(const Csr& code, int64_t first, int64_t last, int64_t run, int threads, const Body& body) {
-  for (int64_t from = first; from == first || from < last; from += run) {
+  int64_t from = first;
+  do {
     parallel_for(code.rows, 8, threads, [&](int64_t b, int) {
       const int64_t begin = first_from(code.indices, code.indptr[b], code.indptr[b + 1], first),
                     end = first_from(code.indices, begin, code.indptr[b + 1], last);
@@ -39,7 +40,8 @@ static inline void for_entries(const Csr& code, int64_t first, int64_t last, int
       };
       body(b, border(from), border(from + run), from == first);
     });
-  }
+    from += run;
+  } while (from < last);
 }
 
 }  // namespace SAE_FAST_ISA
