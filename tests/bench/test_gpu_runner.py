@@ -339,7 +339,7 @@ def test_what_is_wrong_or_fails_has_a_row_and_no_time(tmp_path):
         measure.Contender("rival", fails(RuntimeError("no compiler")), optional=True),
         measure.Contender("large", fails(torch.OutOfMemoryError("2 TiB"))),
     )
-    measure.run([job(*contenders), job(needs=NEVER)], lambda *_: tiny(), sink, "cpu", NEVER, rounds=2)
+    measure.run([job(*contenders), job(needs=NEVER)], lambda *_: tiny(), sink, "cpu", PATIENCE, rounds=2)
     found = [(row.provider, row.metric, note) for row, note in zip(sink.rows, sink.notes, strict=True)]
     assert found[:4] == [
         ("wrong", "fault", "loss: off"), ("broken", "fault", "RuntimeError: no kernel"),
