@@ -91,6 +91,7 @@ class JumpReLUTrainingSAE(OnTheEngine, jumprelu_sae.JumpReLUTrainingSAE):
     def _vectors(self) -> list[Tensor]:
         return [self.b_enc, self.threshold]
 
+    @torch.compiler.disable
     def _fast_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         self.threshold.data.clamp_(min=0.0)
         return super()._fast_forward_pass(step_input)

@@ -148,6 +148,7 @@ class _KeepsLargestOfBatch(_KeepsLargest):
     topk_threshold: Tensor
     update_topk_threshold: Any
 
+    @torch.compiler.disable
     def _fast_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         out = super()._fast_forward_pass(step_input)
         acts = out.feature_acts.detach()
