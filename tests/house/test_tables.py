@@ -114,7 +114,7 @@ def test_cells_are_the_csvs_own():
     line = next(line for line in tables.TABLES["step"]().splitlines() if line.startswith("| eager PyTorch"))
     eager, ours, product = times["eager"], times["sae_fast"], times["bare_product"]
     assert [cell.strip() for cell in line.split("|")][2:5] == [
-        f"{eager:,.0f} ms".replace(",", " "), f"{eager / product:.3g}", f"{eager / ours:.3g} ×",
+        f"{eager:,.0f} ms".replace(",", " "), _markdown.number(eager / product), f"{_markdown.number(eager / ours)} ×",
     ]  # fmt: skip
 
 
