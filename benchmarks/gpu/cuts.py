@@ -1,12 +1,10 @@
 """What changes to the kernels should bring, by the cost model, before a GPU has run them: `python -m benchmarks.gpu.cuts`.
 
-Each cut replaces kernels of a measured step by what they would be.  Instructions that no compiler has counted yet are
-leads, and named so.
+Each cut replaces kernels of a measured step by what they would be, or, where the cut is made, by what they are.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,21 +16,21 @@ from benchmarks.gpu import model
 from benchmarks.gpu.model import Compiled, Kernel, Machine, cost
 from benchmarks.gpu.profile import Run, read
 
-# Leads, of a tile with so many features whose bits are in the accumulator's own order: instructions, registers.
-EPILOGUE = {128: (193, 102), 256: (354, 176)}
+# Of a tile with so many features, as sass.py counts the kernels that have the cut: instructions, registers.
+EPILOGUE = {128: (193, 102), 256: (354, 162)}
 DEPTH = 16  # columns of the product that would hold bias and bound
 
 
 def unit_rows_in_slices(at: Shape, precision: str, counts: dict[str, Compiled], here: Machine) -> dict[str, list[Kernel]]:
     """W_dec by slices as W_enc, then a pass that divides its touched rows by their norms."""
-    touched = at.F * -math.expm1(-at.B * at.l0 / at.F)
+    touched = model.touched_at(at)
     both = [model.weight_step(at, counts["step of slices"], touched, here, copied) for copied in (True, False)]
     return {"_step": [*both, model.stream("_step", 8 * touched * at.d, here)]}
 
 
 def rows_read_once(at: Shape, precision: str, counts: dict[str, Compiled], here: Machine) -> dict[str, list[Kernel]]:
     """decode_loss keeps 64 rows' slices of 128 columns in shared memory for their dots."""
-    touched = at.F * -math.expm1(-at.B * at.l0 / at.F)
+    touched = model.touched_at(at)
     staged = replace(counts["residuals"], shared=64 * 128 * 4)
     now = model.residuals(at, staged, touched, here)
     first, second = now.phases

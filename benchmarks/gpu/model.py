@@ -109,7 +109,7 @@ def cost(kernel: Kernel, here: Machine) -> Cost:
 
 def step(at: Shape, precision: str, counts: dict[str, Compiled], here: Machine) -> list[Kernel]:
     """Those of a Gated SAE's training step that take time, at uniform frequencies and with β1 = 0."""
-    touched = at.F * -math.expm1(-at.B * at.l0 / at.F)
+    touched = touched_at(at)
     return [
         screen(at, precision, counts),
         dots(at, precision, counts, touched, here),
@@ -117,6 +117,11 @@ def step(at: Shape, precision: str, counts: dict[str, Compiled], here: Machine) 
         *steps(at, counts, touched, here),
         stream("std::enable_if<!", 4 * at.F * at.d, here),  # cuBLAS: Σδ · W_enc, for b_dec
     ]
+
+
+def touched_at(at: Shape) -> float:
+    """Features with entries in a batch."""
+    return at.F * -math.expm1(-at.B * at.l0 / at.F)
 
 
 def stream(name: str, size: float, here: Machine) -> Kernel:
