@@ -322,6 +322,9 @@ GROUPS["layers"] = [
     Mutant("a threshold goes through a narrower dtype", "sae_fast/nn/batchtopk.py",
            "else before.to(after.device)", "else after.float()",
            "test_topk_layers.py::test_the_threshold_stays_float32_and_exact"),
+    Mutant("the path around the features takes its rows for its columns", "sae_fast/nn/base.py",
+           "@ self.W_skip.T).reshape", "@ self.W_skip.reshape(self.d_in, -1)).reshape",
+           "test_transcoders.py::test_what_it_gives_is_the_formula_within_twice_torchs_own_error"),
     Mutant("a frozen layer keeps the shadow after its block", "sae_fast/nn/base.py",
            "self._frozen = outer\n", "pass\n", "test_shadow.py::test_frozen_nests_and_ends_with_its_block"),
 ]  # fmt: skip

@@ -61,8 +61,8 @@ class Spliced:
 
     def _through(self, x: Tensor) -> Tensor:
         code = self.sae.encode_sparse(x)
-        x_hat = self.sae.decode(code)
-        decoded = x_hat if self.edit is None else self.sae.decode(self._edited(code))
+        x_hat = self.sae.decode(code, x)
+        decoded = x_hat if self.edit is None else self.sae.decode(self._edited(code), x)
         self.x, self.code, self.x_hat = x, code, x_hat
         if self.kind == "drop":
             return decoded.to(x.dtype)
@@ -143,18 +143,22 @@ def ablate(features: Iterable[int]) -> Edit:
     return edit
 
 
-def check_sae(sae: SparseAutoencoder) -> None:
-    """ValueError unless it is one."""
+def check_sae(sae: SparseAutoencoder, plain_to: str | None = None) -> None:
+    """ValueError unless it is one, and a plain one if that is wanted ``plain_to`` do something."""
     if not isinstance(sae, SparseAutoencoder):
         raise ValueError(
             f"sae: got a {type(sae).__name__}, want one of sae_fast's SAEs (sae_fast.load reads other packages')"
         )
+    if plain_to is not None:
+        sae.check_plain(plain_to)
 
 
 def check_width(sae: SparseAutoencoder, x: Tensor) -> None:
     """ValueError unless what comes through a site is as wide as the SAE takes it."""
     if x.shape[-1] != sae.d_in:
         raise ValueError(f"sae: its d_in is {sae.d_in}, want {x.shape[-1]}: the site gives {tuple(x.shape)}")
+    if sae.d_out != sae.d_in:
+        raise ValueError(f"sae: its d_out is {sae.d_out}, want d_in = {sae.d_in}: it takes the site's place")
 
 
 def as_features(features: Iterable[int]) -> list[int]:

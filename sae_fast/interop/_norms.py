@@ -94,7 +94,7 @@ def fold(sae: SparseAutoencoder, chosen_with_norms: bool = False) -> Unfold:
         _scale(sae.get_parameter(name), n, inverse=name == "W_dec")
         if not bool(torch.isfinite(sae.get_parameter(name)).all()) and bool(torch.isfinite(before[name]).all()):
             raise ValueError(f"sae: {name}: folded, it does not fit into {before[name].dtype}")
-    sae.W_dec[n == 0] = torch.eye(1, sae.d_in, dtype=sae.W_dec.dtype, device=sae.W_dec.device)
+    sae.W_dec[n == 0] = torch.eye(1, sae.d_out, dtype=sae.W_dec.dtype, device=sae.W_dec.device)
     ulps = {}
     for name, was in before.items():
         back = sae.get_parameter(name).detach().clone()

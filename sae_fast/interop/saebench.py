@@ -61,6 +61,7 @@ def as_saebench(
     """
     if type(sae).__name__ not in ARCHITECTURES:
         raise ValueError(f"sae: got {type(sae).__name__}, want one of {sorted(ARCHITECTURES)}")
+    sae.check_plain("evaluate it with SAEBench")
     if problem := _norms.why_not_unit(sae):
         raise ValueError(f"sae: {problem}")
     said = {"hook_layer": sae.metadata.get("layer"), "hook_name": sae.metadata.get("hook_name")}

@@ -26,11 +26,14 @@ def _settle_first(sae: SparseAutoencoder, *_: Any) -> None:
 class SparseAutoencoder(nn.Module):
     """Parameters W_enc [F, d], W_dec [F, d] (unit rows at the start) and b_dec [d]; the rest is the subclass's.
 
+    With ``d_out`` it is a transcoder: W_dec [F, d_out] and b_dec [d_out], which is not subtracted from x then.  With
+    ``skip`` x̂ = f W_dec + b_dec + x W_skipᵀ, W_skip [d_out, d_in].
+
     Inputs x are [..., d_in], any strides, fp32, bf16 or fp16 (or the module's own dtype); ``ValueError`` names what is
     wrong with any other, and the index of the first NaN or infinity.
 
     ``precision`` is how the encoder's product is taken, "exact", "fp32" or "bf16": see :func:`sae_fast.ops.encode`.
-    ``apply_b_dec_to_input=False`` encodes x itself instead of x − b_dec, as some packages' SAEs do.
+    ``apply_b_dec_to_input=False`` encodes x itself instead of x − b_dec, as some packages' SAEs do, and transcoders.
     """
 
     activation: str  # of ops.encode
@@ -38,6 +41,7 @@ class SparseAutoencoder(nn.Module):
     of_largest: bool = False  # the support is of the largest entries, not by threshold
     any_dtype: tuple[str, ...] = ()  # parameters that may have another dtype than the module, which is W_enc's
     metadata: dict[str, Any]  # where it came from, as its checkpoints keep it: anything that JSON can hold
+    W_skip: nn.Parameter | None
 
     def __init__(
         self,
@@ -47,33 +51,49 @@ class SparseAutoencoder(nn.Module):
         device: torch.device | str | None = None,
         seed: int | None = None,
         precision: str = "exact",
-        apply_b_dec_to_input: bool = True,
+        apply_b_dec_to_input: bool | None = None,
+        d_out: int | None = None,
+        skip: bool = False,
     ):
-        """W_dec has random unit rows, W_enc is its copy, every bias is zero: the peers' initialisation.  ``seed`` makes it
-        repeatable without touching torch's global generator.  On the device "meta" nothing is drawn."""
+        """W_dec has random unit rows; W_enc is its copy, or drawn after it where d_out ≠ d_in; biases and W_skip are zero:
+        the peers' initialisation.  ``seed`` makes it repeatable without touching torch's global generator.  On the device
+        "meta" nothing is drawn."""
         super().__init__()
         self.d_in, self.d_sae = arguments.whole("d_in", d_in), arguments.whole("d_sae", d_sae)
+        self.d_out = self.d_in if d_out is None else arguments.whole("d_out", d_out)
         dtype = arguments.floating("dtype", dtype)
         self.precision = precision
-        self.apply_b_dec_to_input = arguments.flag("apply_b_dec_to_input", apply_b_dec_to_input)
+        centred = d_out is None if apply_b_dec_to_input is None else apply_b_dec_to_input
+        self.apply_b_dec_to_input = arguments.flag("apply_b_dec_to_input", centred)
+        if self.apply_b_dec_to_input and self.d_out != self.d_in:
+            raise ValueError(
+                f"apply_b_dec_to_input: got True with d_out = {self.d_out}, want False unless it is d_in = {d_in}"
+            )
         self.metadata = {}
         self._frozen: ops.KeptShadow | None = None
         self._settle: Callable[[], None] | None = None  # of settle_by()
         self.register_state_dict_pre_hook(_settle_first)
-        shape = self.d_sae, self.d_in
         device = torch.get_default_device() if device is None else torch.device(device)
+        W_enc, W_dec = self._drawn(device, seed)
+        self.W_enc = nn.Parameter(W_enc.to(device, dtype, copy=True))
+        self.W_dec = nn.Parameter(W_dec.to(device, dtype, copy=True))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, dtype=dtype, device=device))
+        for name in self.per_feature:
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.d_sae, dtype=dtype, device=device)))
+        W_skip = torch.zeros(self.d_out, self.d_in, dtype=dtype, device=device) if arguments.flag("skip", skip) else None
+        self.register_parameter("W_skip", None if W_skip is None else nn.Parameter(W_skip))
+
+    def _drawn(self, device: torch.device, seed: int | None) -> tuple[Tensor, Tensor]:
+        """W_enc and W_dec: random unit rows."""
+        sizes = dict.fromkeys((self.d_out, self.d_in))
         if device.type == "meta":
-            W_dec = torch.empty(shape, device=device)
+            drawn = {d: torch.empty(self.d_sae, d, device=device) for d in sizes}
         else:
             seed = None if seed is None else arguments.whole("seed", seed, -(2**63), 2**64 - 1, "an int of 64 bits")
             generator = None if seed is None else torch.Generator().manual_seed(seed)
-            random = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-            W_dec = nn.functional.normalize(random, dim=1)
-        self.W_enc = nn.Parameter(W_dec.to(device, dtype, copy=True))
-        self.W_dec = nn.Parameter(W_dec.to(device, dtype, copy=True))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_in, dtype=dtype, device=device))
-        for name in self.per_feature:
-            self.register_parameter(name, nn.Parameter(torch.zeros(self.d_sae, dtype=dtype, device=device)))
+            random = (torch.randn(self.d_sae, d, generator=generator, dtype=torch.float32, device="cpu") for d in sizes)
+            drawn = {rows.shape[1]: nn.functional.normalize(rows, dim=1) for rows in random}
+        return drawn[self.d_in], drawn[self.d_out]
 
     @classmethod
     def of_state(
@@ -110,6 +130,13 @@ class SparseAutoencoder(nn.Module):
             said = ", ".join(f"{n} {str(p.dtype).removeprefix('torch.')}" for n, p in self.named_parameters())
             raise ValueError(f"sae: got {said}, want one floating-point dtype")
 
+    def check_plain(self, to: str) -> None:
+        """``ValueError`` for a layer that is more than x̂ = f W_dec + b_dec of x's own width, with what is wanted ``to`` be
+        done."""
+        said = [f"d_out = {self.d_out}"] * (self.d_out != self.d_in) + ["W_skip"] * (self.W_skip is not None)
+        if said:
+            raise ValueError(f"sae: got a {type(self).__name__} with {' and '.join(said)}, want one without to {to}")
+
     def not_finite(self) -> dict[str, int]:
         """The number of NaNs and infinities in each parameter and buffer that has any."""
         bad = {name: t.numel() - int(torch.isfinite(t).sum()) for name, t in self.state_dict().items()}
@@ -122,7 +149,10 @@ class SparseAutoencoder(nn.Module):
 
     def options(self) -> dict[str, Any]:
         """The constructor's other arguments that say which function this is, where they are not the defaults."""
-        return {} if self.apply_b_dec_to_input else {"apply_b_dec_to_input": False}
+        skip = {} if self.W_skip is None else {"skip": True}
+        if self.d_out != self.d_in:
+            return {"d_out": self.d_out, **skip}
+        return skip if self.apply_b_dec_to_input else {"apply_b_dec_to_input": False, **skip}
 
     @property
     def encoder_bias(self) -> Tensor:
@@ -162,14 +192,24 @@ class SparseAutoencoder(nn.Module):
         """The dense code [..., F], for code that wants it; :meth:`encode_sparse` is what is fast."""
         return self.encode_sparse(x).to_dense()
 
-    def decode(self, f: Tensor | SparseCode) -> Tensor:
-        """x̂ = f W_dec + b_dec, [..., d_in], from a dense f [..., F] or a SparseCode."""
+    def decode(self, f: Tensor | SparseCode, x: Tensor | None = None) -> Tensor:
+        """x̂ = f W_dec + b_dec, [..., d_out], from a dense f [..., F] or a SparseCode; given its x [..., d_in], with
+        x W_skipᵀ where there is one."""
         self.settle()
         self.check_code(f)
         if isinstance(f, SparseCode):
-            return (ops.decode(f, self.W_dec) + self.b_dec).reshape(*f.shape[:-1], self.d_in)
+            return self._whole((ops.decode(f, self.W_dec) + self.b_dec).reshape(*f.shape[:-1], self.d_out), f, x)
         with without_autocast():  # as from a SparseCode, in the dtype of the parameters
-            return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+            return self._whole(f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec, f, x)
+
+    @without_autocast()
+    def _whole(self, decoded: Tensor, f: Tensor | SparseCode, x: Tensor | None) -> Tensor:
+        """x̂ of decoded = f W_dec + b_dec [..., d_out]."""
+        if x is None or self.W_skip is None:
+            return decoded
+        if x.shape[:-1] != f.shape[:-1]:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, want [{', '.join(map(str, f.shape[:-1]))}, d_in], as f")
+        return decoded + (self.check_input(x) @ self.W_skip.T).reshape(*x.shape[:-1], self.d_out)
 
     def check_code(self, f: Tensor | SparseCode) -> None:
         """``ValueError`` unless f is a code of the layer's features, sparse or dense."""
@@ -181,8 +221,8 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"f: got {got}, want a SparseCode or [..., d_sae] with d_sae = {self.d_sae}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """x̂ = decode(encode(x)), [..., d_in], in the dtype of x."""
-        return self.decode(self.encode_sparse(x)).to(x.dtype)
+        """x̂ = decode(encode(x), x), [..., d_out], in the dtype of x."""
+        return self.decode(self.encode_sparse(x), x).to(x.dtype)
 
     def centred(self, x: Tensor) -> Tensor:
         """x − b_dec, or x where ``apply_b_dec_to_input`` is off: the encoder's input."""
@@ -265,6 +305,7 @@ class SparseAutoencoder(nn.Module):
 
     def check_objective(self, objective: Objective) -> None:
         """``ValueError`` unless a step of this layer can be taken by the objective."""
+        self.check_plain("train")
         objective.check(self.activation)
         if objective.of_largest != self.of_largest:
             wanted = "TopK" if self.of_largest else "one with a penalty"

@@ -37,6 +37,7 @@ class GatedSAE(SparseAutoencoder):
             if dialect != "paper" or target is not None:
                 raise ValueError("dialect, target: got one beside an objective, want neither")
             return super().loss(x, l1_coefficient, dead)
+        self.check_plain("train")
         target = None if target is None else self.check_input(target, "target")
         return functional.gated_loss(
             self.check_input(x), self.W_enc, self.b_gate, self.b_mag, self.r_mag, self.W_dec, self.b_dec,
@@ -55,9 +56,9 @@ class GatedSAE(SparseAutoencoder):
         if centred != self.apply_b_dec_to_input:  # W (x − b_dec) + b_enc = W x + (b_enc − W b_dec)
             shift = (W_enc.double() @ self.b_dec.double()).to(b_enc.dtype)
             b_enc = b_enc + shift if centred else b_enc - shift
-        values = dict(W_enc=W_enc, b_enc=b_enc, threshold=threshold.clamp(min=0), W_dec=self.W_dec, b_dec=self.b_dec)
-        sae = JumpReluSAE.of_state(
-            "sae", self.d_in, self.d_sae, W_enc.dtype, values, precision=self.precision, apply_b_dec_to_input=centred
-        )
+        kept = {name: t for name, t in self.state_dict().items() if name in ("W_dec", "b_dec", "W_skip")}
+        values = dict(W_enc=W_enc, b_enc=b_enc, threshold=threshold.clamp(min=0), **kept)
+        options = {**self.options(), "apply_b_dec_to_input": centred, "precision": self.precision}
+        sae = JumpReluSAE.of_state("sae", self.d_in, self.d_sae, W_enc.dtype, values, **options)
         sae.metadata = copy.deepcopy(self.metadata)
         return sae

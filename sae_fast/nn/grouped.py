@@ -40,13 +40,15 @@ class GroupedSAE(SparseAutoencoder):
         device: torch.device | str | None = None,
         seed: int | None = None,
         precision: str = "exact",
-        apply_b_dec_to_input: bool = True,
+        apply_b_dec_to_input: bool | None = None,
         group_sizes: Sequence[int] | None = None,
         active_groups: int | None = None,
+        d_out: int | None = None,
+        skip: bool = False,
     ):
         """``k`` features an example, 1 ≤ k ≤ d_sae; ``group_sizes`` are positive and add up to d_sae, of which the first
         ``active_groups`` are on.  The rest as in SparseAutoencoder."""
-        super().__init__(d_in, d_sae, dtype, device, seed, precision, apply_b_dec_to_input)
+        super().__init__(d_in, d_sae, dtype, device, seed, precision, apply_b_dec_to_input, d_out, skip)
         self.k = self._checked_k(k)
         self.group_sizes = None if group_sizes is None else arguments.sizes("group_sizes", group_sizes, self.d_sae)
         self._reach = 0.0  # see _train_code
@@ -91,18 +93,19 @@ class GroupedSAE(SparseAutoencoder):
         wanted = f"an int from 1 to the number of groups, {groups}"
         self._active = arguments.whole("active_groups", value, 1, groups, wanted)
 
-    def decode_prefixes(self, f: Tensor | SparseCode) -> Tensor:
-        """[G, ..., d_in]: x̂ from the first 1 .. G groups of a dense f [..., F] or a SparseCode; G = 1 without groups."""
+    def decode_prefixes(self, f: Tensor | SparseCode, x: Tensor | None = None) -> Tensor:
+        """[G, ..., d_out]: x̂ from the first 1 .. G groups of a dense f [..., F] or a SparseCode; G = 1 without groups.
+        Arguments as :meth:`decode`."""
         self.settle()
         bounds, b_dec = self._bounds, self.b_dec
         self.check_code(f)
         if isinstance(f, SparseCode):
-            parts = ops.decode(f, self.W_dec, groups=bounds).reshape(-1, *f.shape[:-1], self.d_in)
+            parts = ops.decode(f, self.W_dec, groups=bounds).reshape(-1, *f.shape[:-1], self.d_out)
         else:
             f = f.to(self.W_dec.dtype)
             with without_autocast():
                 parts = torch.stack([f[..., a:b] @ self.W_dec[a:b] for a, b in pairwise(bounds)])
-        return parts.cumsum(0) + b_dec
+        return self._whole(parts.cumsum(0) + b_dec, f, x)
 
     def _train_code(self, x_c: Tensor, shadow: ops.Shadow | None, slack: float) -> SparseCode:
         """The code that a step is taken on.  What the last batch's smallest entries reached, in units of ``_scale``, is the

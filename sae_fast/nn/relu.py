@@ -26,6 +26,7 @@ class ReluSAE(SparseAutoencoder):
             if dialect != "paper" or target is not None:
                 raise ValueError("dialect, target: got one beside an objective, want neither")
             return super().loss(x, l1_coefficient, dead)
+        self.check_plain("train")
         target = None if target is None else self.check_input(target, "target")
         return functional.relu_loss(
             self.check_input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec, l1_coefficient, dialect, target,

@@ -21,8 +21,9 @@ def evaluate(sae: Any, store: ActivationStore, tally: features.Tally | None = No
     """The metrics of an SAE over a store; the codes go to a tally, too."""
     metrics = Metrics(sae.d_sae)
     for x in store.chunks():
-        code = sae.encode_sparse(x.to(sae.W_enc.device))
-        metrics.update(x.to(sae.W_enc.device), sae.decode(code), code)
+        rows = x.to(sae.W_enc.device)
+        code = sae.encode_sparse(rows)
+        metrics.update(rows, sae.decode(code, rows), code)
         if tally is not None:
             tally.update(code)
     return metrics

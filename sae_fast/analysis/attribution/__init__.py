@@ -132,7 +132,7 @@ def patch(
     if vary == "input" and isinstance(sae, GroupedSAE):
         raise ValueError(f'vary: got "input" for a {type(sae).__name__}, want an SAE whose features open by themselves')
     alphas = _path.points(steps, rule) if method != "atp" else [0.0]
-    check_sae(sae)
+    check_sae(sae, "attribute to its features")
     place = sites.find(model, site)
     sae.settle()
     with torch.no_grad():

@@ -96,7 +96,7 @@ def edges(
     for name, pair in (("upstream", upstream), ("downstream", downstream)):
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise ValueError(f"{name}: got {pair!r}, want (site, sae)")
-        check_sae(pair[1])
+        check_sae(pair[1], "find edges")
     (up, sae_up), (down, sae_down) = upstream, downstream
     if isinstance(sae_down, GroupedSAE) and method == "jump_corrected_ig":
         raise ValueError(

@@ -72,6 +72,7 @@ def read(path: Path) -> Loaded:
 
 
 def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
+    sae.check_plain(f"save it as {NAME}")
     name, tensors = _tensors(sae)
     config = config_of(sae, NAME)
     if name == "AutoEncoder" and not config and (zero := (_norms.norms(sae) == 0).nonzero()[:, 0].tolist()):

@@ -91,6 +91,7 @@ def read(path: Path) -> Loaded:
 
 
 def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
+    sae.check_plain(f"save it as {NAME}")
     architecture, more = _architecture(sae)
     state = {name: t for name, t in sae.state_dict().items() if name != "threshold" or t.dim() == 1}
     if isinstance(sae, nn.BatchTopKSAE):  # as the package itself saves one: JumpReLU with one threshold for all

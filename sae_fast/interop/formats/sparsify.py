@@ -56,6 +56,7 @@ def read(path: Path) -> Loaded:
 def write(sae: SparseAutoencoder, folder: Path, overwrite: bool, unfold: Unfold | None) -> None:
     if not isinstance(sae, nn.TopKSAE):
         raise refuse(NAME, sae, "it holds TopKSAE only")
+    sae.check_plain(f"save it as {NAME}")
     if sae.group_sizes is not None:
         raise refuse(NAME, sae, "group_sizes: it has no groups")
     config: dict[str, Any] = config_of(sae, NAME)
