@@ -158,16 +158,19 @@ def weight_step(s: Size) -> None:
     if s.dtype != torch.float32:
         return
     adam, W, last_step, skip = new_adam("meta"), s.W(), integers(s.F), integers(dtype=torch.int32)
-    set_adam(adam, 1000, 3e-4, 0.999, 1e-8)
+    set_adam(adam, 1000, 3e-4, 0.9, 0.999, 1e-8)
     for unit_rows, shadow in ((True, None), (False, Shadow(*rounded(W))), (False, None)):
-        state = Rows(W, s.W(), last_step, shadow)
-        weight_step(state, s.gradient(), Update(adam, unit_rows, meta(), skip))
-        weight_step(state, replace(s.gradient(), along=s.of(s.entries)), Update(adam, unit_rows, meta(), skip))
-        weight_step(state, s.gradient(), Update(adam, unit_rows, None, skip))
-        row_step(state, s.W(), Update(adam, unit_rows, None, skip))
+        for m in (None, s.W()):
+            state = Rows(W, s.W(), last_step, shadow, m)
+            weight_step(state, s.gradient(), Update(adam, unit_rows, meta(), skip))
+            weight_step(state, replace(s.gradient(), along=s.of(s.entries)), Update(adam, unit_rows, meta(), skip))
+            weight_step(state, s.gradient(), Update(adam, unit_rows, None, skip))
+            row_step(state, s.W(), Update(adam, unit_rows, None, skip))
     own, update = meta(s.F), Update(adam, False, None, skip)  # own: of the saelens dialect
-    weight_step(Rows(W, s.W(), last_step), s.gradient(2, own), update)
-    row_step(Rows(meta(s.F, 1), meta(s.F, 1), last_step), meta(s.F, 1), update, colptr=s.by_feature()[0])
+    for m in (None, s.W()):
+        weight_step(Rows(W, s.W(), last_step, None, m), s.gradient(2, own), update)
+    for m in (None, meta(s.F, 1)):
+        row_step(Rows(meta(s.F, 1), meta(s.F, 1), last_step, None, m), meta(s.F, 1), update, colptr=s.by_feature()[0])
 
 
 CALLS: list[Callable[[Size], None]] = [

@@ -1,8 +1,8 @@
-"""weight_step: a gradient row, its projection, Adam with β1 = 0 and renormalisation in one visit of a weight row.
+"""weight_step: a gradient row, its projection, Adam and renormalisation in one visit of a weight row.
 
 A program takes a slice of 512 columns of one row.  Unit rows need two sums over the row: a program takes all of it; or,
 where ⟨gradient, row⟩ is known by entry, wide rows go by slices too, and :func:`_normalise` divides them by their norms.
-Before it :func:`_advance` has said how far the row's second moment has decayed, and noted the visit.
+Before it :func:`_advance` has said whether the row moves and how far its second moment has decayed, and noted the visit.
 """
 
 from __future__ import annotations
@@ -27,33 +27,35 @@ from sae_fast.kernels.round import SLICE
 class Constants(NamedTuple):
     """The constants of a step, on the device: a captured graph is replayed with whatever :func:`set_adam` last wrote."""
 
-    constants: Tensor  # float32 [8]: lr, eps, β2, 1 − β2, 1 / √(1 − β2^step), log2 β2 in two parts
+    constants: Tensor  # float32 [9]: lr / (1 − β1^step), eps, β2, 1 − β2, 1 / √(1 − β2^step), log2 β2 in two, β1, 1 − β1
     step: Tensor  # int64, 0-d
 
 
 def new_adam(device: torch.device | str) -> Constants:
-    return Constants(torch.zeros(8, dtype=torch.float32, device=device), torch.zeros((), dtype=torch.int64, device=device))
+    return Constants(torch.zeros(9, dtype=torch.float32, device=device), torch.zeros((), dtype=torch.int64, device=device))
 
 
 @triton.jit(do_not_specialize=["step"])
-def _set_adam(constants_ptr, step_ptr, lr, eps, beta2, fresh, correction, rate, rate_low, step):
-    tl.store(constants_ptr, lr)
+def _set_adam(constants_ptr, step_ptr, size, eps, beta2, fresh, correction, rate, rate_low, beta1, of_gradient, step):
+    tl.store(constants_ptr, size)
     tl.store(constants_ptr + 1, eps)
     tl.store(constants_ptr + 2, beta2)
     tl.store(constants_ptr + 3, fresh)
     tl.store(constants_ptr + 4, correction)
     tl.store(constants_ptr + 5, rate)
     tl.store(constants_ptr + 6, rate_low)
+    tl.store(constants_ptr + 7, beta1)
+    tl.store(constants_ptr + 8, of_gradient)
     tl.store(step_ptr, step)
 
 
-def set_adam(adam: Constants, step: int, lr: float, beta2: float, eps: float) -> None:
+def set_adam(adam: Constants, step: int, lr: float, beta1: float, beta2: float, eps: float) -> None:
     """Computed in double and passed by value: no copy that the host would have to wait for."""
     rate = log2(beta2) if beta2 > 0 else float("-inf")
     (high,) = unpack("f", pack("f", rate))
     launch(
-        _set_adam, (1,), *adam, float(lr), float(eps), float(beta2), 1.0 - beta2, (1.0 - beta2**step) ** -0.5, high,
-        rate - high if beta2 > 0 else 0.0, step, num_warps=1,
+        _set_adam, (1,), *adam, lr / (1.0 - beta1**step), float(eps), float(beta2), 1.0 - beta2,
+        (1.0 - beta2**step) ** -0.5, high, rate - high if beta2 > 0 else 0.0, float(beta1), 1.0 - beta1, step, num_warps=1,
     )  # fmt: skip
 
 
@@ -70,28 +72,39 @@ class Update(NamedTuple):
 def update_of(adam: Adam, device: torch.device) -> Update:
     """The step of Adam's settings."""
     constants = new_adam(device)
-    set_adam(constants, adam.step, adam.lr, adam.beta2, adam.eps)
+    set_adam(constants, adam.step, adam.lr, adam.beta1, adam.beta2, adam.eps)
     scalars = (None if t is None else t.to(device) for t in (adam.grad_scale, adam.skip))
     return Update(constants, adam.unit_rows, *scalars)
 
 
 @triton.jit
 def _advance(
-    last_step_ptr, decay_ptr, colptr_ptr, constants_ptr, step_ptr, skip_ptr, n, first_feature, BLOCK: tl.constexpr
-):
+    last_step_ptr, decay_ptr, colptr_ptr, m_ptr, constants_ptr, step_ptr, skip_ptr, n, d, first_feature,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """decay [n]: what v is to be multiplied with, or −1 for a row that rests."""
     if skip_ptr is not None and tl.load(skip_ptr) != 0:
         return
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    touched = i < n
+    inside = i < n
+    rests = i < 0
     if colptr_ptr is not None:
         at = colptr_ptr + first_feature + i
-        touched = touched & (tl.load(at + 1, mask=touched, other=0) > tl.load(at, mask=touched, other=0))
+        rests = inside & (tl.load(at + 1, mask=inside, other=0) == tl.load(at, mask=inside, other=0))
+    if m_ptr is not None:
+        k = 0
+        while (k < d) & (tl.max(rests.to(tl.int32), axis=0) > 0):
+            columns = k + tl.arange(0, COLUMNS)
+            moment = tl.load(m_ptr + i[:, None] * d + columns[None, :], mask=rests[:, None] & (columns < d), other=0.0)
+            rests = rests & (tl.max((moment != 0).to(tl.int32), axis=1) == 0)
+            k += COLUMNS
+    moves = inside & ~rests
     step = tl.load(step_ptr)
-    idle = step - tl.load(last_step_ptr + i, mask=touched, other=0)
+    idle = step - tl.load(last_step_ptr + i, mask=moves, other=0)
     rate = tl.load(constants_ptr + 5).to(tl.float64) + tl.load(constants_ptr + 6).to(tl.float64)
     decay = tl.where(idle == 1, tl.load(constants_ptr + 2), tl.exp2(rate * idle.to(tl.float64)).to(tl.float32))
-    tl.store(decay_ptr + i, decay, mask=touched)
-    tl.store(last_step_ptr + i, tl.zeros((BLOCK,), tl.int64) + step, mask=touched)
+    tl.store(decay_ptr + i, tl.where(moves, decay, -1.0), mask=inside)
+    tl.store(last_step_ptr + i, tl.zeros((BLOCK,), tl.int64) + step, mask=moves)
 
 
 @triton.jit
@@ -107,9 +120,32 @@ def _along(f, colptr_ptr, perm_ptr, along_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _lerp(m, g, constants_ptr):
+    """The first moment, from the nearer end, as torch's lerp; below the normal numbers 0, or a row that rests would never
+    be left alone."""
+    near = tl.load(constants_ptr + 7) > 0.5
+    part = tl.load(constants_ptr + tl.where(near, 8, 7))
+    start = tl.where(near, m, g)
+    first = start + part * (tl.where(near, g, m) - start)
+    return tl.where(tl.abs(first) < 2.0**-126, 0.0, first)
+
+
+@triton.jit
+def _follow(W, i, columns, live, inside, shadow_ptr, norms_ptr, K, norm_columns):
+    """Rounds a slice of the rows i for their Shadow, and sums the squares of what it holds and of what rounding took."""
+    scaled = W * tl.load(norms_ptr + i * norm_columns, mask=live, other=0.0)
+    rounded = scaled.to(tl.float16)
+    tl.store(shadow_ptr + i * K + columns, rounded, mask=inside)
+    lost = scaled - rounded.to(tl.float32)
+    slot = norms_ptr + i * norm_columns + 1 + 2 * tl.program_id(1)
+    tl.store(slot, tl.sum(scaled * scaled, axis=1, keep_dims=True), mask=live)
+    tl.store(slot + 1, tl.sum(lost * lost, axis=1, keep_dims=True), mask=live)
+
+
+@triton.jit
 def _step(
-    W_ptr, v_ptr, decay_ptr, grad_ptr, colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, first_ptr,
-    partials_ptr, own_ptr, constants_ptr, scale_ptr, skip_ptr, shadow_ptr, norms_ptr, along_ptr, squares_ptr,
+    W_ptr, m_ptr, v_ptr, decay_ptr, grad_ptr, colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr,
+    first_ptr, partials_ptr, own_ptr, constants_ptr, scale_ptr, skip_ptr, shadow_ptr, norms_ptr, along_ptr, squares_ptr,
     n, d, first_feature, K, norm_columns,
     UNIT: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -117,24 +153,26 @@ def _step(
         return
     i = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    live = i < n
     if grad_ptr is None:  # one row, from its entries
-        f = first_feature + tl.program_id(0).to(tl.int64)
-        if tl.load(colptr_ptr + f) == tl.load(colptr_ptr + f + 1):
+        if tl.load(decay_ptr + tl.program_id(0)) < 0:
             return
+        f = first_feature + tl.program_id(0).to(tl.int64)
         g = gradient_row(
             f, colptr_ptr, rows_ptr, perm_ptr, values_ptr, A_ptr, values2_ptr, A2_ptr, first_ptr, partials_ptr, d, columns,
             ENTRIES, COLUMNS,
         )[None, :]  # fmt: skip
-    elif colptr_ptr is not None:
+    decay = tl.load(decay_ptr + i, mask=i < n, other=-1.0)
+    live = decay >= 0
+    touched = live
+    if colptr_ptr is not None:
         at = colptr_ptr + first_feature + i
-        live = live & (tl.load(at + 1, mask=live, other=0) > tl.load(at, mask=live, other=0))
+        touched = live & (tl.load(at + 1, mask=live, other=0) > tl.load(at, mask=live, other=0))
     element, inside = i * d + columns[None, :], live & (columns < d)[None, :]
     if grad_ptr is not None:
-        g = tl.load(grad_ptr + element, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + element, mask=inside & touched, other=0.0).to(tl.float32)
     W = tl.load(W_ptr + element, mask=inside, other=0.0)
     if own_ptr is not None:
-        g += tl.load(own_ptr + i, mask=live, other=0.0).to(tl.float32) * W
+        g += tl.load(own_ptr + i, mask=touched, other=0.0).to(tl.float32) * W
     if along_ptr is not None:
         g -= _along(f, colptr_ptr, perm_ptr, along_ptr, 32 * ENTRIES) * W
     if scale_ptr is not None:
@@ -142,40 +180,33 @@ def _step(
     if UNIT:
         g = project(g, W, 1)
 
-    lr, eps = tl.load(constants_ptr), tl.load(constants_ptr + 1)
+    size, eps = tl.load(constants_ptr), tl.load(constants_ptr + 1)
     fresh, correction = tl.load(constants_ptr + 3), tl.load(constants_ptr + 4)
-    decay = tl.load(decay_ptr + i, mask=live, other=0.0)
     v = decay * tl.load(v_ptr + element, mask=inside, other=0.0) + fresh * g * g
     tl.store(v_ptr + element, v, mask=inside)
-    W -= tl.div_rn(lr * g, tl.sqrt_rn(v) * correction + eps)
+    if m_ptr is not None:
+        g = _lerp(tl.load(m_ptr + element, mask=inside, other=0.0), g, constants_ptr)
+        tl.store(m_ptr + element, g, mask=inside)
+    W = tl.where(inside, W - tl.div_rn(size * g, tl.sqrt_rn(v) * correction + eps), 0.0)
     if UNIT:
         norm2 = tl.sum(W * W, axis=1, keep_dims=True)
         W *= tl.where(norm2 > 0, tl.div_rn(1.0, tl.sqrt_rn(norm2)), 1.0)
     tl.store(W_ptr + element, W, mask=inside)
     if squares_ptr is not None:
-        square = tl.sum(tl.where(inside, W * W, 0.0), axis=1, keep_dims=True)
+        square = tl.sum(W * W, axis=1, keep_dims=True)
         tl.store(squares_ptr + i * tl.num_programs(1) + tl.program_id(1), square, mask=live)
 
     if shadow_ptr is not None:
-        scaled = W * tl.load(norms_ptr + i * norm_columns, mask=live, other=0.0)
-        rounded = scaled.to(tl.float16)
-        tl.store(shadow_ptr + i * K + columns[None, :], rounded, mask=inside)
-        lost = scaled - rounded.to(tl.float32)
-        slot = norms_ptr + i * norm_columns + 1 + 2 * tl.program_id(1)
-        tl.store(slot, tl.sum(scaled * scaled, axis=1, keep_dims=True), mask=live)
-        tl.store(slot + 1, tl.sum(lost * lost, axis=1, keep_dims=True), mask=live)
+        _follow(W, i, columns[None, :], live, inside, shadow_ptr, norms_ptr, K, norm_columns)
 
 
 @triton.jit
-def _normalise(
-    W_ptr, squares_ptr, colptr_ptr, skip_ptr, d, first_feature, slices, SLICES: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Unit norm for rows that have entries, from the squares of their slices."""
+def _normalise(W_ptr, squares_ptr, decay_ptr, skip_ptr, d, slices, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Unit norm for rows that moved, from the squares of their slices."""
     if skip_ptr is not None and tl.load(skip_ptr) != 0:
         return
     i = tl.program_id(0).to(tl.int64)
-    at = colptr_ptr + first_feature + i
-    if tl.load(at) == tl.load(at + 1):
+    if tl.load(decay_ptr + i) < 0:
         return
     s, columns = tl.arange(0, SLICES), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     norm2 = tl.sum(tl.load(squares_ptr + i * slices + s, mask=s < slices, other=0.0), axis=0)
@@ -187,8 +218,8 @@ def _normalise(
 def weight_step(
     rows: Rows, gradient: RowGradient, update: Update, first_feature: int = 0, runs: Runs | None = None
 ) -> None:
-    """A step of the float32 rows whose features ``first_feature`` .. + n have entries.  Their Shadow is brought up to date
-    with the rows that change; unit rows have none."""
+    """A step of the float32 rows whose features ``first_feature`` .. + n have entries, and of those that have momentum.
+    Their Shadow is brought up to date with the rows that change; unit rows have none."""
     W, n, d = rows.W, *rows.W.shape
     if len(gradient.values) > 2:
         grad = torch.empty(n, d, dtype=torch.float32, device=W.device)
@@ -205,7 +236,7 @@ def weight_step(
 
 
 def row_step(rows: Rows, grad: Tensor, update: Update, colptr: Tensor | None = None) -> None:
-    """The same from a dense gradient [n, d]; of every row, or with colptr [n + 1] of those that have entries."""
+    """The same from a dense gradient [n, d]; every row has one, or with colptr [n + 1] those that have entries."""
     _launch_step(rows, update, grad, (colptr, *9 * [None]), 0)
 
 
@@ -228,15 +259,15 @@ def _launch_step(
     else:
         of_rows = max(1, 512 // columns)
         tile = {"ENTRIES": 1, "COLUMNS": columns, "num_warps": min(16, max(1, of_rows * columns // 128))}
-    decay = _decay(rows.last_step, walked[0], update, first_feature)
+    decay = _decay(rows, walked[0], update, first_feature)
     launch(
-        _step, (cdiv(n, of_rows), cdiv(d, columns)), rows.W, rows.v, decay, grad, *walked, update.adam.constants,
+        _step, (cdiv(n, of_rows), cdiv(d, columns)), rows.W, rows.m, rows.v, decay, grad, *walked, update.adam.constants,
         update.grad_scale, update.skip, *(shadow or (None, None)), None if squares is None else along, squares, n, d,
         first_feature, *_widths(shadow), UNIT=unit_rows and squares is None, ROWS=of_rows, **tile,
     )  # fmt: skip
     if squares is not None:
         launch(
-            _normalise, squares.shape, rows.W, squares, walked[0], update.skip, d, first_feature, squares.shape[1],
+            _normalise, squares.shape, rows.W, squares, decay, update.skip, d, squares.shape[1],
             SLICES=triton.next_power_of_2(squares.shape[1]), COLUMNS=columns, num_warps=max(1, columns // 128),
         )  # fmt: skip
 
@@ -245,14 +276,14 @@ def _cuda_steps(rows: Rows, gradient: RowGradient, unit_rows: bool) -> bool:
     """True if the CUDA kernel takes these arguments."""
     d = rows.W.shape[1]
     aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (rows.W, rows.v, *gradient.A))
-    fits = not unit_rows or d <= native.module.unit_columns // (1 if aligned else 2)
+    fits = rows.m is None and (not unit_rows or d <= native.module.unit_columns // (1 if aligned else 2))
     return fits and {t.dtype for t in gradient.values} == {torch.float32} and len({t.dtype for t in gradient.A}) == 1
 
 
 def _cuda_step(rows: Rows, update: Update, walked: tuple, first_feature: int) -> None:
     _check(update.unit_rows, rows.shadow)
     scale, skip = None if update.grad_scale is None else update.grad_scale.float(), update.skip
-    decay = _decay(rows.last_step, walked[0], update, first_feature)
+    decay = _decay(rows, walked[0], update, first_feature)
     native.call(
         "weight_step", walked[4].dtype, rows.W, rows.v, decay, *walked, update.adam.constants, scale, skip,
         0 if skip is None else skip.element_size(), *(rows.shadow or (None, None)), *rows.W.shape, first_feature,
@@ -267,13 +298,15 @@ def _check(unit_rows: bool, shadow: Shadow | None) -> None:
         )
 
 
-def _decay(last_step: Tensor, colptr: Tensor | None, update: Update, first_feature: int) -> Tensor:
-    """[n]: what v is to be multiplied with where a row has entries, whose visit is noted."""
-    n = last_step.shape[0]
-    decay = torch.empty(n, dtype=torch.float32, device=last_step.device)
+def _decay(rows: Rows, colptr: Tensor | None, update: Update, first_feature: int) -> Tensor:
+    """[n]: what v is to be multiplied with where a row moves, whose visit is noted; −1 where it rests."""
+    n, d = rows.W.shape
+    decay = torch.empty(n, dtype=torch.float32, device=rows.W.device)
+    columns = 1 if rows.m is None else min(64, triton.next_power_of_2(d))
+    block = max(32, 256 // columns)
     launch(
-        _advance, (cdiv(n, 256),), last_step, decay, colptr, *update.adam, update.skip, n, first_feature, BLOCK=256,
-        num_warps=4,
+        _advance, (cdiv(n, block),), rows.last_step, decay, colptr, rows.m, *update.adam, update.skip, n, d, first_feature,
+        BLOCK=block, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return decay
 

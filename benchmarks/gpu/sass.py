@@ -14,9 +14,9 @@ WANTED = {  # by the model's names: the kernel, and words of its variant's key
     "residuals": ("decode_loss._residuals", "V=2"),
     "partial_dots": ("sampled_dots._partial_dots", "sm_90 ENTRIES"),  # float32
     "partial_dots of 16 bits": ("sampled_dots._partial_dots", "W_ptr:*fp16"),
-    "step of slices": ("weight_step._step", "grad_ptr=None", "values2_ptr=None", "own_ptr=None", "shadow_ptr:*fp16"),
-    "step of whole rows up to 1024": ("weight_step._step", "grad_ptr=None", "UNIT=True", "COLUMNS=1024"),
-    "step of whole rows up to 4096": ("weight_step._step", "grad_ptr=None", "UNIT=True", "COLUMNS=4096"),
+    "step of slices": ("weight_step._step", "m_ptr=None grad_ptr=None", "A2_ptr=None own_ptr=None", "shadow_ptr:*fp16"),
+    "step of whole rows up to 1024": ("weight_step._step", "m_ptr=None grad_ptr=None", "UNIT=True", "COLUMNS=1024"),
+    "step of whole rows up to 4096": ("weight_step._step", "m_ptr=None grad_ptr=None", "UNIT=True", "COLUMNS=4096"),
     "screen": ("screen._screen", "x_ptr:*fp16"),
     "screen of wide rows": ("screen._screen_persistent", "FEATURES=256"),
 }

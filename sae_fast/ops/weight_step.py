@@ -2,7 +2,7 @@
 same from a gradient that is already dense.
 
 Body ``cpu``: a thread owns a feature; above the crossover density feature chunks are multiplied densely, then stepped.
-``cuda`` (not of row_step), ``triton``: a block or a program owns a slice of a row, or all of a unit row; without momentum.
+``cuda`` (not of row_step), ``triton``: a block or a program owns a slice of a row, or all of a unit row.
 ``reference``: dense, plain PyTorch.
 """
 
@@ -146,8 +146,6 @@ def _(*args):
 def _gpu_rejects(state: Rows, *indices: Tensor) -> str | None:
     if state.W.dtype != torch.float32:
         return f"W is {state.W.dtype}; the kernels step float32 weights"
-    if state.m is not None:
-        return "there is an m; the kernels step without momentum"
     return triton_rejects(state.W, state.last_step, *indices, *(state.shadow or ()))
 
 

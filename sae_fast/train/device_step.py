@@ -80,7 +80,7 @@ class DeviceStep:
 
     def set(self, step: int, lr: float, l1: float) -> None:
         """Sets the constants of the next run; ``step`` counts from 1."""
-        set_adam(self.adam, step, lr, self.beta2, self.eps)
+        set_adam(self.adam, step, lr, 0.0, self.beta2, self.eps)
         self.l1.fill_(l1)
 
     @torch.no_grad()

@@ -28,9 +28,9 @@ from sae_fast.kernels import weight_step as step_kernels
 TRITON, CUDA = bodies.Body("triton"), bodies.Body("cuda")
 
 
-def judge_state(after: State, step: Step, unit_rows: bool, scale: float | None = None) -> None:
+def judge_state(after: State, step: Step, unit_rows: bool, beta1: float = 0.0) -> None:
     judge = Judge()
-    add_state(judge, after, step, unit_rows, scale)
+    add_state(judge, after, step, unit_rows, adam=ADAM | dict(beta1=beta1))
     judge.verdict()
 
 
@@ -44,16 +44,16 @@ def there(*given):
     return copies if len(copies) > 1 else copies[0]
 
 
-def update(unit_rows: bool = False) -> step_kernels.Update:
+def update(unit_rows: bool = False, beta1: float = 0.0) -> step_kernels.Update:
     adam = step_kernels.new_adam(DEVICE)
-    step_kernels.set_adam(adam, **ADAM)
+    step_kernels.set_adam(adam, **ADAM, beta1=beta1)
     return step_kernels.Update(adam, unit_rows)
 
 
-def launched(step: Step, gradient: RowGradient, unit_rows: bool, shadow: Shadow | None = None) -> State:
+def launched(step: Step, gradient: RowGradient, unit_rows: bool, shadow: Shadow | None = None, beta1: float = 0.0) -> State:
     """The state after the launcher itself, on the device."""
-    state = State(*there(*step.state.tensors()))
-    step_kernels.weight_step(Rows(*state.tensors(), shadow), gradient, update(unit_rows))
+    state = moved(step.state.clone(), DEVICE)
+    step_kernels.weight_step(Rows(*state.tensors(), shadow, state.m), gradient, update(unit_rows, beta1))
     return state
 
 
@@ -68,22 +68,24 @@ def test_neither_gaps_nor_room_nor_a_schedule_change_a_bit(unit_rows, body):
 
 
 @bodies.of_gpu
+@pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("d, whole", [(20, False), (514, False), (1100, False), (1100, True)])
-def test_a_shadow_follows_the_rows_that_change(d, whole, body):
+def test_a_shadow_follows_the_rows_that_change(d, whole, momentum, body):
     """At the scale that it had; by runs of 512 columns.  ``whole``: row_step's kernel."""
-    step = a_step(d, B=9, F=6)
+    step, beta1 = make_step(9, d, 6, long=True, momentum=momentum), 0.9 * momentum
     before, gradient = Shadow(*round_kernels.rounded(there(step.state.W))), moved(step.gradient(), DEVICE)
 
     def run():
         shadow = Shadow(*(t.clone() for t in before))
         if not whole:
-            return launched(step, gradient, False, shadow), shadow
-        state, grad = State(*there(*step.state.tensors())), there(step.dense_gradient(torch.float32))
-        step_kernels.row_step(Rows(*state.tensors(), shadow), grad, update(), colptr=gradient.csc.colptr)
+            return launched(step, gradient, False, shadow, beta1), shadow
+        state, grad = moved(step.state.clone(), DEVICE), there(step.dense_gradient(torch.float32))
+        rows = Rows(*state.tensors(), shadow, state.m)
+        step_kernels.row_step(rows, grad, update(False, beta1), colptr=gradient.csc.colptr)
         return state, shadow
 
     state, shadow = every_schedule(body, run)
-    judge_state(moved(state, "cpu"), step, False)
+    judge_state(moved(state, "cpu"), step, False, beta1)
     scaled = state.W * shadow.norms[:, :1]
     rows = torch.nn.functional.pad(scaled.half(), (0, shadow.rows.shape[1] - d))
     assert_same_bits(shadow.rows, rows)
@@ -94,26 +96,30 @@ def test_a_shadow_follows_the_rows_that_change(d, whole, body):
         for column, part in ((1, scaled), (2, lost)):
             want = part[:, at].double().square().sum(1)
             torch.testing.assert_close(shadow.norms[:, column + 2 * s].double(), want, rtol=1e-5, atol=0)
-    idle = there(~step.touched())
+    idle = there(~step.moving())
     assert_same_bits([t[idle] for t in shadow], [t[idle] for t in before])
     assert not same_bits(shadow.norms, before.norms)
 
 
+@pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("d, slices", [(16, []), (17, [4]), (43, [8])])
-def test_wide_unit_rows_go_by_slices_where_the_gradient_along_them_is_known(d, slices, monkeypatch):
+def test_wide_unit_rows_go_by_slices_where_the_gradient_along_them_is_known(d, slices, momentum, monkeypatch):
     for generation in _config.SHIPPED.values():
         for op in ("outer", "weight_step"):
             monkeypatch.setitem(generation, op, bodies.TILES[op])
-    step = make_step(40, d, 9, S=2, unit=True, own=True, long=True)
+    step, beta1 = make_step(40, d, 9, S=2, unit=True, own=True, long=True, momentum=momentum), 0.9 * momentum
     dots = (ops.sampled_dots(step.code, a, step.state.W) for a in step.A)
     along = torch.stack([values * dot for values, dot in zip(step.values, dots, strict=True)]).sum(0)
     gradient = moved(replace(step.gradient(), along=along), DEVICE)
     with _launch.recording() as launches:
-        launched(step, gradient, True)
+        launched(step, gradient, True, beta1=beta1)
     assert [it.options["SLICES"] for it in launches if it.kernel is step_kernels._normalise] == slices
-    found = [moved(launched(step, gradient, True), "cpu") for _ in range(2)]
-    judge_state(found[0], step, True)
+    found = [moved(launched(step, gradient, True, beta1=beta1), "cpu") for _ in range(2)]
+    judge_state(found[0], step, True, beta1)
     assert_same_bits(*found)
+    coasts = step.moving() & ~step.touched()
+    assert bool(coasts.any()) == momentum and bool((found[0].W != step.state.W)[coasts].any(1).all())
+    torch.testing.assert_close(found[0].W[step.moving()].norm(dim=1), torch.ones(int(step.moving().sum())))
 
 
 @bodies.of_gpu
@@ -135,20 +141,39 @@ def test_a_shadow_of_unit_rows_is_made_anew(body):
 def test_what_set_adam_leaves_on_the_device():
     adam = step_kernels.new_adam(DEVICE)
     for beta2 in (0.999, 0.0):
-        step_kernels.set_adam(adam, step=3, lr=0.1, beta2=beta2, eps=1e-8)
-        want = torch.tensor([0.1, 1e-8, beta2, 1 - beta2, (1 - beta2**3) ** -0.5], dtype=torch.float64)
-        assert torch.equal(adam.constants[:5].cpu(), want.float()) and int(adam.step) == 3
+        step_kernels.set_adam(adam, step=3, lr=0.1, beta1=0.9, beta2=beta2, eps=1e-8)
+        want = [0.1 / (1 - 0.9**3), 1e-8, beta2, 1 - beta2, (1 - beta2**3) ** -0.5, 0.9, 1 - 0.9]
+        found = adam.constants[[0, 1, 2, 3, 4, 7, 8]]
+        assert torch.equal(found.cpu(), torch.tensor(want, dtype=torch.float64).float()) and int(adam.step) == 3
         rate = adam.constants[5:7].double().sum()
         assert abs(2 ** float(1000 * rate) - beta2**1000) <= 1e-12
 
 
-def test_row_step_with_offsets_leaves_rows_without_entries_alone():
-    step = a_step(20)
-    state, grad = State(*there(*step.state.tensors())), there(step.dense_gradient(torch.float32))
+@pytest.mark.parametrize("momentum", [False, True])
+def test_row_step_with_offsets_takes_no_gradient_of_rows_without_entries(momentum):
+    """Whatever it holds there."""
+    step, beta1 = make_step(12, 20, 9, long=True, momentum=momentum), 0.9 * momentum
+    state, grad = moved(step.state.clone(), DEVICE), there(step.dense_gradient(torch.float32))
+    grad[there(~step.touched())] = 3.0
     colptr = there(step.gradient().csc.colptr)
     with use_backend("triton"):
-        step_kernels.row_step(Rows(*state.tensors()), grad, update(), colptr=colptr)
-    judge_state(moved(state, "cpu"), step, False)
+        step_kernels.row_step(Rows(*state.tensors(), None, state.m), grad, update(False, beta1), colptr=colptr)
+    judge_state(moved(state, "cpu"), step, False, beta1)
+
+
+@bodies.of_gpu
+def test_at_an_eps_of_0_the_columns_past_a_rows_end_are_no_part_of_its_norm(body):
+    step, adam = a_step(20, unit=True), ADAM | dict(eps=0.0)
+    judge = Judge()
+    add_state(judge, stepped(body, step, True, adam), step, True, adam=adam)
+    judge.verdict()
+    state, grad = State(*there(*step.state.tensors())), randn(9, 20)
+    if body.backend == "triton":
+        ops.row_step(*state.tensors(), there(grad), unit_rows=True, **adam)
+        assert bool(state.W.isfinite().all())
+    nothing = State(step.state.W, step.state.v * 0, step.state.last_step)
+    still = replace(step, state=nothing, values=step.values * 0)  # 0 / 0 within the row, as Adam's
+    assert bool(stepped(body, still, True, adam).W[step.touched()].isnan().all())
 
 
 # ---- CUDA C++ --------------------------------------------------------------------------------------------------------

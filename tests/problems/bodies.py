@@ -150,5 +150,4 @@ def _each(bodies: list[Body]) -> pytest.MarkDecorator:
 every = _each(BODIES)
 but_cuda = _each([body for body in BODIES if body.backend != "cuda"])  # of an op that has none
 of_gpu = _each(OF_GPU)
-with_momentum = _each([body for body in BODIES if not body.of_gpu])  # of weight_step and row_step
 of_encode = _each([*(Body("cpu", isa) for isa in _C.supported_isas()), Body("reference"), Body("triton"), Body("cuda")])

@@ -93,16 +93,18 @@ def stepped(
     """The state after weight_step where a body runs, on the CPU."""
     state, gradient = moved((step.state.clone(), gradient or step.gradient()), body.device)
     settings = {name: moved(value, body.device) for name, value in settings.items()}
-    ops.weight_step(*state.tensors(), gradient, unit_rows=unit_rows, **adam, **settings)
+    ops.weight_step(*state.tensors(), gradient, m=state.m, unit_rows=unit_rows, **adam, **settings)
     return moved(state, "cpu")
 
 
 def add_state(judge: Judge, after: State, step: Step, unit_rows: bool, scale: float | None = None, adam: dict = ADAM):
-    """W and v; only rows with entries have moved."""
-    results = [plain(step, dtype, unit_rows, scale or 1.0, adam) for dtype in (torch.float32, torch.float64)]
-    judge.add("W", after.W, *(W for W, _ in results))
-    judge.add("v", after.v_now(adam["beta2"], adam["step"]), *(v for _, v in results))
-    idle = ~step.touched()
+    """W, v and m; only rows with entries or momentum have moved."""
+    torchs, exact = (plain_moments(step, dtype, unit_rows, scale or 1.0, adam) for dtype in (torch.float32, torch.float64))
+    results = (after.W, after.v_now(adam["beta2"], adam["step"]), after.m)
+    for name, result, *others in zip("Wvm", results, torchs, exact, strict=True):
+        if result is not None:
+            judge.add(name, result, *others)
+    idle = ~step.moving()
     assert bool((after.last_step[~idle] == adam["step"]).all())
     assert_same_bits(after.rows(idle), step.state.rows(idle))
 
