@@ -14,7 +14,7 @@ import torch  # noqa: F401  (before the extension: both must share torch's OpenM
 from sae_fast import analysis, interop, metrics, objectives, ops, reference
 from sae_fast.code import RowGradient, SparseCode, Transposed
 from sae_fast.interop import load
-from sae_fast.nn import BatchTopKSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from sae_fast.nn import BatchTopKSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE, normalize
 from sae_fast.ops import use_backend
 from sae_fast.optim import RowAdam
 from sae_fast.train import StepLog, Trainer, save
@@ -36,6 +36,7 @@ __all__ = [
     "interop",
     "load",
     "metrics",
+    "normalize",
     "objectives",
     "ops",
     "reference",

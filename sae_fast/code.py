@@ -43,6 +43,21 @@ class Transposed:
         return self.colptr, self.rows, self.perm
 
 
+class Affine(NamedTuple):
+    """The way back of a normalisation: scale x̂′ + shift, scale [B] and shift [B] or None, of a code's rows."""
+
+    scale: Tensor
+    shift: Tensor | None
+
+    def of_rows(self, at: slice) -> Affine:
+        return Affine(self.scale[at], None if self.shift is None else self.shift[at])
+
+    @staticmethod
+    def cat(maps: Sequence[Affine]) -> Affine:
+        shifts = [m.shift for m in maps if m.shift is not None]
+        return Affine(torch.cat([m.scale for m in maps]), torch.cat(shifts) if shifts else None)
+
+
 @dataclass(frozen=True, repr=False)
 class SparseCode:
     """The active features of a batch.
@@ -52,6 +67,7 @@ class SparseCode:
     indices  [nnz] int32, features, ascending within a row
     u        [nnz] (x − b_dec)·w_i, before any bias
     values   [V, nnz]: row 0 the magnitudes (the code itself), row 1 the gates ReLU(π_gate) of a Gated SAE
+    affine   of a layer that normalises its input: what decode does to each example's x̂; else None
 
     An entry may have magnitude 0: in a Gated SAE the gate can be open while ReLU(π_mag) is 0 (S \\ S′ of MATH.md §2).
     """
@@ -61,6 +77,7 @@ class SparseCode:
     indices: Tensor
     u: Tensor
     values: Tensor
+    affine: Affine | None = None
 
     def __repr__(self) -> str:
         return f"SparseCode(shape={tuple(self.shape)}, nnz={self.nnz}, value_sets={self.values.shape[0]})"
@@ -115,7 +132,8 @@ class SparseCode:
         """Rows first .. last, of flattened leading dimensions; the entries are views.  Synchronises on a GPU."""
         begin, end = self.indptr[[first, last]].tolist()
         indptr, shape = self.indptr[first : last + 1] - begin, torch.Size((last - first, self.d_sae))
-        return SparseCode(shape, indptr, self.indices[begin:end], self.u[begin:end], self.values[:, begin:end])
+        affine = None if self.affine is None else self.affine.of_rows(slice(first, last))
+        return SparseCode(shape, indptr, self.indices[begin:end], self.u[begin:end], self.values[:, begin:end], affine)
 
     def with_values(self, values: Tensor) -> SparseCode:
         """The same support with other values [V, nnz]."""
@@ -132,6 +150,9 @@ class SparseCode:
             raise ValueError(f"codes: got feature counts {sorted(widths)}, want one")
         if len({code.values.shape[0] for code in codes}) > 1:
             raise ValueError(f"codes: got {[code.values.shape[0] for code in codes]} value sets, want the same in each")
+        maps = [code.affine for code in codes if code.affine is not None]
+        if len(maps) not in (0, len(codes)) or len({m.shift is None for m in maps}) > 1:
+            raise ValueError("codes: got some of a layer that normalises its input, and some not, want the same in each")
         starts = [0]
         for code in codes:
             starts.append(starts[-1] + code.nnz)
@@ -142,6 +163,7 @@ class SparseCode:
             indices=torch.cat([c.indices for c in codes]),
             u=torch.cat([c.u for c in codes]),
             values=torch.cat([c.values for c in codes], dim=1),
+            affine=Affine.cat(maps) if maps else None,
         )
 
 

@@ -325,6 +325,12 @@ GROUPS["layers"] = [
     Mutant("the path around the features takes its rows for its columns", "sae_fast/nn/base.py",
            "@ self.W_skip.T).reshape", "@ self.W_skip.reshape(self.d_in, -1)).reshape",
            "test_transcoders.py::test_what_it_gives_is_the_formula_within_twice_torchs_own_error"),
+    Mutant("the way back of a layer norm adds eps, too", "sae_fast/nn/normalize.py",
+           "Affine(deviation[:, 0], mean[:, 0])", "Affine(deviation[:, 0] + self.eps, mean[:, 0])",
+           "test_normalize.py::test_encode_and_decode_are_the_formulas_within_twice_torchs_own_error"),
+    Mutant("rows of a code keep the way back of the first", "sae_fast/code.py",
+           "self.affine.of_rows(slice(first, last))", "self.affine.of_rows(slice(0, last - first))",
+           "test_normalize.py::test_the_way_back_goes_with_the_rows_of_a_code"),
     Mutant("a frozen layer keeps the shadow after its block", "sae_fast/nn/base.py",
            "self._frozen = outer\n", "pass\n", "test_shadow.py::test_frozen_nests_and_ends_with_its_block"),
 ]  # fmt: skip

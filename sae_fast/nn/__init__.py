@@ -1,5 +1,6 @@
 """The layers: one file a kind of SAE."""
 
+from sae_fast.nn import normalize
 from sae_fast.nn.base import SparseAutoencoder
 from sae_fast.nn.batchtopk import BatchTopKSAE
 from sae_fast.nn.gated import GatedSAE
@@ -10,4 +11,14 @@ from sae_fast.nn.topk import TopKSAE
 
 KINDS = {kind.__name__: kind for kind in (GatedSAE, ReluSAE, JumpReluSAE, TopKSAE, BatchTopKSAE)}  # by a checkpoint's word
 
-__all__ = ["KINDS", "BatchTopKSAE", "GatedSAE", "GroupedSAE", "JumpReluSAE", "ReluSAE", "SparseAutoencoder", "TopKSAE"]
+__all__ = [
+    "KINDS",
+    "BatchTopKSAE",
+    "GatedSAE",
+    "GroupedSAE",
+    "JumpReluSAE",
+    "ReluSAE",
+    "SparseAutoencoder",
+    "TopKSAE",
+    "normalize",
+]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast import activations, arguments, functional, gradients, ops
-from sae_fast.code import Decoder, Layer, SparseCode
+from sae_fast.code import Affine, Decoder, Layer, SparseCode
+from sae_fast.nn import normalize as normalizations
+from sae_fast.nn._random import unit_rows
 from sae_fast.objectives import Objective, Revived
 from sae_fast.ops import checks
 from sae_fast.ops.dispatch import trusted, without_autocast
@@ -31,6 +33,8 @@ class SparseAutoencoder(nn.Module):
 
     Inputs x are [..., d_in], any strides, fp32, bf16 or fp16 (or the module's own dtype); ``ValueError`` names what is
     wrong with any other, and the index of the first NaN or infinity.
+
+    ``normalize``, one of sae_fast.normalize, maps each example before all that, and x̂ back.
 
     ``precision`` is how the encoder's product is taken, "exact", "fp32" or "bf16": see :func:`sae_fast.ops.encode`.
     ``apply_b_dec_to_input=False`` encodes x itself instead of x − b_dec, as some packages' SAEs do, and transcoders.
@@ -54,6 +58,7 @@ class SparseAutoencoder(nn.Module):
         apply_b_dec_to_input: bool | None = None,
         d_out: int | None = None,
         skip: bool = False,
+        normalize: normalizations.Normalize | Mapping[str, Any] | None = None,
     ):
         """W_dec has random unit rows; W_enc is its copy, or drawn after it where d_out ≠ d_in; biases and W_skip are zero:
         the peers' initialisation.  ``seed`` makes it repeatable without touching torch's global generator.  On the device
@@ -69,12 +74,15 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(
                 f"apply_b_dec_to_input: got True with d_out = {self.d_out}, want False unless it is d_in = {d_in}"
             )
+        self.normalize = normalizations.made(normalize)
+        if self.normalize is not None:
+            self.normalize.check(self.d_in)
         self.metadata = {}
         self._frozen: ops.KeptShadow | None = None
         self._settle: Callable[[], None] | None = None  # of settle_by()
         self.register_state_dict_pre_hook(_settle_first)
         device = torch.get_default_device() if device is None else torch.device(device)
-        W_enc, W_dec = self._drawn(device, seed)
+        W_dec, W_enc = unit_rows(self.d_sae, (self.d_out, self.d_in), device, seed)
         self.W_enc = nn.Parameter(W_enc.to(device, dtype, copy=True))
         self.W_dec = nn.Parameter(W_dec.to(device, dtype, copy=True))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, dtype=dtype, device=device))
@@ -82,18 +90,6 @@ class SparseAutoencoder(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(self.d_sae, dtype=dtype, device=device)))
         W_skip = torch.zeros(self.d_out, self.d_in, dtype=dtype, device=device) if arguments.flag("skip", skip) else None
         self.register_parameter("W_skip", None if W_skip is None else nn.Parameter(W_skip))
-
-    def _drawn(self, device: torch.device, seed: int | None) -> tuple[Tensor, Tensor]:
-        """W_enc and W_dec: random unit rows."""
-        sizes = dict.fromkeys((self.d_out, self.d_in))
-        if device.type == "meta":
-            drawn = {d: torch.empty(self.d_sae, d, device=device) for d in sizes}
-        else:
-            seed = None if seed is None else arguments.whole("seed", seed, -(2**63), 2**64 - 1, "an int of 64 bits")
-            generator = None if seed is None else torch.Generator().manual_seed(seed)
-            random = (torch.randn(self.d_sae, d, generator=generator, dtype=torch.float32, device="cpu") for d in sizes)
-            drawn = {rows.shape[1]: nn.functional.normalize(rows, dim=1) for rows in random}
-        return drawn[self.d_in], drawn[self.d_out]
 
     @classmethod
     def of_state(
@@ -134,6 +130,7 @@ class SparseAutoencoder(nn.Module):
         """``ValueError`` for a layer that is more than x̂ = f W_dec + b_dec of x's own width, with what is wanted ``to`` be
         done."""
         said = [f"d_out = {self.d_out}"] * (self.d_out != self.d_in) + ["W_skip"] * (self.W_skip is not None)
+        said += [] if self.normalize is None else [f"normalize = {self.normalize}"]
         if said:
             raise ValueError(f"sae: got a {type(self).__name__} with {' and '.join(said)}, want one without to {to}")
 
@@ -149,10 +146,12 @@ class SparseAutoencoder(nn.Module):
 
     def options(self) -> dict[str, Any]:
         """The constructor's other arguments that say which function this is, where they are not the defaults."""
-        skip = {} if self.W_skip is None else {"skip": True}
+        said: dict[str, Any] = {} if self.W_skip is None else {"skip": True}
         if self.d_out != self.d_in:
-            return {"d_out": self.d_out, **skip}
-        return skip if self.apply_b_dec_to_input else {"apply_b_dec_to_input": False, **skip}
+            said["d_out"] = self.d_out
+        elif not self.apply_b_dec_to_input:
+            said["apply_b_dec_to_input"] = False
+        return said if self.normalize is None else {**said, "normalize": normalizations.describe(self.normalize)}
 
     @property
     def encoder_bias(self) -> Tensor:
@@ -186,15 +185,24 @@ class SparseAutoencoder(nn.Module):
 
     def encode_sparse(self, x: Tensor) -> SparseCode:
         """The sparse code of x [..., d_in].  Its values are differentiable."""
-        return self._shaped(self._code(self.centred(self.check_input(x))), x)
+        return self._encoded(x)
 
     def encode(self, x: Tensor) -> Tensor:
         """The dense code [..., F], for code that wants it; :meth:`encode_sparse` is what is fast."""
         return self.encode_sparse(x).to_dense()
 
+    def _encoded(self, x: Tensor, **choice: Any) -> SparseCode:
+        rows, affine = self._normalized(self.check_input(x))
+        code = self._code(self.centred(rows), **choice)
+        shape = torch.Size((*x.shape[:-1], self.d_sae))
+        return SparseCode(shape, code.indptr, code.indices, code.u, code.values, affine)
+
+    def _normalized(self, rows: Tensor) -> tuple[Tensor, Affine | None]:
+        return (rows, None) if self.normalize is None else self.normalize(rows)
+
     def decode(self, f: Tensor | SparseCode, x: Tensor | None = None) -> Tensor:
         """x̂ = f W_dec + b_dec, [..., d_out], from a dense f [..., F] or a SparseCode; given its x [..., d_in], with
-        x W_skipᵀ where there is one."""
+        x W_skipᵀ where there is one.  A layer that normalises its input needs x for a dense f."""
         self.settle()
         self.check_code(f)
         if isinstance(f, SparseCode):
@@ -205,11 +213,24 @@ class SparseAutoencoder(nn.Module):
     @without_autocast()
     def _whole(self, decoded: Tensor, f: Tensor | SparseCode, x: Tensor | None) -> Tensor:
         """x̂ of decoded = f W_dec + b_dec [..., d_out]."""
-        if x is None or self.W_skip is None:
+        affine = f.affine if isinstance(f, SparseCode) else None
+        maps_back = affine is None and self.normalize is not None and self.normalize.undo
+        if x is None and maps_back:
+            raise ValueError(
+                "x: got None, want the x of f, whose normalisation is undone, or the SparseCode of encode_sparse"
+            )
+        rows = None
+        if x is not None and (maps_back or self.W_skip is not None):
+            rows = self.check_input(x)
+            if x.shape[:-1] != f.shape[:-1]:
+                raise ValueError(f"x: got shape {tuple(x.shape)}, want [{', '.join(map(str, f.shape[:-1]))}, d_in], as f")
+            affine = self._normalized(rows)[1] if maps_back else affine
+        if affine is not None:
+            scale, shift = (0 if t is None else t.reshape(*f.shape[:-1], 1) for t in affine)
+            decoded = (decoded * scale + shift).to(decoded.dtype)
+        if rows is None or self.W_skip is None:
             return decoded
-        if x.shape[:-1] != f.shape[:-1]:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, want [{', '.join(map(str, f.shape[:-1]))}, d_in], as f")
-        return decoded + (self.check_input(x) @ self.W_skip.T).reshape(*x.shape[:-1], self.d_out)
+        return decoded + (rows @ self.W_skip.T).reshape(*f.shape[:-1], self.d_out)
 
     def check_code(self, f: Tensor | SparseCode) -> None:
         """``ValueError`` unless f is a code of the layer's features, sparse or dense."""
@@ -269,10 +290,6 @@ class SparseAutoencoder(nn.Module):
         parameters = activations.named(self.activation).parameters
         return {"activation": self.activation, "slack": slack} | {name: getattr(self, name) for name in parameters}
 
-    def _shaped(self, code: SparseCode, x: Tensor) -> SparseCode:
-        """A code of rows with the leading dimensions of x."""
-        return SparseCode(torch.Size((*x.shape[:-1], self.d_sae)), code.indptr, code.indices, code.u, code.values)
-
     # ---- Training ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -285,7 +302,7 @@ class SparseAutoencoder(nn.Module):
         trade-off.  Fractional counts are spread over the features, so a batch smaller than F / l0 works too.
         """
         l0 = arguments.number("l0", l0, lambda n: 0 < n <= self.d_sae, f"0 < l0 ≤ d_sae = {self.d_sae}")
-        x_c = self.centred(self.check_input(x))
+        x_c = self.centred(self._normalized(self.check_input(x))[0])
         batch = x_c.shape[0]
         if batch < 2:
             raise ValueError(f"x: got {batch} examples, want at least 2 to take quantiles of")

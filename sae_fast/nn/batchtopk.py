@@ -38,7 +38,7 @@ class BatchTopKSAE(GroupedSAE):
     def encode_sparse(self, x: Tensor, use_threshold: bool | None = None) -> SparseCode:
         """The sparse code of x [..., d_in].  Its values are differentiable.  ``use_threshold``: by the threshold, or the
         largest of the batch; by default by the threshold if it is set."""
-        return self._shaped(self._code(self.centred(self.check_input(x)), use_threshold=use_threshold), x)
+        return self._encoded(x, use_threshold=use_threshold)
 
     def encode(self, x: Tensor, use_threshold: bool | None = None) -> Tensor:
         """The dense code [..., F]; arguments as :meth:`encode_sparse`."""

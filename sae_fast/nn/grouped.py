@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sae_fast import arguments, ops
 from sae_fast.code import SparseCode
 from sae_fast.nn.base import SparseAutoencoder
+from sae_fast.nn.normalize import Normalize
 from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast
 
@@ -45,10 +46,11 @@ class GroupedSAE(SparseAutoencoder):
         active_groups: int | None = None,
         d_out: int | None = None,
         skip: bool = False,
+        normalize: Normalize | Mapping[str, Any] | None = None,
     ):
         """``k`` features an example, 1 ≤ k ≤ d_sae; ``group_sizes`` are positive and add up to d_sae, of which the first
         ``active_groups`` are on.  The rest as in SparseAutoencoder."""
-        super().__init__(d_in, d_sae, dtype, device, seed, precision, apply_b_dec_to_input, d_out, skip)
+        super().__init__(d_in, d_sae, dtype, device, seed, precision, apply_b_dec_to_input, d_out, skip, normalize)
         self.k = self._checked_k(k)
         self.group_sizes = None if group_sizes is None else arguments.sizes("group_sizes", group_sizes, self.d_sae)
         self._reach = 0.0  # see _train_code

@@ -25,6 +25,8 @@ def scale_(sae: SparseAutoencoder, scale: float) -> None:
 @torch.no_grad()
 def scale_input_(sae: SparseAutoencoder, scale: float) -> None:
     """Turns an SAE of scale · x into one of x whose features are the same."""
+    if sae.normalize is not None:
+        raise ValueError(f"sae: got a {type(sae).__name__} with normalize = {sae.normalize}, want one without to scale it")
     sae.W_enc.mul_(scale)
     sae.W_dec.div_(scale)
     sae.b_dec.div_(scale)
