@@ -73,7 +73,7 @@ def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
 def encode(s: Size) -> None:
     from sae_fast.kernels import compact, encode, screen
     from sae_fast.kernels._mask import words
-    from sae_fast.kernels.round import BOUND, COLUMNS, compare_rows, rounded
+    from sae_fast.kernels.round import BOUND, COLUMNS, compare_rows, rounded, watch
 
     x, W, of_feature = s.x(), s.W(), s.of(s.F)
     shadow, flag = Shadow(*rounded(W)), integers(dtype=torch.int32)
@@ -81,8 +81,9 @@ def encode(s: Size) -> None:
         Layer(W, of_feature, kind, (of_feature,) * len(kind.parameters), cut, shadow)
         for kind, cut in ((named("gated"), None), (named("relu"), None), (named("jumprelu"), of_feature))
     )
-    for flags in (flag, integers(s.F, dtype=torch.int32)):
-        compare_rows(W, *shadow, flags)
+    compare_rows(W, *shadow, integers(s.F, dtype=torch.int32))
+    if s.dtype == torch.float32:  # a Trainer's
+        watch(W, *shadow, integers(), flag)
     encode.candidates(x, gated, True, s.of(s.d), s.x(), flag)  # as a Trainer does
     for layer, exact in ((gated, True), (gated, False), (relu, True), (jumprelu, True)):
         encode.members(x, layer, encode.candidates(x, layer, exact), s.entries, flag, exact)

@@ -98,8 +98,8 @@ def rounded(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _compare(A_ptr, rows_ptr, norms_ptr, flag_ptr, flag_stride, d, K, norm_columns, SLICE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)
+def _row_differs(A_ptr, rows_ptr, norms_ptr, i, d, K, norm_columns, SLICE: tl.constexpr):
+    """Elements of row i of A that are not, at its scale, what ``rows`` holds."""
     scale = tl.load(norms_ptr + i * norm_columns)
     differs = 0
     for first in range(0, d, SLICE):
@@ -107,15 +107,50 @@ def _compare(A_ptr, rows_ptr, norms_ptr, flag_ptr, flag_stride, d, K, norm_colum
         a = tl.load(A_ptr + i * d + at, mask=at < d, other=0.0).to(tl.float32) * scale
         kept = tl.load(rows_ptr + i * K + at, mask=at < d, other=0.0)
         differs += tl.sum((a.to(tl.float16).to(tl.int16, bitcast=True) != kept.to(tl.int16, bitcast=True)).to(tl.int32))
+    return differs
+
+
+@triton.jit
+def _compare(A_ptr, rows_ptr, norms_ptr, flag_ptr, flag_stride, d, K, norm_columns, SLICE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    differs = _row_differs(A_ptr, rows_ptr, norms_ptr, i, d, K, norm_columns, SLICE)
     tl.atomic_or(flag_ptr + i * flag_stride, stale, mask=differs > 0)
 
 
-def compare_rows(A: Tensor, rows: Tensor, norms: Tensor, flag: Tensor) -> None:
-    """Sets STALE in ``flag`` (int32, of all rows or of each) if a row of A [n, d] is not, at its scale, what ``rows``
-    [n, K] holds."""
+def compare_rows(A: Tensor, rows: Tensor, norms: Tensor, flags: Tensor) -> None:
+    """Sets STALE in ``flags`` [n] int32 of each row of A [n, d] that is not, at its scale, what ``rows`` [n, K] holds."""
     launch(
-        _compare, (A.shape[0],), A, rows, norms, flag, flag.dim(), A.shape[1], rows.shape[1], norms.shape[1],
+        _compare, (A.shape[0],), A, rows, norms, flags, 1, A.shape[1], rows.shape[1], norms.shape[1],
         SLICE=SLICE, num_warps=config("round")["warps"],
+    )  # fmt: skip
+
+
+@triton.jit
+def _watch(
+    W_ptr, rows_ptr, norms_ptr, step_ptr, flag_ptr, n, d, K, norm_columns, turns, SLICE: tl.constexpr, LINE: tl.constexpr
+):
+    p = tl.program_id(0).to(tl.int64)
+    index = tl.load(step_ptr) - 1
+    row = n * (index % 16) // 16 + p
+    differs = 0
+    if row < n * (index % 16 + 1) // 16:
+        differs += _row_differs(W_ptr, rows_ptr, norms_ptr, row, d, K, norm_columns, SLICE)
+    i, at = p * LINE + tl.arange(0, LINE), LINE * (index % turns) + tl.arange(0, LINE)
+    inside = (i < n)[:, None] & (at < d)[None, :]
+    a = tl.load(W_ptr + i[:, None] * d + at[None, :], mask=inside, other=0.0)
+    a *= tl.load(norms_ptr + i * norm_columns, mask=i < n, other=0.0)[:, None]
+    kept = tl.load(rows_ptr + i[:, None] * K + at[None, :], mask=inside, other=0.0)
+    of_line = (a.to(tl.float16).to(tl.int16, bitcast=True) != kept.to(tl.int16, bitcast=True)).to(tl.int32)
+    tl.atomic_or(flag_ptr, stale, mask=differs + tl.sum(tl.sum(of_line, axis=1), axis=0) > 0)
+
+
+def watch(W: Tensor, rows: Tensor, norms: Tensor, step: Tensor, flag: Tensor) -> None:
+    """Sets STALE in ``flag`` (int32) if W [n, d] is found to be no longer what its 16-bit copy was made from: in a
+    sixteenth of the rows, and in 16 columns of all, others in each ``step`` (int64, 0-d, counted from 1)."""
+    (n, d), line = W.shape, 16
+    launch(
+        _watch, (cdiv(n, line),), W, rows, norms, step, flag, n, d, rows.shape[1], norms.shape[1], cdiv(d, line),
+        SLICE=SLICE, LINE=line, num_warps=config("round")["warps"],
     )  # fmt: skip
 
 

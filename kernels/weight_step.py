@@ -49,14 +49,18 @@ def _set_adam(constants_ptr, step_ptr, size, eps, beta2, fresh, correction, rate
     tl.store(step_ptr, step)
 
 
-def set_adam(adam: Constants, step: int, lr: float, beta1: float, beta2: float, eps: float) -> None:
-    """Computed in double and passed by value: no copy that the host would have to wait for."""
+def adam_constants(step: int, lr: float, beta1: float, beta2: float, eps: float) -> tuple[float, ...]:
+    """The values of Constants.constants, computed in double."""
     rate = log2(beta2) if beta2 > 0 else float("-inf")
     (high,) = unpack("f", pack("f", rate))
-    launch(
-        _set_adam, (1,), *adam, lr / (1.0 - beta1**step), float(eps), float(beta2), 1.0 - beta2,
-        (1.0 - beta2**step) ** -0.5, high, rate - high if beta2 > 0 else 0.0, float(beta1), 1.0 - beta1, step, num_warps=1,
-    )  # fmt: skip
+    size, correction = lr / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5
+    low = rate - high if beta2 > 0 else 0.0
+    return size, float(eps), float(beta2), 1.0 - beta2, correction, high, low, float(beta1), 1.0 - beta1
+
+
+def set_adam(adam: Constants, step: int, lr: float, beta1: float, beta2: float, eps: float) -> None:
+    """Passed by value: no copy that the host would have to wait for."""
+    launch(_set_adam, (1,), *adam, *adam_constants(step, lr, beta1, beta2, eps), step, num_warps=1)
 
 
 class Update(NamedTuple):

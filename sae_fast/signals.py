@@ -44,21 +44,33 @@ def noticing() -> Iterator[Callable[[], int]]:
         yield lambda: received[0] if received else 0
 
 
+_held_back = threading.local()
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Keeps back what Python handlers do to a SIGINT or SIGTERM until the block has ended.  A few microseconds.
+    """Keeps back what Python handlers do to a SIGINT or SIGTERM until the block has ended, and the one around it.  A few
+    microseconds.
 
     Other handlers, such as the system's, which ends the process, are left alone.  Only the main thread gets signals.
     """
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {n: handler for n, handler in before.items() if callable(handler)}
+    if getattr(_held_back, "now", False) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     received: list[tuple[int, Any]] = []
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers: dict[int, Any] = {n: handler for n, handler in before.items() if callable(handler)}
     try:
-        with _handled(lambda number, frame: received.append((number, frame)), *handlers):
-            yield
+        _held_back.now = True
+        for number in handlers:
+            signal.signal(number, lambda number, frame: received.append((number, frame)))
+        yield
     finally:
+        _held_back.now = False  # first: a signal may come in between
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for number, frame in received:
-            handlers[signal.Signals(number)](number, frame)
+            handlers[number](number, frame)
 
 
 @contextmanager

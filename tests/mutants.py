@@ -433,6 +433,12 @@ GROUPS["device"] = [
     Mutant("residuals have the batch's 16 bits", "kernels/decode_loss.py",
            "values.new_empty(V, B, d)", "target.new_empty(V, B, d)",
            "test_device_runner.py::test_a_batch_in_16_bits_trains_like_its_numbers"),
+    Mutant("the device watches the rows of the step before", "kernels/round.py",
+           "index = tl.load(step_ptr) - 1", "index = tl.load(step_ptr) - 2",
+           "test_device_runner.py::test_every_row_is_compared_within_16_steps_and_16_columns_of_all_at_once"),
+    Mutant("a replayed step does not see that moments have moved", "sae_fast/train/device_steps.py",
+           "seen += [t.data_ptr() for t in of_p.values() if isinstance(t, Tensor)]", "pass",
+           "test_device_cost.py::test_a_step_is_prepared_anew_where_anything_has_changed"),
     Mutant("a step under way is lost when one before it is repeated", "sae_fast/train/device_steps.py",
            "for again in rest:", "for again in rest[:1]:",
            "test_device_runner.py::test_a_step_that_found_too_little_room_is_repeated_with_more "

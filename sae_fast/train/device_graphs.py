@@ -7,11 +7,8 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.code import Shadow
-from sae_fast.kernels.flag import STALE
-from sae_fast.kernels.round import compare_rows
 from sae_fast.train.device_step import REPORT, DeviceStep
 from sae_fast.train.state import Rates, TrainState
-from sae_fast.train.steps import sixteenth
 
 RENEW = 1024  # steps after which rows of the shadow get new scales: a row far from its own has too many candidates
 
@@ -24,23 +21,25 @@ class DeviceGraphs:
         self, state: TrainState, shadow: Shadow, x: Tensor, capacity: int, ahead: int, key: tuple,
         before: DeviceGraphs | None,
     ):  # fmt: skip
-        settings, self.state, self.key = state.settings, state, key
-        self.step = DeviceStep(
-            state.sae, state.optimizer, shadow, state.objective, settings.betas[1], settings.eps, settings.grad_clip,
-            capacity,
-        )  # fmt: skip
+        self.state, self.key, self.step = state, key, DeviceStep(state, shadow, capacity, ahead)
+        self.parameters = list(state.sae.parameters())
         self._slots: list[Tensor]
         self._reports: list[Tensor]
-        if before is not None and (before._slots[0].shape, before._slots[0].dtype) == (x.shape, x.dtype):
+        if before is not None and before.takes(x):
             self._slots, self._reports = before._slots, before._reports
         else:
             self._slots = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ahead)]
             # Pinned once: whoever keeps the logs would have the driver pin more in each step.
             self._reports = [torch.empty(len(REPORT), dtype=torch.float64, pin_memory=x.is_cuda) for _ in range(ahead)]
+        self._events = [torch.cuda.Event() for _ in range(ahead)] if x.is_cuda else []
         self.warm = False  # compiling and loading kernels cannot be captured
         self.captured: dict[int, torch.cuda.CUDAGraph] = {}
         # One, as memory is shared within a stream only; torch's own for captures is of the device that captured first.
         self.stream = torch.cuda.Stream() if x.is_cuda else None
+
+    def takes(self, x: Tensor) -> bool:
+        """True if the slots are for batches like x [B, d]."""
+        return (self._slots[0].shape, self._slots[0].dtype) == (x.shape, x.dtype)
 
     def slot(self, index: int) -> Tensor:
         """The memory that holds the batch of step ``index`` is, until the step that needs its place."""
@@ -52,24 +51,22 @@ class DeviceGraphs:
 
     def enqueue(self, index: int, rates: Rates) -> torch.cuda.Event | None:
         """Enqueues step ``index`` on the batch in its slot; the event happens when its report is there."""
-        step, W, x = self.step, self.state.sae.W_enc, self.slot(index)
-        first, last = sixteenth(W, index)
-        rows, norms = (t[first:last] for t in step.shadow)
-        compare_rows(W.detach()[first:last], rows, norms, step.flag)
-        replaced = ops.stale_columns(W, step.shadow, index)
-        step.flag.bitwise_or_(torch.where(replaced, STALE, 0).to(torch.int32))
-        if index % RENEW == 0:
-            ops.refresh_shadow(W, step.shadow)
-        step.set(index + 1, rates.lr, rates.l1_coefficient)
-        if self.warm and x.is_cuda:
-            self._graph(index % len(self._slots)).replay()
+        W, at = self.state.sae.W_enc, index % len(self._slots)
+        self.step.set(index + 1, rates.lr, rates.l1_coefficient)
+        if self.warm and self._events:
+            self._graph(at).replay()
         else:
-            step.run(x)
+            self.step.run(self._slots[at])
             self.warm = True
-        torch.autograd.graph.increment_version(list(self.state.sae.parameters()))
+        if (index + 1) % RENEW == 0:
+            ops.refresh_shadow(W, self.step.shadow)
+        torch.autograd.graph.increment_version(self.parameters)
         self.state.kept.follows(W)
-        self.report(index).copy_(step.report, non_blocking=True)
-        return torch.cuda.current_stream().record_event() if x.is_cuda else None
+        self._reports[at].copy_(self.step.report, non_blocking=True)
+        if not self._events:
+            return None
+        self._events[at].record()
+        return self._events[at]
 
     def _graph(self, at: int) -> torch.cuda.CUDAGraph:
         if at not in self.captured:

@@ -6,10 +6,12 @@ changes.  device_steps.py reads it later, and repeats what did not happen.
 
 from __future__ import annotations
 
+from struct import Struct
+
 import torch
 from torch import Tensor
 
-from sae_fast import gradients, nn
+from sae_fast import gradients
 from sae_fast.code import Decoder, Layer, RowGradient, Rows, Shadow, Transposed
 from sae_fast.gradients import Entries
 from sae_fast.kernels.compact import Gapped
@@ -18,13 +20,17 @@ from sae_fast.kernels.encode import Screened, candidates, members
 from sae_fast.kernels.flag import NOT_FINITE_LOSS
 from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
 from sae_fast.kernels.outer import Runs, outer, runs
+from sae_fast.kernels.round import watch
 from sae_fast.kernels.transpose import transpose
-from sae_fast.kernels.weight_step import Update, new_adam, row_step, set_adam, weight_step
+from sae_fast.kernels.weight_step import Constants, Update, adam_constants, row_step, weight_step
 from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast
-from sae_fast.optim import RowAdam
+from sae_fast.train.state import TrainState
 
 REPORT = ("reconstruction", "sparsity", "auxiliary", "fired", "candidates", "flag")
+
+
+GIVEN = Struct("=q10f")  # to a step: its number from 1, the penalty's coefficient and Adam's constants
 
 
 class DeviceKernels:
@@ -63,25 +69,25 @@ class DeviceKernels:
 
 
 class DeviceStep:
-    """The step of one SAE at β1 = 0, with a code of up to ``capacity`` candidates."""
+    """The step of one SAE at β1 = 0, with a code of up to ``capacity`` candidates; ``ahead`` of them may be enqueued."""
 
-    def __init__(
-        self, sae: nn.SparseAutoencoder, optimizer: RowAdam, shadow: Shadow, objective: Objective, beta2: float, eps: float,
-        grad_clip: float | None, capacity: int,
-    ):  # fmt: skip
-        self.sae, self.optimizer, self.shadow, self.objective, self.capacity = sae, optimizer, shadow, objective, capacity
-        self.beta2, self.eps, self.grad_clip = beta2, eps, grad_clip
-        device = sae.W_enc.device
-        self.adam = new_adam(device)
-        self.l1 = torch.zeros((), dtype=torch.float32, device=device)
+    def __init__(self, state: TrainState, shadow: Shadow, capacity: int, ahead: int):
+        self.sae, self.optimizer, self.shadow, self.capacity = state.sae, state.optimizer, shadow, capacity
+        self.settings, self.objective, device = state.settings, state.objective, state.sae.W_enc.device
+        self._given = torch.zeros(GIVEN.size, dtype=torch.uint8, device=device)
+        floats = self._given[8:].view(torch.float32)
+        self.adam, self.l1 = Constants(floats[1:], self._given[:8].view(torch.int64)[0]), floats[0]
+        on_host = [torch.zeros(GIVEN.size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(ahead)]
+        self._on_host = [(t, t.numpy().data) for t in on_host]
         self.flag = torch.zeros((), dtype=torch.int32, device=device)
         self.report = torch.zeros(len(REPORT), dtype=torch.float64, device=device)
-        self.ones = self.l1.new_ones(capacity)
+        self.ones = torch.ones(capacity, device=device)
 
     def set(self, step: int, lr: float, l1: float) -> None:
-        """Sets the constants of the next run; ``step`` counts from 1."""
-        set_adam(self.adam, step, lr, 0.0, self.beta2, self.eps)
-        self.l1.fill_(l1)
+        """Sets the constants of the next run, by one copy; ``step`` counts from 1."""
+        given, memory = self._on_host[step % len(self._on_host)]
+        GIVEN.pack_into(memory, 0, step, l1, *adam_constants(step, lr, *self.settings.betas, self.settings.eps))
+        self._given.copy_(given, non_blocking=True)
 
     @torch.no_grad()
     @without_autocast()
@@ -89,6 +95,7 @@ class DeviceStep:
         """One step on x [B, d]; ``report`` says what it saw."""
         sae, x_c = self.sae, self.ones.new_empty(x.shape)
         layer, exact = sae.layer(self.shadow), sae.precision == "exact"
+        watch(sae.W_enc, *self.shadow, self.adam.step, self.flag)
         screened = candidates(x, layer, exact, sae.b_dec, x_c, self.flag)
         code = members(x_c, layer, screened, self.capacity, self.flag, exact)
         kernels, decoder = DeviceKernels(self.ones, sae.d_sae), Decoder(sae.W_dec, sae.b_dec)
@@ -123,7 +130,7 @@ class DeviceStep:
             grad_sqnorm(g, W, False, squares, runs=split)
             return squares.sum()
 
-        scale = gradients.clip(self.grad_clip, by_name, sqnorm)
+        scale = gradients.clip(self.settings.grad_clip, by_name, sqnorm)
         scale = None if scale is None else scale.float()
         for name, g in by_name.items():
             W = self.sae.get_parameter(name)

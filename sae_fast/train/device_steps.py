@@ -103,6 +103,9 @@ class DeviceSteps:
         self.capacity = 0
         self.dense = False  # the last step went the dense way: wait for each, as the next will probably too
         self.graphs: DeviceGraphs | None = None
+        self._saw: tuple = ()  # by the last step
+        self._version = 0  # of W_enc after it
+        self._steady = False  # nothing that graphs hang on but the batch's shape has changed since
 
     def __reduce__(self) -> tuple:
         self.wait()
@@ -139,6 +142,26 @@ class DeviceSteps:
             return "another backend is forced"
         rejects = triton_rejects(W) if may_run("triton") else cuda_rejects("weight_step", W)  # forced, it has to be there
         return rejects or gpu.rejects(W)
+
+    def goes_on(self) -> bool:
+        """True if the next step can be taken as the last was: nothing that :meth:`refuses`, the state's check of parameters
+        or the captured graphs hang on has changed, as far as torch counts changes.  It spares a step's host those."""
+        same = self.graphs is not None and self._version == self.state.sae.W_enc._version
+        self._steady = same and self._saw == self._sees()
+        return self._steady
+
+    def _sees(self) -> tuple:
+        state, sae, states = self.state, self.state.sae, self.state.optimizer.state
+        shadow, taken = state.kept.shadow, state.step_count - len(self.under_way)
+        seen = [state.settings, state.objective, sae.precision, sae.options(), backend.forced[-1:]]
+        seen += id(shadow), self.capacity
+        for group in state.optimizer.param_groups:
+            seen += group["betas"], group["eps"], len(group["params"])
+        for p in sae.parameters():
+            of_p = states.get(p, {"step": 0})
+            seen += id(p), p.requires_grad, p.stride(), p.data_ptr(), of_p["step"] - taken, of_p.get("beta2")
+            seen += [t.data_ptr() for t in of_p.values() if isinstance(t, Tensor)]
+        return tuple(seen)
 
     def step(self, x: Tensor, rates: Rates) -> DeviceResult:
         """Enqueues a step on x [..., d]; the weights follow when the device gets there."""
@@ -193,11 +216,16 @@ class DeviceSteps:
             step = DeviceResult(self, index, rates, x.shape, graphs, graphs.enqueue(index, rates))
         self.under_way.append(step)
         self.state.step_count += 1
+        if not self._steady:
+            self._saw = self._sees()
+        self._version, self._steady = self.state.sae.W_enc._version, False
         return step
 
     def _ready(self, x: Tensor) -> DeviceGraphs:
         """Buffers and graphs for batches like x [B, d], and a shadow of W_enc as it is now."""
         state, sae, optimizer = self.state, self.state.sae, self.state.optimizer
+        if self._steady and self.graphs is not None and self.graphs.takes(x):
+            return self.graphs
         optimizer.initialise()
         if not state.kept.serves(sae.W_enc):
             self.wait()
@@ -209,7 +237,8 @@ class DeviceSteps:
             # Which way a batch takes must not hang on those before it.
             capacity = max(1, int(crossovers.GPU_DENSE * x.shape[0] * sae.d_sae))
         # A graph replays the kernels of the backend under which it was captured; another's are compiled before a capture.
-        kind = (x.shape, x.dtype, capacity, sae.precision, *backend.forced[-1:])
+        settings = state.settings.betas, state.settings.eps, state.settings.grad_clip, state.objective
+        kind = (x.shape, x.dtype, capacity, sae.precision, *settings, *backend.forced[-1:])
         memory = [t for p in sae.parameters() for t in (p, *(optimizer.state[p][k] for k in ("exp_avg_sq", "last_step")))]
         key = (*kind, *(t.data_ptr() for t in (*memory, *shadow)))
         before = self.graphs
@@ -238,7 +267,7 @@ class DeviceSteps:
 
     def _recover(self, step: DeviceResult, flag: int, candidates: int) -> None:
         """``step`` did not happen, nor did any after it: removes the cause, and repeats them."""
-        graphs = step.graphs
+        graphs, self._steady = step.graphs, False
         try:
             self._remedy(step, flag, candidates)
         except Exception as error:

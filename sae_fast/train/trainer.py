@@ -103,10 +103,10 @@ class Trainer:
         step, and leave weights and optimizer as they were.  So does a parameter that was replaced: ``ValueError``.
         """
         index = self.step_count
-        self.state.check_parameters(f"step {index}: ")
+        steps = self._steps()
         scheduled = self._rates(index)
         rates = Rates(*(s if given is None else given for s, given in zip(scheduled, (lr, l1_coefficient), strict=True)))
-        return StepLog(index, *rates, self._steps().step(x, rates))
+        return StepLog(index, *rates, steps.step(x, rates))
 
     def wait(self) -> None:
         """Until every step has happened: on a GPU the host runs a few steps ahead, and repeats a step whose buffers were
@@ -116,6 +116,9 @@ class Trainer:
 
     def _steps(self) -> Steps:
         """The GPU's own steps, where it can take the next one, or the host's."""
+        if self._device.goes_on():
+            return self._device
+        self.state.check_parameters(f"step {self.step_count}: ")
         reason = self._device.refuses()
         if reason is None:
             return self._device

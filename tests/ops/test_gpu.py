@@ -336,7 +336,7 @@ def test_a_captured_step_replays_with_other_batches_rates_and_coefficients():
         sae, optimizer = trainer.sae, trainer.optimizer
         optimizer.initialise()
         shadow = ops.make_shadow(sae.W_enc)
-        step = DeviceStep(sae, optimizer, shadow, "paper", 0.999, 1e-8, None, capacity=B * 128)
+        step = DeviceStep(trainer.state, shadow, capacity=B * 128, ahead=len(data))
         x, graph = torch.empty_like(data[0]), None
         for i, (batch, (lr, l1)) in enumerate(zip(data, rates, strict=False)):
             x.copy_(batch)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, randn
 from problems.trainer import RECORD, PlainTrainer
 from problems.trajectory import ROUNDING, Run, reference_run
 from torch import Tensor
@@ -30,8 +30,8 @@ from problems.device_runner import DEVICE, FIELDS, STEPS, D, F, assert_within_th
 
 from sae_fast.kernels import _config
 from sae_fast.kernels.flag import NOT_FINITE, NOT_FINITE_LOSS, OVERFLOW, STALE
-from sae_fast.train import device_steps
-from sae_fast.train.state import Rates
+from sae_fast.kernels.round import watch
+from sae_fast.train import device_step, device_steps
 
 SETTINGS = dict(lr=1e-2, l1_coefficient=0.4)
 LOUD = (0, 0, 1, 0, 3, 5)  # examples of each batch that open half of all gates: steps 2, 4 and 5 have more and more
@@ -395,29 +395,40 @@ def test_batches_of_any_shape_and_dtype_train_like_their_rows():
 # ---- Who else changes the weights -------------------------------------------------------------------------------------
 
 
-def test_every_row_is_compared_within_16_steps(monkeypatch):
-    seen: list[tuple[int, int]] = []
-    from sae_fast.train import device_graphs
+@pytest.mark.parametrize("d", [6, 40])
+def test_every_row_is_compared_within_16_steps_and_16_columns_of_all_at_once(d):
+    W, flag = randn(F, d, seed=1).to(DEVICE), torch.zeros((), dtype=torch.int32, device=DEVICE)
+    W[2], W[3, 5] = 1e-40, float("nan")  # which are no changes
+    shadow, turns = ops.make_shadow(W), -(-d // 16)
+    for index in range(3 * 16):
+        step = torch.tensor(index + 1, device=DEVICE)
+        watch(W, *shadow, step, flag)
+        assert flag == 0
+        seen = set()
+        for row in range(F):
+            changed = W.clone()
+            changed[row, :: d - 1] += 1  # in the first column and the last
+            watch(changed, *shadow, step, flag)
+            if flag == STALE:
+                seen.add(row)
+            flag.zero_()
+        sixteenth = set(range(F * (index % 16) // 16, F * (index % 16 + 1) // 16))
+        assert seen == (set(range(F)) if index % turns in (0, turns - 1) else sixteenth)
 
-    monkeypatch.setattr(device_graphs, "compare_rows", lambda A, *_: seen.append((A.storage_offset() // D, A.shape[0])))
-    trainer = trainer_of()
-    trainer.step(batches()[0])
-    graphs = trainer._device.graphs
-    monkeypatch.setattr(graphs.step, "run", lambda x: None)
-    graphs.warm, seen[:] = False, []
-    for i in range(16):
-        graphs.enqueue(i, Rates(0.0, 0.0))
-        graphs.warm = False
-    assert [row for first, n in seen for row in range(first, first + n)] == list(range(F))
+
+def watch_later(W: Tensor, rows: Tensor, norms: Tensor, step: Tensor, flag: Tensor) -> None:
+    """From step 3 on, as where the columns do not show a change."""
+    seen = torch.zeros_like(flag)
+    watch(W, rows, norms, step, seen)
+    flag.bitwise_or_(torch.where(step > 3, seen, 0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("found", [1, 3], ids=["by its columns", "by its rows"])
+@pytest.mark.parametrize("found", [1, 3], ids=["at once", "later"])
 def test_a_change_behind_torchs_back_is_found_and_said_and_what_followed_is_repeated(found, recoveries, monkeypatch):
-    """Of a row that no step touches, at once, or, where its columns do not show it, in the sixteenth that step 3 compares;
-    the twin is told at once."""
+    """Of a row that no step touches; the twin is told at once."""
     if found == 3:
-        monkeypatch.setattr(ops, "stale_columns", lambda W, *_: torch.tensor(False, device=W.device))
+        monkeypatch.setattr(device_step, "watch", watch_later)
     row, data = F * 3 // 16, batches()
     trainer, twin = trainer_of(), trainer_of()
     for t in (trainer, twin):
