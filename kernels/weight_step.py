@@ -235,7 +235,7 @@ def weight_step(
     split = partials(entries, d, runs_for(gradient, runs), first_feature, first_feature + n, cuda)
     walked = (*entries, *split, gradient.self_coefficient)
     if cuda:
-        return _cuda_step(rows, update, walked, first_feature)
+        return _cuda_step(rows, update, walked, first_feature, gradient.along)
     _launch_step(rows, update, None, walked, first_feature, gradient.along)
 
 
@@ -250,14 +250,12 @@ def _launch_step(
     """``walked``: a gradient's sources, partial rows and coefficients, as the kernel takes them."""
     (n, d), shadow, unit_rows = rows.W.shape, rows.shadow, update.unit_rows
     _check(unit_rows, shadow)
-    whole = triton.next_power_of_2(d)
-    columns = min(whole, config("weight_step")["columns"] if shadow is None else SLICE)
-    squares = None
-    if unit_rows and along is not None and d > 2 * columns:
-        squares = rows.W.new_empty(n, cdiv(d, columns))
+    columns = min(triton.next_power_of_2(d), config("weight_step")["columns"] if shadow is None else SLICE)
+    squares = _squares(rows.W, columns, update, along)
+    if squares is not None:
         walked = *walked[:-1], None  # what the coefficient gives is along the row
     elif unit_rows:
-        columns = whole
+        columns = triton.next_power_of_2(d)
     if grad is None:
         of_rows, tile = 1, walk(d, columns, config("weight_step")["entries"], rows.W)
     else:
@@ -270,29 +268,41 @@ def _launch_step(
         first_feature, *_widths(shadow), UNIT=unit_rows and squares is None, ROWS=of_rows, **tile,
     )  # fmt: skip
     if squares is not None:
-        launch(
-            _normalise, squares.shape, rows.W, squares, decay, update.skip, d, squares.shape[1],
-            SLICES=triton.next_power_of_2(squares.shape[1]), COLUMNS=columns, num_warps=max(1, columns // 128),
-        )  # fmt: skip
+        _divide(rows.W, squares, decay, update, columns)
+
+
+def _squares(W: Tensor, columns: int, update: Update, along: Tensor | None) -> Tensor | None:
+    """[n, slices] for unit rows that go by slices of so many columns, or None."""
+    n, d = W.shape
+    return W.new_empty(n, cdiv(d, columns)) if update.unit_rows and along is not None and d > 2 * columns else None
+
+
+def _divide(W: Tensor, squares: Tensor, decay: Tensor, update: Update, columns: int) -> None:
+    launch(
+        _normalise, squares.shape, W, squares, decay, update.skip, W.shape[1], squares.shape[1],
+        SLICES=triton.next_power_of_2(squares.shape[1]), COLUMNS=columns, num_warps=max(1, columns // 128),
+    )  # fmt: skip
 
 
 def _cuda_steps(rows: Rows, gradient: RowGradient, unit_rows: bool) -> bool:
     """True if the CUDA kernel takes these arguments."""
-    d = rows.W.shape[1]
-    aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (rows.W, rows.v, *gradient.A))
-    fits = rows.m is None and (not unit_rows or d <= native.module.unit_columns // (1 if aligned else 2))
+    d, moments = rows.W.shape[1], (rows.v,) if rows.m is None else (rows.v, rows.m)
+    aligned = d % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (rows.W, *moments, *gradient.A))
+    fits = not unit_rows or gradient.along is not None or d <= native.module.unit_columns // (1 if aligned else 2)
     return fits and {t.dtype for t in gradient.values} == {torch.float32} and len({t.dtype for t in gradient.A}) == 1
 
 
-def _cuda_step(rows: Rows, update: Update, walked: tuple, first_feature: int) -> None:
+def _cuda_step(rows: Rows, update: Update, walked: tuple, first_feature: int, along: Tensor | None) -> None:
     _check(update.unit_rows, rows.shadow)
     scale, skip = None if update.grad_scale is None else update.grad_scale.float(), update.skip
-    decay = _decay(rows, walked[0], update, first_feature)
+    decay, squares = _decay(rows, walked[0], update, first_feature), _squares(rows.W, SLICE, update, along)
     native.call(
-        "weight_step", walked[4].dtype, rows.W, rows.v, decay, *walked, update.adam.constants, scale, skip,
-        0 if skip is None else skip.element_size(), *(rows.shadow or (None, None)), *rows.W.shape, first_feature,
-        *_widths(rows.shadow), update.unit_rows,
+        "weight_step", walked[4].dtype, rows.W, rows.m, rows.v, decay, *walked, update.adam.constants, scale, skip,
+        0 if skip is None else skip.element_size(), *(rows.shadow or (None, None)), None if squares is None else along,
+        squares, *rows.W.shape, first_feature, *_widths(rows.shadow), update.unit_rows and squares is None,
     )  # fmt: skip
+    if squares is not None:
+        _divide(rows.W, squares, decay, update, SLICE)
 
 
 def _check(unit_rows: bool, shadow: Shadow | None) -> None:

@@ -101,6 +101,14 @@ def test_a_shadow_follows_the_rows_that_change(d, whole, momentum, body):
     assert not same_bits(shadow.norms, before.norms)
 
 
+def known_along(step: Step) -> RowGradient:
+    """Its gradient on the device, with each entry's part along its row."""
+    with use_backend("reference"):
+        dots = (ops.sampled_dots(step.code, a, step.state.W) for a in step.A)
+        along = torch.stack([values * dot for values, dot in zip(step.values, dots, strict=True)]).sum(0)
+        return moved(replace(step.gradient(), along=along), DEVICE)
+
+
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("d, slices", [(16, []), (17, [4]), (43, [8])])
 def test_wide_unit_rows_go_by_slices_where_the_gradient_along_them_is_known(d, slices, momentum, monkeypatch):
@@ -108,9 +116,7 @@ def test_wide_unit_rows_go_by_slices_where_the_gradient_along_them_is_known(d, s
         for op in ("outer", "weight_step"):
             monkeypatch.setitem(generation, op, bodies.TILES[op])
     step, beta1 = make_step(40, d, 9, S=2, unit=True, own=True, long=True, momentum=momentum), 0.9 * momentum
-    dots = (ops.sampled_dots(step.code, a, step.state.W) for a in step.A)
-    along = torch.stack([values * dot for values, dot in zip(step.values, dots, strict=True)]).sum(0)
-    gradient = moved(replace(step.gradient(), along=along), DEVICE)
+    gradient = known_along(step)
     with _launch.recording() as launches:
         launched(step, gradient, True, beta1=beta1)
     assert [it.options["SLICES"] for it in launches if it.kernel is step_kernels._normalise] == slices
@@ -188,6 +194,18 @@ def test_weight_step_without_runs_and_from_anywhere_in_memory(unit_rows, cuda_ca
     ops.weight_step(*state.tensors(), moved(step.gradient(), DEVICE), unit_rows=unit_rows, **ADAM)
     assert_same_bits(aligned, moved(state, "cpu"))
     assert cuda_calls == ["weight_step"] * 2
+
+
+@pytest.mark.slow(but=2)
+@pytest.mark.parametrize("d, momentum", [(1030, True), (1028, False), (8196, True)])
+def test_wide_unit_rows_by_slices(d, momentum, cuda_calls):
+    """Of any width, the last slice of one warp; after a gradient's part along the row is taken off by entry."""
+    step, beta1 = make_step(40, d, 9, S=2, unit=True, own=True, long=True, momentum=momentum), 0.9 * momentum
+    gradient = known_along(step)
+    found = every_schedule(CUDA, lambda: moved(launched(step, gradient, True, beta1=beta1), "cpu"))
+    judge_state(found, step, True, beta1)
+    assert set(cuda_calls) == {"weight_step"}
+    torch.testing.assert_close(found.W[step.moving()].norm(dim=1), torch.ones(int(step.moving().sum())))
 
 
 @pytest.mark.parametrize("d, body", [(2051, "cuda"), (4100, "cuda"), (8192, "cuda"), (4101, "triton"), (8196, "triton")])

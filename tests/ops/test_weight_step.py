@@ -346,7 +346,7 @@ def test_one_last_element_of_momentum_moves_its_row(body):
     assert bool((take(body, still).last_step == STEP).all())
 
 
-@bodies.but_cuda
+@bodies.every
 def test_a_step_at_beta1_of_0_keeps_the_gradient_and_moves_as_without_momentum(body):
     step = make_step(*size(body, 57, 63, 400), unit=True, density=0.01, momentum=True)
     touched, plain_state = step.touched(), replace(step, state=replace(step.state, m=None))

@@ -27,10 +27,11 @@ void partials(Storage, Storage A_storage, Address owner, Address first, Address 
 void outer(Storage, Storage out_storage, Address colptr, Address rows, Address perm, Address values, Address A, Address values2,
            Address A2, Address first, Address partials, Address features, Address out, int64_t n, int64_t d,
            int64_t first_feature, bool accumulate, Address stream);
-void weight_step(Storage A_storage, Address W, Address v, Address decay, Address colptr, Address rows, Address perm,
+void weight_step(Storage A_storage, Address W, Address m, Address v, Address decay, Address colptr, Address rows, Address perm,
                  Address values, Address A, Address values2, Address A2, Address first, Address partials, Address own,
-                 Address constants, Address scale, Address skip, int skip_bytes, Address shadow, Address norms, int64_t n,
-                 int64_t d, int64_t first_feature, int64_t K, int64_t norm_columns, bool unit_rows, Address stream);
+                 Address constants, Address scale, Address skip, int skip_bytes, Address shadow, Address norms,
+                 Address along, Address squares, int64_t n, int64_t d, int64_t first_feature, int64_t K, int64_t norm_columns,
+                 bool unit_rows, Address stream);
 void verify(Storage, Storage out_storage, int kind, Address x, Address W, Address x_norms, Address W_norms, Address bias,
             Address cut, Address first, Address second, Address begin, Address end, Address candidates,
             Address indices, Address u, Address values, Address end_out, int64_t rows, int64_t d, int64_t x_norm_columns,

@@ -1,23 +1,26 @@
-// weight_step: a gradient row, its projection, Adam with β1 = 0 and renormalisation in one visit of a weight row.  A block
-// takes a slice of 512 columns of it, or all of a unit row; gradient and weight stay in registers.  MATH.md §2.
+// weight_step: a gradient row, its projection, Adam and renormalisation in one visit of a weight row.  A block takes a slice
+// of 512 columns of it, or all of a unit row; gradient and weight stay in registers.  Unit rows whose ⟨gradient, row⟩ is
+// known by entry go by slices too, and leave the squares of each for a pass that divides.  MATH.md §2, §12.
 #pragma once
 #include "sae_fast/cuda/gradient_row.cuh"
 
 namespace sae_fast {
 namespace gpu {
 
-// kernels/weight_step.py's _advance has written the decay of every touched row.
+// kernels/weight_step.py's _advance has written the decay of every row, −1 of one that rests.
 template <class X>
 struct WeightStep {
   Gradient<float, X> gradient;
-  float *W, *v;            // [n, d]
+  float *W, *m, *v;        // [n, d]; m or null
   const float* decay;      // [n]
   const float* own;        // [n] or null
-  const float* constants;  // lr, eps, β2, 1 − β2, 1 / √(1 − β2^step)
+  const float* constants;  // kernels/weight_step.py's Constants
   const float* scale;      // 0-d or null
   const void* skip;        // 0-d integer of skip_bytes, or null
   Half* shadow;            // [n, K] or null
   float* norms;            // [n, norm_columns]
+  const float* along;      // [C]: an entry's part of ⟨gradient, row⟩, to be taken off; or null
+  float* squares;          // [n, slices] or null
   int64_t n, first_feature, K, norm_columns;
   int skip_bytes;
 
@@ -49,6 +52,14 @@ __device__ __forceinline__ void block_sums(float (&a)[N], float* memory) {
   }
 }
 
+// The first moment, from the nearer end, as torch's lerp; below the normal numbers 0, or a row that rests would never be left
+// alone.
+__device__ __forceinline__ float lerp(float m, float g, const float* constants) {
+  const bool near = constants[7] > 0.5f;
+  const float start = near ? m : g, first = start + constants[near ? 8 : 7] * ((near ? g : m) - start);
+  return -0x1p-126f < first && first < 0x1p-126f ? 0.0f : first;
+}
+
 // P pieces a lane.
 template <int S, int P, bool kUnit, bool kVector, class X>
 __global__ void __launch_bounds__(kUnit ? 512 : 128, 1) weight_step_kernel(const WeightStep<X> a) {
@@ -58,12 +69,21 @@ __global__ void __launch_bounds__(kUnit ? 512 : 128, 1) weight_step_kernel(const
   const int64_t i = blockIdx.x, f = a.first_feature + i, element = i * d;
   int64_t begin = a.gradient.colptr[f];
   const int64_t end = a.gradient.colptr[f + 1];
-  if (begin == end) return;
+  const float decay = a.decay[i];
+  if (decay < 0.0f) return;
+  const bool touched = begin != end;
   const int warp = blockIdx.y * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   const int column = warp * (P * kApart) + threadIdx.x % kWarp * N;  // of the first piece
   if (warp * (P * kApart) >= d) {  // past the end of the row: it has only barriers to keep
-    if (!a.shadow) return;
+    if (!a.shadow && !a.squares) return;
     begin = end;
+  }
+  float own = a.own && touched ? a.own[i] : 0.0f;
+  if (!kUnit && a.along) {  // what the coefficient gives is along the row
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int64_t j = begin + threadIdx.x % kWarp; j < end; j += kWarp) sum += a.along[a.gradient.perm[j]];
+    own = -warp_sum(sum);
   }
   Columns<float, N> before[P], moment[P];  // fetched before the entries are walked, which takes a while
 #pragma unroll
@@ -73,14 +93,14 @@ __global__ void __launch_bounds__(kUnit ? 512 : 128, 1) weight_step_kernel(const
   }
   float g[P][N] = {}, W[P][N];
   if (!add_partials<kVector>(a.gradient, f, column, g)) add_run<S, kVector>(a.gradient, begin, end, column, g);
-  const float own = a.own ? a.own[i] : 0.0f, scale = a.scale ? *a.scale : 1.0f;
+  const float scale = a.scale ? *a.scale : 1.0f;
 #pragma unroll
   for (int p = 0; p < P; ++p) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const bool inside = column + p * kApart + k < d;
       W[p][k] = inside ? before[p].values[k] : 0.0f;
-      if (a.own) g[p][k] += own * W[p][k];
+      if (a.own || a.along) g[p][k] += own * W[p][k];
       g[p][k] = inside ? g[p][k] * scale : 0.0f;
     }
   }
@@ -102,16 +122,23 @@ __global__ void __launch_bounds__(kUnit ? 512 : 128, 1) weight_step_kernel(const
     }
   }
 
-  const float lr = a.constants[0], eps = a.constants[1], fresh = a.constants[3], correction = a.constants[4];
-  const float decay = a.decay[i];
+  const float size = a.constants[0], eps = a.constants[1], fresh = a.constants[3], correction = a.constants[4];
 #pragma unroll
   for (int p = 0; p < P; ++p) {
-    float v[N];
+    float v[N], first[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) first[k] = g[p][k];
+    if (a.m) {
+      const Columns<float, N> before = load<kVector, N>(a.m + element, column + p * kApart, d);
+#pragma unroll
+      for (int k = 0; k < N; ++k) first[k] = lerp(before.values[k], first[k], a.constants);
+      store<kVector>(a.m + element, column + p * kApart, d, first);
+    }
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const bool inside = column + p * kApart + k < d;
       v[k] = decay * moment[p].values[k] + fresh * g[p][k] * g[p][k];
-      W[p][k] -= inside ? __fdiv_rn(lr * g[p][k], __fsqrt_rn(v[k]) * correction + eps) : 0.0f;
+      W[p][k] -= inside ? __fdiv_rn(size * first[k], __fsqrt_rn(v[k]) * correction + eps) : 0.0f;
     }
     store<kVector>(a.v + element, column + p * kApart, d, v);
   }
@@ -134,6 +161,13 @@ __global__ void __launch_bounds__(kUnit ? 512 : 128, 1) weight_step_kernel(const
 #pragma unroll
   for (int p = 0; p < P; ++p) store<kVector>(a.W + element, column + p * kApart, d, W[p]);
 
+  if (!kUnit && a.squares) {
+    float square[1] = {};
+#pragma unroll
+    for (int k = 0; k < N; ++k) square[0] += W[0][k] * W[0][k];
+    block_sums(square, memory);
+    if (threadIdx.x == 0) a.squares[i * gridDim.y + blockIdx.y] = square[0];
+  }
   if (kUnit || !a.shadow) return;
   // The slice's part of the 16-bit copy, and the squares of what it holds and of what rounding took.
   float* norms = a.norms + i * a.norm_columns;
