@@ -25,6 +25,8 @@ TRIED = {
     "entries": (4, 8, 16, 32),  # gathered rows at once
     "run": (256, 512, 1024),  # entries of a feature that are summed in one go
     "finish": (32, 64, 128),  # entries whose slices are summed at once
+    "counted": (1024, 2048, 4096),  # entries of a code whose digits a program counts
+    "block": (128, 256, 512),  # entries of a row that are counted at once
     "words": (256, 512, 1024, 2048),  # of the screen's bits, at once
     "chunks": (16, 32, 64),  # of examples, that a scan takes at once
     "rows": (64, 128, 256),  # of the product's tile: examples, features, columns
@@ -40,6 +42,7 @@ _TILE = {"rows": 128, "features": 128, "depth": 64, "warps": 8, "stages": 3, "gr
 _BASE = {
     "round": {"warps": 4},
     "compact": {"words": 1024, "warps": 4},
+    "largest": {"counted": 2048, "block": 256, "warps": 8},
     "decode": {"entries": 8, "columns": 256},
     "decode_loss": {"entries": 8, "columns": 128, "finish": 64},
     "sampled_dots": {"entries": 8, "columns": 256, "finish": 64},

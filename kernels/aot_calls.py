@@ -73,6 +73,7 @@ def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
 def encode(s: Size) -> None:
     from sae_fast.kernels import compact, encode, screen
     from sae_fast.kernels._mask import words
+    from sae_fast.kernels.largest import Largest
     from sae_fast.kernels.round import BOUND, COLUMNS, compare_rows, rounded, watch
 
     x, W, of_feature = s.x(), s.W(), s.of(s.F)
@@ -87,6 +88,12 @@ def encode(s: Size) -> None:
     encode.candidates(x, gated, True, s.of(s.d), s.x(), flag)  # as a Trainer does
     for layer, exact in ((gated, True), (gated, False), (relu, True), (jumprelu, True)):
         encode.members(x, layer, encode.candidates(x, layer, exact), s.entries, flag, exact)
+    which = Largest(64, False, meta(s.B))
+    for layer, exact in ((relu, True), (relu, False), (gated, True), (jumprelu, True)):
+        layer = layer._replace(cut=None)
+        screened = encode.candidates(x, layer, exact, floor=which.floor)
+        for choice in (which, which._replace(whole=True), which._replace(floor=None)):
+            encode.members(x, layer, screened, s.entries, flag, exact, choice)
     begin, end, indices = s.rows()
     values = s.of(2, s.entries)
     packed = integers(s.B + 1), indices, values[0], values, indices, values[0], values  # pack itself waits for their number

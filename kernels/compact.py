@@ -140,7 +140,7 @@ def verify(x: Tensor, layer: Layer, end: Tensor, candidates: Tensor, code: Gappe
         W, W_norms = layer.shadow
         columns = norms.shape[1], W_norms.shape[1]
     entries = code.begin, end, candidates, code.indices, code.u, code.values, code.end
-    if native.takes("verify"):
+    if native.takes("verify") and code.u.dtype == layer.bias.dtype:
         native.call("verify", W.dtype, code.u.dtype, layer.activation.native, x, W, norms, W_norms, layer.bias, layer.cut,
                    *layer.vector_slots(), *entries, rows, d, *columns, capacity)  # fmt: skip
         return

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_fast import activations
 from sae_fast.code import Layer
 from sae_fast.kernels import compact
 from sae_fast.kernels._mask import words
 from sae_fast.kernels.compact import Gapped
+from sae_fast.kernels.largest import Largest, largest
 from sae_fast.kernels.round import BOUND, COLUMNS, feature_terms, norm_columns, padded, round_rows, row_terms
 from sae_fast.kernels.screen import screen
 
@@ -27,9 +29,11 @@ class Screened(NamedTuple):
 
 def candidates(
     x: Tensor, layer: Layer, exact: bool, shift: Tensor | None = None, centred: Tensor | None = None,
-    flag: Tensor | None = None,
+    flag: Tensor | None = None, floor: Tensor | None = None,
 ) -> Screened:  # fmt: skip
-    """The screen of rows x [B, d], or of x − shift [d], which goes to ``centred``; without the bound if not ``exact``."""
+    """The screen of rows x [B, d], or of x − shift [d], which goes to ``centred``; without the bound if not ``exact``.
+    ``floor`` [B] float32: no entry whose π reaches its row's is missed, of u as :func:`members` will give it; a floor that
+    is not above 0 leaves all above 0."""
     (B, d), features, device, shadow = x.shape, layer.W.shape[0], x.device, layer.shadow
     assert shadow is not None
     K = padded(d)
@@ -37,8 +41,9 @@ def candidates(
     norms = torch.empty(B, norm_columns(d), dtype=torch.float32, device=device)
     round_rows(x, x16, norms, shift, centred, flag)
     of_rows, of_features = (norms.new_empty(n, COLUMNS, dtype=BOUND) for n in (B, features))
-    row_terms(norms, K, of_rows, margins=exact)
-    feature_terms(shadow.norms, layer.bias, layer.cut, K, of_features, margins=exact)
+    margins = exact or floor is not None
+    row_terms(norms, K, of_rows, margins, exact, floor)
+    feature_terms(shadow.norms, layer.bias, layer.cut, K, of_features, margins, exact)
     mask = torch.empty(B, words(features), dtype=torch.int32, device=device)
     screen(x16, shadow.rows, of_rows, of_features, mask)
     counts = torch.empty(B, dtype=torch.int64, device=device)
@@ -47,16 +52,23 @@ def candidates(
     return Screened(mask, end - counts, end, x16, norms)
 
 
-def members(x: Tensor, layer: Layer, screened: Screened, capacity: int, flag: Tensor, exact: bool) -> Gapped:
-    """The code of centred rows x [B, d].  Rows whose candidates do not fit set OVERFLOW in ``flag`` and stay empty."""
-    device = x.device
+def members(
+    x: Tensor, layer: Layer, screened: Screened, capacity: int, flag: Tensor, exact: bool, which: Largest | None = None
+) -> Gapped:  # fmt: skip
+    """The code of centred rows x [B, d]; with ``which`` of the largest members alone.  Rows whose candidates do not fit set
+    OVERFLOW in ``flag`` and stay empty; rows whose floor hid some of the largest set SHORT and stay empty."""
+    device, dtype, kind = x.device, x.dtype, layer.activation
     found = torch.empty(capacity, dtype=torch.int32, device=device)
     compact.compact(screened.mask, layer.W.shape[0], screened.begin, screened.end, found, flag)
-    indices, u = torch.empty_like(found), torch.empty(capacity, dtype=x.dtype, device=device)
-    values = torch.zeros(layer.activation.value_sets, capacity, dtype=x.dtype, device=device)
+    of_members = layer
+    if which is not None:  # π itself is what the choice is made by
+        dtype, kind = torch.float32, activations.named("relu")
+        of_members = layer._replace(activation=kind, vectors=(), cut=None)
+    indices, u = torch.empty_like(found), torch.empty(capacity, dtype=dtype, device=device)
+    values = torch.zeros(kind.value_sets, capacity, dtype=dtype, device=device)
     code = Gapped(screened.begin, torch.empty_like(screened.end), indices, u, values)
     if exact:
-        compact.verify(x, layer, screened.end, found, code)
+        compact.verify(x, of_members, screened.end, found, code)
     else:
-        compact.verify(screened.x, layer, screened.end, found, code, screened.norms)
-    return code
+        compact.verify(screened.x, of_members, screened.end, found, code, screened.norms)
+    return code if which is None else largest(code, layer, which, flag)

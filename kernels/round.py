@@ -21,7 +21,7 @@ from sae_fast.kernels.flag import not_finite, stale
 SLICE = 512  # columns whose sums of squares are kept together: weight_step refreshes a slice of a row at a time
 DEPTH = 64  # K is a multiple of it, so that no product masks its inner dimension
 COLUMNS = 16  # of the bound's product, the least that tensor cores take
-TERMS = 5  # columns of them that are not 0
+TERMS = 7  # columns of them that are not 0
 BOUND = torch.float32 if INTERPRETED else torch.bfloat16  # of the same values: the interpreter multiplies no bfloat16
 
 
@@ -177,8 +177,9 @@ def _above(v):
 
 @triton.jit
 def _terms(
-    norms_ptr, bias_ptr, cut_ptr, out_ptr, n, norm_columns, gamma,
-    FEATURES: tl.constexpr, HAS_CUT: tl.constexpr, MARGINS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    norms_ptr, bias_ptr, cut_ptr, floor_ptr, out_ptr, n, norm_columns, gamma,
+    FEATURES: tl.constexpr, HAS_CUT: tl.constexpr, HAS_FLOOR: tl.constexpr, MARGINS: tl.constexpr, LOST: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -190,7 +191,11 @@ def _terms(
     # Outside this range products may vanish; every entry of such a row or feature is a candidate.
     usual = (true_norm >= 2.0**-40) & (true_norm <= 2.0**40) & (lost < float("inf"))
     # At the scale of larger weights squares may have vanished: a norm of 0 is that of zeros at the scale of zeros only.
-    usual = (usual & (norm >= 2.0**-40)) | ((norm == 0) & (scale == 2.0**112))
+    zeros = (norm == 0) & (scale == 2.0**112)
+    usual = (usual & (norm >= 2.0**-40)) | zeros
+    scale = tl.where(zeros, 1.0, scale)  # which meets biases and floors alone: far from the ends of the range
+    if not LOST:
+        lost = tl.zeros_like(lost)
     if FEATURES:
         bias = tl.load(bias_ptr + i, mask=inside, other=0.0).to(tl.float32)
         if HAS_CUT:
@@ -198,30 +203,43 @@ def _terms(
         high = bias * scale
         if MARGINS:
             # What is above 0 stays so; -inf, of a feature that is switched off, stays that.
-            high = tl.where(usual, tl.where(bias > 0, tl.maximum(high, 2.0**-126), high), float("inf"))
+            high = tl.where(usual, tl.where(bias > 0, tl.maximum(high, 2.0**-80), high), float("inf"))
         middle = tl.where(tl.abs(high) < float("inf"), high - _truncated(high), 0.0)
         low = middle - _truncated(middle)
         first, second = rounded, lost
+        floor, rest = -scale, -scale
     else:
         high, middle, low = scale, scale, scale
         first, second = tl.where(usual, lost + gamma * rounded, float("inf")), rounded
+        floor = tl.zeros_like(scale)
+        if HAS_FLOOR:
+            floor = tl.load(floor_ptr + i, mask=inside, other=0.0) * scale
+            # A little less, for what its sum with the bias may lose; a NaN is none.
+            floor = tl.where(floor >= 2.0**-20, tl.minimum(floor, 2.0**64) * (1 - 2.0**-16), 0.0)
+        rest = floor - _truncated(floor)
     column = tl.arange(0, COLUMNS)[None, :]
     out = tl.where(column == 0, _truncated(high)[:, None], tl.where(column == 1, _truncated(middle)[:, None], 0.0))
     out = tl.where(column == 2, low[:, None], out)
     if MARGINS:
         out = tl.where(column == 3, _above(first)[:, None], tl.where(column == 4, _above(second)[:, None], out))
+    out = tl.where(column == 5, _truncated(floor)[:, None], tl.where(column == 6, _truncated(rest)[:, None], out))
     tl.store(out_ptr + i[:, None] * COLUMNS + column, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-def row_terms(norms: Tensor, K: int, out: Tensor, margins: bool = True) -> None:
-    """out [B, COLUMNS] BOUND: each row's factors of the bias, three times, of the features' norms and of what rounding
-    took from the features.  The last two are 0 without ``margins``."""
-    _launch_terms(norms, None, None, out, K, False, margins)
+def row_terms(
+    norms: Tensor, K: int, out: Tensor, margins: bool = True, lost: bool = True, floor: Tensor | None = None
+) -> None:  # fmt: skip
+    """out [B, COLUMNS] BOUND: each row's factors of the bias, three times, of the features' norms, of what rounding took
+    from the features, and of each row's ``floor`` [B] float32, twice: what π has to reach, where that is above 0.  The two
+    in the middle are 0 without ``margins``, and of the operands as they are rounded without ``lost``."""
+    _launch_terms(norms, None, None, floor, out, K, False, margins, lost)
 
 
-def feature_terms(norms: Tensor, bias: Tensor, cut: Tensor | None, K: int, out: Tensor, margins: bool = True) -> None:
+def feature_terms(
+    norms: Tensor, bias: Tensor, cut: Tensor | None, K: int, out: Tensor, margins: bool = True, lost: bool = True
+) -> None:  # fmt: skip
     """out [F, COLUMNS] BOUND: each feature's factors, in the same order; ``bias`` and ``cut`` [F]."""
-    _launch_terms(norms, bias, cut, out, K, True, margins)
+    _launch_terms(norms, bias, cut, None, out, K, True, margins, lost)
 
 
 def accumulation(K: int) -> float:
@@ -229,9 +247,10 @@ def accumulation(K: int) -> float:
     return (K + K // 32 + 80) * 2.0**-23
 
 
-def _launch_terms(norms, bias, cut, out, K, features, margins) -> None:
+def _launch_terms(norms, bias, cut, floor, out, K, features, margins, lost) -> None:
     n = norms.shape[0]
     launch(
-        _terms, (cdiv(n, 256),), norms, bias, cut, out, n, norms.shape[1], accumulation(K),
-        FEATURES=features, HAS_CUT=cut is not None, MARGINS=margins, BLOCK=256, COLUMNS=COLUMNS, num_warps=4,
+        _terms, (cdiv(n, 256),), norms, bias, cut, floor, out, n, norms.shape[1], accumulation(K),
+        FEATURES=features, HAS_CUT=cut is not None, HAS_FLOOR=floor is not None, MARGINS=margins, LOST=lost, BLOCK=256,
+        COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

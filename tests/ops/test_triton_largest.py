@@ -1,0 +1,268 @@
+"""The largest of a code in Triton: what a floor lets through, and the choice among what was found.
+
+The truth is a stable sort of π as the float32 dots give it for every entry.  A floor may hide nothing that reaches it; each
+part of that argument has a case that loses an entry without it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_same_bits, grid, randn
+from test_topk import sorted_choice
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from problems.triton_encode import DEVICE, SMALL, on, set_tiles
+
+from sae_fast.code import Layer, Shadow
+from sae_fast.kernels import _mask, compact, round
+from sae_fast.kernels import encode as pipeline
+from sae_fast.kernels import flag as flag_bits
+from sae_fast.kernels.compact import Gapped
+from sae_fast.kernels.largest import Largest, largest
+
+INF, NAN = float("inf"), float("nan")
+whole_or_not = pytest.mark.parametrize("whole", [False, True], ids=["rows", "batch"])
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    set_tiles(monkeypatch, SMALL)
+
+
+def flag(value: int = 0) -> Tensor:
+    return on(torch.full((), value, dtype=torch.int32))
+
+
+# ---- The choice -------------------------------------------------------------------------------------------------------
+
+
+def found(pi: Tensor, listed: Tensor) -> Gapped:
+    """A code of those entries of pi [B, F], all in u, with rubbish in its gaps but for the values."""
+    counts = listed.sum(1)
+    end = (counts + 2).cumsum(0)
+    C = int(end[-1]) + 3
+    indices, u, values = torch.full((C,), 2**30, dtype=torch.int32), torch.full((C,), NAN), torch.zeros(1, C)
+    for b, last in enumerate(end.tolist()):
+        at, own = slice(last - int(counts[b]), last), listed[b].nonzero()[:, 0]
+        indices[at], u[at], values[0, at] = own.int(), pi[b, own], torch.relu(pi[b, own])
+    return Gapped(*map(on, (end - counts, end, indices, u, values)))
+
+
+def kept(code: Gapped, features: int) -> Tensor:
+    """[B, F] bool; each row in ascending order, nothing in the gaps' values."""
+    begin, end, indices, values = (t.cpu() for t in (code.begin, code.end, code.indices, code.values))
+    chosen, gaps = torch.zeros(len(begin), features, dtype=torch.bool), torch.ones(len(indices), dtype=torch.bool)
+    for b, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+        own, gaps[first:last] = indices[first:last].long(), False
+        assert bool((own.diff() > 0).all())
+        chosen[b, own] = True
+    assert not values[:, gaps].any()
+    return chosen
+
+
+def relu_layer(features: int) -> Layer:
+    return Layer.of(torch.zeros(features, 1, device=DEVICE), torch.zeros(features, device=DEVICE), "relu", {})
+
+
+def some_pi(kind: str) -> Tensor:
+    """[9, 60]: spread over the range of float32; with many ties; with NaNs and infinities."""
+    pi = randn(9, 60)
+    if kind == "range":
+        return pi * 2.0 ** torch.linspace(-149, 126, 540).round()[torch.randperm(540)].view(9, 60)
+    pi = (2 * pi).round() / 2
+    if kind == "not finite":
+        pi[2, 7:40:3], pi[4, 3], pi[6, 1] = NAN, NAN, INF
+    return pi
+
+
+@whole_or_not
+@pytest.mark.parametrize("kind", ["range", "ties", "not finite"])
+@pytest.mark.parametrize("block", [4, 64])
+def test_the_choice_is_that_of_a_stable_sort(block, kind, whole, monkeypatch):
+    """Of rows that have fewer than k, more, or none; in several blocks or one."""
+    set_tiles(monkeypatch, {"largest": {"counted": 16, "block": block, "warps": 1}})
+    pi = some_pi(kind)
+    listed = (torch.rand(9, 60, generator=torch.Generator().manual_seed(1)) < 0.7) & ~(pi <= 0)
+    listed[5] = False
+    code = found(pi, listed)
+    for k in (1, 7, 40):
+        set_flag = flag()
+        out = largest(code, relu_layer(60), Largest(k, whole), set_flag)
+        want = sorted_choice(torch.where(listed, pi, -1.0), "batch_topk" if whole else "topk", k)
+        assert torch.equal(kept(out, 60), want) and int(set_flag) == 0
+        again = largest(code, relu_layer(60), Largest(k, whole), set_flag)
+        assert_same_bits([kept(out, 60), out.values], [kept(again, 60), again.values])
+        u = torch.cat([out.u[a:b] for a, b in zip(out.begin.tolist(), out.end.tolist(), strict=True)]).cpu()
+        assert_same_bits(u, pi[want])
+
+
+def test_of_ties_in_a_batch_the_lower_rows_win_whatever_run_they_are_in(monkeypatch):
+    set_tiles(monkeypatch, {"largest": {"counted": 8, "block": 4, "warps": 1}})
+    pi = torch.ones(30, 11)
+    pi[3] = 2
+    code = found(pi, torch.ones(30, 11, dtype=torch.bool))
+    for k in (1, 2, 7):
+        out = largest(code, relu_layer(11), Largest(k, True), flag())
+        assert torch.equal(kept(out, 11), sorted_choice(pi, "batch_topk", k))
+
+
+@whole_or_not
+def test_a_floor_that_hid_some_of_the_largest_is_noticed(whole):
+    """Rows of 1 .. 60: the 5 largest reach 56; a floor at 56 hides none, one above it one."""
+    pi = torch.arange(1.0, 61).repeat(4, 1)
+    least = 56.0
+    for floor, short in ((least, False), (57.0, True), (0.0, False), (-INF, False), (NAN, False), (INF, True)):
+        floors = on(torch.tensor([0.0, floor, 0.0, -1.0]))
+        set_flag = flag(1 << 7)
+        out = largest(found(pi, torch.ones(4, 60, dtype=torch.bool)), relu_layer(60), Largest(5, whole, floors), set_flag)
+        assert int(set_flag) == (1 << 7 | (flag_bits.SHORT if short else 0)), floor
+        want = sorted_choice(pi, "topk", 5)
+        want[1] &= not short
+        assert torch.equal(kept(out, 60), want)
+    few = found(pi, torch.arange(60).expand(4, 60) < 3)
+    which = Largest(5, whole, on(torch.full((4,), 1.0)))
+    out = largest(few, relu_layer(60), which, set_flag := flag())
+    assert int(set_flag) == flag_bits.SHORT and not kept(out, 60).any(), "of fewer than k there may be others below"
+    largest(few, relu_layer(60), which, set_flag := flag(flag_bits.OVERFLOW))
+    assert int(set_flag) == flag_bits.OVERFLOW, "what did not fit is no fault of the floor"
+
+
+# ---- The floor --------------------------------------------------------------------------------------------------------
+
+
+def screened(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor, exact: bool = True) -> tuple[Tensor, Tensor]:
+    """(candidates, π of all entries by the dots that decide), [B, F]."""
+    B, F = x.shape[0], W.shape[0]
+    layer = Layer.of(on(W), on(bias), "relu", {}, shadow=Shadow(*round.rounded(on(W))))
+    found = pipeline.candidates(on(x), layer, exact, floor=on(floor))
+    word, bit = _mask.places(torch.arange(F))
+    passed = (found.mask.cpu()[:, word] >> bit) & 1 == 1
+    begin = on(torch.arange(B) * F)
+    every = on(torch.arange(F, dtype=torch.int32).repeat(B))
+    u, values = torch.empty(B * F, device=DEVICE), torch.empty(1, B * F, device=DEVICE)
+    code = Gapped(begin, torch.empty_like(begin), torch.empty_like(every), u, values)
+    open_layer = layer._replace(bias=on(torch.full((F,), INF)))
+    compact.verify(*((on(x), open_layer) if exact else (found.x, open_layer)), begin + F, every, code,
+                   *(() if exact else (found.norms,)))  # fmt: skip
+    return passed, u.view(B, F).cpu() + bias
+
+
+def powers(n: int, reach: int, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return (2.0 ** torch.linspace(-reach, reach, n).round())[torch.randperm(n, generator=g)][:, None]
+
+
+def offset(x: Tensor, W: Tensor, bias: Tensor):
+    x[:, [3, 40]] += 300
+    return x, W, bias
+
+
+def zeros(x: Tensor, W: Tensor, bias: Tensor):
+    x[::3], W[::4] = 0, 0
+    return x, W, bias
+
+
+DATA = {
+    "random": lambda x, W, bias: (x, W, bias),
+    "offset": offset,
+    "zeros": zeros,
+    "zeros, biases of any size": lambda x, W, bias: zeros(x, W, bias * powers(80, 140, 3)[:, 0]),
+    "norms to 2^38": lambda x, W, bias: (x * powers(20, 36, 5), W * powers(80, 36, 6), bias),
+    "norms to 2^60": lambda x, W, bias: (x * powers(20, 60, 5), W * powers(80, 60, 6), bias),
+    "all biases": lambda x, W, bias: (x, W, bias * powers(80, 60, 7)[:, 0]),
+    "large biases": lambda x, W, bias: (x * powers(20, 36, 5), W, bias.abs() * powers(80, 126, 7)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("name", DATA)
+def test_whatever_reaches_the_floor_is_a_candidate(name, exact):
+    """The floor is one of the row's own π, the 1st to the 20th largest: that of the dots, to the last bit."""
+    x, W, bias = DATA[name](randn(20, 70), randn(80, 70, seed=1) / 70**0.5, 0.3 * randn(80, seed=2))
+    _, pi = screened(x, W, bias, torch.zeros(20), exact)
+    floor = torch.relu(pi).nan_to_num(posinf=3e38).sort(dim=1, descending=True).values[torch.arange(20), torch.arange(20)]
+    passed, again = screened(x, W, bias, floor, exact)
+    assert_same_bits(pi, again)
+    member = ~(pi < floor[:, None]) & ~(pi <= 0)
+    assert member.any() and not (member & ~passed).any()
+    if name == "random":
+        assert passed.sum() < member.sum() + 20, "and little else is"
+
+
+@pytest.mark.parametrize("floor", [0.0, -1.0, -INF, NAN])
+def test_what_is_no_floor_leaves_all_above_0(floor):
+    x, W, bias = randn(20, 70), randn(80, 70, seed=1) / 70**0.5, 0.3 * randn(80, seed=2)
+    plain, _ = screened(x, W, bias, torch.zeros(20))
+    passed, pi = screened(x, W, bias, torch.full((20,), floor))
+    assert torch.equal(passed, plain) and not ((pi > 0) & ~passed).any()
+
+
+@pytest.mark.parametrize("floor", [2.0**60, 2.0**100, 3e38, INF])
+def test_a_floor_of_any_size_hides_nothing_that_reaches_it(floor):
+    """Where its product with a scale would overflow; biases above it, of rows and features of any norm."""
+    x, W = randn(20, 70) * powers(20, 36, 5), randn(80, 70, seed=1) * powers(80, 36, 6)
+    x[::5], W[::7] = 0, 0
+    bias = torch.full((80,), 2.0).pow(torch.linspace(0, 127.9, 80))
+    passed, pi = screened(x, W, bias, torch.full((20,), floor))
+    assert not ((pi >= floor) & ~passed).any()
+
+
+def test_a_floor_is_lowered_for_what_its_sum_with_the_bias_loses(monkeypatch):
+    """In a row of zeros nothing else makes room: at π = floor the sum is 0 without it."""
+    x, W, bias = torch.zeros(3, 70), randn(80, 70, seed=1), torch.full((80,), 1.5)
+    passed, _ = screened(x, W, bias, torch.tensor([1.5, 1.5 * (1 + 2.0**-12), 1.0]))
+    assert passed[0].all() and not passed[1].any() and passed[2].all()
+
+
+def test_in_bf16_the_margins_are_those_of_the_sums_alone():
+    """π is of the 16-bit copies there: rounding took nothing from it."""
+    x, W, bias = randn(20, 700), randn(80, 700, seed=1) / 700**0.5, 0.3 * randn(80, seed=2)
+    norms = round.rounded(on(x))[1]
+    terms = [torch.empty(20, round.COLUMNS, dtype=round.BOUND, device=DEVICE) for _ in range(2)]
+    for lost, out in zip((True, False), terms, strict=True):
+        round.row_terms(norms, 704, out, True, lost)
+    assert bool((terms[1][:, 3] < terms[0][:, 3]).all()) and bool((terms[1][:, 3] > 0).all())
+    of_features = torch.empty(80, round.COLUMNS, dtype=round.BOUND, device=DEVICE)
+    round.feature_terms(round.rounded(on(W))[1], on(bias), None, 704, of_features, True, False)
+    assert not of_features[:, 4].any()
+
+
+# ---- Both -------------------------------------------------------------------------------------------------------------
+
+
+@whole_or_not
+@pytest.mark.parametrize("exact", [True, False])
+def test_members_gives_the_largest_of_what_passed(exact, whole):
+    """As the host's wait-free steps use it: floors a little below what the last of each row reaches, and then above."""
+    x, W, bias, k = randn(9, 70), randn(80, 70, seed=1) / 70**0.5, 0.3 * randn(80, seed=2), 6
+    layer = Layer.of(on(W), on(bias), "relu", {}, shadow=Shadow(*round.rounded(on(W))))
+    _, pi = screened(x, W, bias, torch.zeros(9), exact)
+    want = sorted_choice(pi, "batch_topk" if whole else "topk", k)
+    least = pi.masked_fill(~want, INF).amin(1)
+    least = least.amin().expand(9).clone() if whole else least
+    for times, short in ((0.9, False), (1.0, False), (1.0001, True)):
+        which, set_flag = Largest(k, whole, on(least * times)), flag()
+        found = pipeline.candidates(on(x), layer, exact, floor=which.floor)
+        code = pipeline.members(on(x), layer, found, 9 * 80, set_flag, exact, which)
+        assert bool(int(set_flag)) == short
+        if not short:
+            assert torch.equal(kept(code, 80), want)
+            listed = [code.values[0, a:b] for a, b in zip(code.begin.tolist(), code.end.tolist(), strict=True)]
+            assert_same_bits(torch.cat(listed).cpu(), pi[want])
+
+
+def test_ties_and_the_screen_together():
+    """On a grid, where all is exact and every entry ties with many."""
+    x, W = grid(30, 5, step=1.0, reach=1, seed=0), grid(80, 5, step=1.0, reach=1, seed=1)
+    bias = grid(80, step=1.0, reach=1, seed=2)
+    layer = Layer.of(on(W), on(bias), "relu", {}, shadow=Shadow(*round.rounded(on(W))))
+    pi = x @ W.T + bias
+    for whole in (False, True):
+        want = sorted_choice(pi, "batch_topk" if whole else "topk", 6)
+        least = pi.masked_fill(~want, INF).amin(1)
+        which = Largest(6, whole, on(least.amin().expand(30).clone() if whole else least))
+        found = pipeline.candidates(on(x), layer, True, floor=which.floor)
+        assert torch.equal(kept(pipeline.members(on(x), layer, found, 30 * 80, flag(), True, which), 80), want)
