@@ -14,12 +14,13 @@ import os
 import re
 import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -243,8 +244,21 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors in a file, in memory of their own: what is loaded outlives the file.  Errors as of :func:`read_json`."""
-    try:
+    with _named(file):
         return {name: t.clone() for name, t in load_file(file).items()}
+
+
+def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors' shapes by name, as the file's header says.  Errors as of :func:`read_json`."""
+    with _named(file), safe_open(file, "pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in sorted(tensors.keys())}
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors of safetensors with the file's name."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: there is no such file") from error
     except SafetensorError as error:
@@ -256,6 +270,17 @@ def lfs_pointer(file: Path) -> str | None:
     with file.open("rb") as stream:
         pointer = stream.read(len(LFS)) == LFS
     return "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`" if pointer else None
+
+
+def packed(file: Path, writer: str) -> str | None:
+    """A complaint of a zip archive that would take more memory than it has bytes: its ``writer`` compresses nothing."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            needed = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return None  # an old file of torch, or a damaged one, which its reader says
+    size = file.stat().st_size
+    return f"got {needed} bytes packed into {size}, want what {writer} writes" if needed > size else None
 
 
 def key(config: Mapping[str, Any], file: str | os.PathLike, kind: type | tuple[type, ...], *path: str) -> Any:

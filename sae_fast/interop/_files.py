@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from sae_fast import files
+from sae_fast.extras import require
+from sae_fast.interop import _npz
 
 
 class Tensors:
@@ -35,8 +37,8 @@ class Tensors:
         return set(self._left)
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor of that name, of a shape in which None stands for any size: for that there must be numbers in the
-        file, as a small file may claim any shape for a view of one number."""
+        """The tensor of that name, of a shape in which None stands for any size: for that, and for a matrix, there must be
+        numbers in the file, as a small file may claim any shape for a view of one number."""
         if name not in self._left:
             raise ValueError(f"{self.file}: tensor {name!r} is missing; it holds {sorted(self._left)}")
         tensor = self._left.pop(name)
@@ -45,7 +47,7 @@ class Tensors:
             wanted = ", ".join("any" if w is None else str(w) for w in shape)
             raise ValueError(f"{self.file}: {name}: got shape {tuple(tensor.shape)}, want ({wanted})")
         held = tensor.untyped_storage().nbytes() // tensor.element_size()
-        if None in shape and tensor.numel() > held:
+        if (None in shape or len(shape) > 1) and tensor.numel() > held:
             raise ValueError(
                 f"{self.file}: {name}: got shape {tuple(tensor.shape)}, but the file holds {held} numbers of it"
             )
@@ -61,20 +63,50 @@ def read_safetensors(file: Path) -> Tensors:
     return Tensors(file, files.read_safetensors(file))
 
 
+def read_npz(file: Path) -> Tensors:
+    """The arrays of a .npz file.  Errors as of :func:`sae_fast.interop._npz.read`."""
+    return Tensors(file, _npz.read(file))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.  Errors as of :func:`sae_fast.files.read_json`."""
+    yaml = require("yaml", extra="hub")
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: there is no such file") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = files.lfs_pointer(file) or f"not valid YAML: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{file}: {reason}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: {files.lfs_pointer(file) or f'got {type(value).__name__}, want a mapping'}")
+    return value
+
+
 # In torch's words:
 CODE = re.compile(r"GLOBAL \S+|unrecognized function .*|new object for .*|build Tensor, .*|.* must be imported .*")
 
 
-def read_pt(file: Path) -> Any:
-    """The tensors and plain values in a file that torch.save wrote.  Errors as of :func:`read_safetensors`."""
+def shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a file of tensors holds, by name, without reading its numbers; () of what is no tensor, and none
+    for a file that holds no names.  Errors as of :func:`read_safetensors`."""
+    if file.suffix in (".safetensors", ".npz"):
+        return (files.safetensors_shapes if file.suffix == ".safetensors" else _npz.shapes)(file)
+    value = read_pt(file, mmap=zipfile.is_zipfile(file))
+    return {n: tuple(getattr(t, "shape", ())) for n, t in value.items()} if isinstance(value, dict) else {}
+
+
+def read_pt(file: Path, mmap: bool = False) -> Any:
+    """The tensors and plain values in a file that torch.save wrote.  Errors as of :func:`read_safetensors`.
+    ``mmap``: their numbers stay in the file, and may be others than it was written with where it is damaged."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file")
-    if said := files.lfs_pointer(file) or _packed(file):
+    if said := files.lfs_pointer(file) or files.packed(file, "torch.save"):
         raise ValueError(f"{file}: {said}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # whether it reads is what counts
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file}: {_why_not(str(error))}") from error
     except OSError as error:
@@ -85,15 +117,12 @@ def read_pt(file: Path) -> Any:
         raise ValueError(f"{file}: truncated or damaged: {' '.join(str(error).split())[:200]}") from error
 
 
-def _packed(file: Path) -> str | None:
-    """A complaint of an archive that would take more memory than it has bytes; torch.save compresses nothing."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            needed = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return None  # an old file of torch, or a damaged one, which torch.load says
-    size = file.stat().st_size
-    return f"got {needed} bytes packed into {size}, want what torch.save writes" if needed > size else None
+def read_state_dict(file: Path) -> dict[str, Any]:
+    """The dict in a file that torch.save wrote.  Errors as of :func:`read_safetensors`."""
+    value = read_pt(file)
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: got {type(value).__name__}, want a state_dict")
+    return value
 
 
 def _why_not(reason: str) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from sae_fast import arguments
 from sae_fast.interop import _norms, hub
-from sae_fast.interop.formats import FORMATS, Loaded, config_of, format_of
+from sae_fast.interop.formats import FORMATS, READERS, Loaded, config_of, format_of
 from sae_fast.nn import KINDS, GatedSAE, SparseAutoencoder
 from sae_fast.nn.scale import scale_input_, unscale_
 
@@ -23,23 +23,29 @@ def load(
     path: str | os.PathLike,
     device: torch.device | str = "cpu",
     *,
+    dtype: torch.dtype | None = None,
     activation_scale: float | None = None,
     fold_decoder_norm: bool = False,
+    k: int | None = None,
+    recipe: str | None = None,
 ) -> SparseAutoencoder:
-    """The SAE in a folder or file of a format (see ``sae_fast.interop.formats.FORMATS``), found by its files' names; or in
-    the folder of a run of `sae-fast demo` or `train`.
+    """The SAE in a folder or file of a format (see ``sae_fast.interop.formats.READERS``), found by its files' names and the
+    names in them; or in the folder of a run of `sae-fast demo` or `train`.
 
     ``path`` that is not there is taken as a place on the Hugging Face Hub: "user/repo", "user/repo/folder",
-    "user/repo/folder@revision".
+    "user/repo/folder@revision", or a file's there.  ``dtype``: of the weights, by default as they are in the file.
     ``activation_scale`` s: the SAE was trained on s · x, and is made one of x: W_enc·s, W_dec/s, b_dec/s (SAELens'
     normalize_activations "expected_average_only_in", whose s is in the files of training checkpoints only).
     ``fold_decoder_norm``: decoder rows are made unit and features count their norms: exact in the reals, f_i times n_i.
+    ``k``: of formats that keep it in a repository's name (Qwen-Scope) or nowhere.  ``recipe``: of Llama Scope, see
+    docs/formats.md.
 
     ``sae.metadata`` has where it came from: format, model_name, layer, hook_name, and the config as it was.  A warning says
     what the numbers alone do not.  ``FileNotFoundError`` when there is nothing; ``ValueError`` that names the file, and the
     tensor or key, when it is damaged or of a kind that no layer here holds.  No pickle is executed.
     """
-    return _read(path, activation_scale, fold_decoder_norm, stacklevel=3).sae.to(device)
+    options = {"k": k, "recipe": recipe}
+    return _read(path, dtype, activation_scale, fold_decoder_norm, options, stacklevel=3).sae.to(device)
 
 
 def save(
@@ -70,7 +76,10 @@ def convert(
     to: str,
     *,
     as_jumprelu: bool = False,
+    dtype: torch.dtype | None = None,
     activation_scale: float | None = None,
+    k: int | None = None,
+    recipe: str | None = None,
     overwrite: bool = False,
     fold_decoder_norm: bool | None = None,
     model_name: str | None = None,
@@ -85,7 +94,7 @@ def convert(
     """
     if to not in FORMATS:
         raise ValueError(f"to: got {to!r}, want one of {sorted(FORMATS)}")
-    loaded = _read(source, activation_scale, False, stacklevel=3)
+    loaded = _read(source, dtype, activation_scale, False, {"k": k, "recipe": recipe}, stacklevel=3)
     sae = loaded.sae
     if loaded.unfold is not None:
         _norms.unfold(sae, loaded.unfold)
@@ -101,15 +110,28 @@ def convert(
     return _write(sae, destination, to, overwrite, fold_decoder_norm, about)
 
 
-def _read(path: str | os.PathLike, scale: float | None, fold: bool, stacklevel: int) -> Loaded:
+def _read(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    scale: float | None,
+    fold: bool,
+    options: dict[str, Any],
+    stacklevel: int,
+) -> Loaded:
     place = Path(path)
     if not place.exists():
         place = hub.fetch(os.fspath(path))
-    if FORMATS["sae_fast"].finds(place / "checkpoint") and not any(format.finds(place) for format in FORMATS.values()):
+    if FORMATS["sae_fast"].finds(place / "checkpoint") and not any(format.finds(place) for format in READERS.values()):
         place = place / "checkpoint"  # of a run
     format = format_of(place)
-    loaded = format.read(place)
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in set(given) - set(format.OPTIONS):
+        raise ValueError(f"{name}: got {given[name]!r}, but the files of {format.NAME} say what it is, or have none")
+    loaded = format.read(place, **given)
     loaded.sae.metadata["format"] = format.NAME
+    if dtype is not None and loaded.sae.W_enc.dtype != arguments.floating("dtype", dtype):
+        loaded.sae.to(dtype)
+        loaded.unfold = None
     if loaded.unfold is not None and _norms.digest(loaded.sae) != loaded.unfold.digest:
         loaded.unfold = None  # it was trained on since
     bad = [f"{name}: {n} of its numbers are NaN or infinite" for name, n in loaded.sae.not_finite().items()]
@@ -118,9 +140,13 @@ def _read(path: str | os.PathLike, scale: float | None, fold: bool, stacklevel: 
         if scale is None:
             raise ValueError(f"{loaded.unscaled}: the scale is not in the files; want activation_scale")
     if scale is not None:
-        if loaded.scale is not None and not math.isclose(_checked(scale), loaded.scale, rel_tol=1e-3):
+        if (
+            loaded.scale is not None
+            and not loaded.free_scale
+            and not math.isclose(_checked(scale), loaded.scale, rel_tol=1e-3)
+        ):
             raise ValueError(f"activation_scale: got {scale}, but the files say {loaded.scale}")
-        scale_input_(loaded.sae, _checked(scale))
+        scale_input_(loaded.sae, _checked(scale), loaded.scale_out)
         loaded.unfold = None
     if fold:
         _norms.fold(loaded.sae)
@@ -141,7 +167,7 @@ def _write(
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}, want one of {sorted(FORMATS)}")
     files = FORMATS[FORMATS[format].FILES_OF]
-    if others := {name for name, f in FORMATS.items() if f.finds(Path(path))} - {files.NAME}:
+    if others := {name for name, f in READERS.items() if f.finds(Path(path))} - {files.NAME}:
         raise FileExistsError(f"path: {path} holds an SAE of {', '.join(sorted(others))}; want a folder of its own")
     if overwrite and (Path(path) / files.CONFIG).exists() and not files.finds(Path(path)):
         raise FileExistsError(f"path: the {files.CONFIG} in {path} is not of such an SAE; want a folder of its own")

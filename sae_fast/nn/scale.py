@@ -23,13 +23,14 @@ def scale_(sae: SparseAutoencoder, scale: float) -> None:
 
 
 @torch.no_grad()
-def scale_input_(sae: SparseAutoencoder, scale: float) -> None:
-    """Turns an SAE of scale · x into one of x whose features are the same."""
+def scale_input_(sae: SparseAutoencoder, scale: float, out: float | None = None) -> None:
+    """Turns an SAE of scale · x into one of x whose features are the same.  ``out``: a transcoder's, which gives out times
+    what it is to give; by default as ``scale``."""
     if sae.normalize is not None:
         raise ValueError(f"sae: got a {type(sae).__name__} with normalize = {sae.normalize}, want one without to scale it")
     sae.W_enc.mul_(scale)
-    sae.W_dec.div_(scale)
-    sae.b_dec.div_(scale)
+    sae.W_dec.div_(out or scale)
+    sae.b_dec.div_(out or scale)
 
 
 def unscale_(sae: SparseAutoencoder) -> None:

@@ -273,51 +273,39 @@ def test_whatever_a_tensor_is_it_loads_or_is_a_named_error(format, tmp_path):
                 assert sf.load(tmp_path).threshold.dtype in (torch.float16, torch.float32, torch.float64)
 
 
-# ---- What is known but not read ---------------------------------------------------------------------------------------
+# ---- What is known and refused ----------------------------------------------------------------------------------------
 
-M, V, v = torch.zeros(F, D), torch.zeros(F), torch.zeros(D)
-SAE = {"W_enc": M.T, "W_dec": M, "b_enc": V, "b_dec": v}
-SAE_T = {"W_enc": M, "W_dec": M.T, "b_enc": V, "b_dec": v}
-OPENAI = {"pre_bias": v, "latent_bias": V, "encoder.weight": M, "decoder.weight": M.T, "activation": "TopK"}
-KNOWN: list[tuple[str, str, dict[str, dict]]] = [  # format, the file that is named or "" for the folder, files
-    ("Llamascopium", "", {"sae_weights.safetensors": {"W_E": M.T, "b_E": V, "W_D": M}, "config.json": {"sae_type": "sae"}}),
-    ("Llamascopium", "", {"sae_weights.pt": {"sae": {}}, "config.json": {"sae_type": "sae"}}),
-    ("Llamascopium", "", {"sae_weights.dcp/__0.distcp": {}, "config.json": {"sae_type": "lorsa"}}),
-    ("Llamascopium", "", {"checkpoints/final.safetensors": {"W_E": M.T}, "config.json": {}}),
-    ("Llama Scope", "", {"hyperparams.json": {}, "checkpoints/final.safetensors": {"encoder.weight": M}}),
+M, T = torch.zeros(F, D), torch.zeros(F, 3, D)
+REFUSED: list[
+    tuple[str, str, str, dict[str, dict]]
+] = [  # format, reason, the file that is named or "" for the folder, files
+    ("temporal SAEs", "attend to the tokens before", "", {"conf.yaml": {}, "latest_ckpt.safetensors": {"D": M}}),
+    ("temporal SAEs", "attend", "latest_ckpt.safetensors", {"latest_ckpt.safetensors": {"D": M, "E": M}}),
+    ("circuit-tracer's cross-layer", "many layers", "", {"W_enc_0.safetensors": {"W_enc_0": M}, "config.yaml": {}}),
+    ("circuit-tracer's cross-layer", "many layers", "a.safetensors", {"a.safetensors": {"W_enc_0": M, "b_enc_0": M[0]}}),
+    ("Gemma Scope 2's cross-layer", "many layers", "clt/w", {"clt/w/params_layer_0.safetensors": {"w_enc": M}}),
+    ("Gemma Scope 2's cross-layer", "many layers", "a.safetensors", {"a.safetensors": {"w_enc": M.T, "w_dec": T}}),
     (
-        *("Llama Scope R1", ""),
-        {"sae_weights.safetensors": {"encoder.weight": M, "log_jumprelu_threshold": V}, "config.json": {}},
+        "Llamascopium's sharded",
+        "want sae_weights",
+        "",
+        {"sae_weights.dcp/__0.distcp": {}, "config.json": {"sae_type": "sae"}},
     ),
-    ("Gemma Scope", "", {"params.npz": {}}),
-    ("Gemma Scope 2", "", {"params.safetensors": {"w_enc": M.T}, "config.json": {"architecture": "jump_relu"}}),
-    ("Gemma Scope 2", "", {"params.safetensors": {"w_enc": M.T, "w_dec": M}}),
-    ("Qwen-Scope", "", {"layer0.sae.pt": SAE_T}),
-    ("Qwen-Scope", "renamed.pt", {"renamed.pt": SAE_T}),
-    ("OpenAI's GPT-2 SAEs", "6.pt", {"6.pt": OPENAI | {"activation_state_dict": {"k": 32, "postact_fn": "ReLU"}}}),
-    ("hook_z", "", {"L1.pt": SAE, "L1_cfg.json": {"act_size": D}}),
-    ("hook_z", "L1.pt", {"L1.pt": SAE, "L1_cfg.json": {"act_size": D}}),
-    ("Goodfire", "l50.pt", {"l50.pt": {"encoder_linear.weight": M}}),
-    ("Goodfire", "Llama-3.1-8B-Instruct-SAE-l19.pth", {"Llama-3.1-8B-Instruct-SAE-l19.pth": {}}),
-    ("temporal SAEs", "", {"conf.yaml": {}, "latest_ckpt.safetensors": {"D": M}}),
-    ("circuit-tracer's transcoders", "", {"config.yaml": {}, "layer_0.safetensors": {"W_enc": M}}),
 ]
 
 
-@pytest.mark.parametrize("name, file, files", KNOWN, ids=lambda v: v if isinstance(v, str) else ", ".join(v))
-def test_a_format_that_is_known_but_not_read_is_named(name, file, files, tmp_path):
+@pytest.mark.parametrize("name, why, file, files", REFUSED, ids=lambda v: v if isinstance(v, str) else ", ".join(v))
+def test_a_format_that_is_known_and_refused_is_named_with_the_reason(name, why, file, files, tmp_path):
     for path, content in files.items():
-        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         if path.endswith(".safetensors"):
-            save_file({n: t.contiguous() for n, t in content.items()}, tmp_path / path)
-        elif path.endswith(".pt"):
-            torch.save(content, tmp_path / path)
+            save_file({n: t.contiguous().clone() for n, t in content.items()}, tmp_path / path)
         else:
             (tmp_path / path).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"{tmp_path}.*: this is of {name}.*, a format that is known but cannot be read"):
+    with pytest.raises(ValueError, match=rf"path: {tmp_path}.* is of {name}.*, which are refused: .*{why}"):
         sf.load(tmp_path / file)
     done = CliRunner().invoke(app, ["convert", str(tmp_path / file), str(tmp_path / "out"), "--to", "sae_fast"])
-    assert done.exit_code == 1 and f"this is of {name}" in " ".join(done.stderr.split())
+    assert done.exit_code == 1 and f"is of {name}" in " ".join(done.stderr.split())
 
 
 def test_training_folders_of_saelens_are_not_taken_for_others(tmp_path):

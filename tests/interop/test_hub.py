@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import PATIENCE, same_bits
-from problems.hub_server import Server
+from problems.hub_server import COMMIT, Server
+from problems.published import PUBLISHED
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is an optional extra")
 
@@ -97,24 +98,84 @@ def test_what_is_pushed_is_loaded_from_another_process(server, tmp_path):
     assert "there are weights in sae_fast, saebench, saelens, v5_32k_layer_0.pt: name one of them" in several
 
 
-def test_what_is_known_but_not_read_is_named_by_the_names_on_the_hub(server, tmp_path):
+def test_what_is_refused_is_named_by_the_names_on_the_hub(server, tmp_path):
     files = {
-        "layer_20/width_16k/average_l0_71/params.npz": "Gemma Scope",
-        "resid_post/layer_3/params.safetensors": "Gemma Scope 2",
-        "L3R-8x/hyperparams.json": "Llama Scope",
-        "layer3.sae.pt": "Qwen-Scope",
+        "clt/width_262k_l0_medium/params_layer_0.safetensors": "Gemma Scope 2's cross-layer transcoders",
+        "layer_12/temporal/latest_ckpt.safetensors": "temporal SAEs",
+        "a/W_enc_0.safetensors": "circuit-tracer's cross-layer transcoders",
+        "b/sae_weights.dcp/.metadata": "Llamascopium's sharded checkpoints",
     }
     for name in files:
         (tmp_path / "hub/user/other" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "hub/user/other" / name).write_text("unread")
-    (tmp_path / "hub/user/other/L3R-8x/checkpoints").mkdir()
-    (tmp_path / "hub/user/other/L3R-8x/checkpoints/final.safetensors").write_text("unread")
     places = [f"user/other/{name}".rpartition("/")[0] for name in files]
     script = FAIL.replace('("user/none", "user/saes/nowhere", "user/saes")', repr(tuple(places)))
     server.log.clear()
     for said, format in zip(client(server, tmp_path, script), files.values(), strict=True):
-        assert f"this is of {format}, a format that is known but cannot be read yet" in said, said
-    assert not [line for line in server.log if "/resolve/" in line and not line.endswith(".json")], "no weights are fetched"
+        assert said.startswith("ValueError") and f"is of {format}, which are refused: " in said, said
+    assert not [line for line in server.log if "/resolve/" in line], "nothing is fetched"
+
+
+PUBLISHED_ONES = """
+import warnings
+warnings.simplefilter("ignore")
+loaded = [sf.load(place) for place in PLACES]
+print(json.dumps([[type(s).__name__, {k: v for k, v in s.metadata.items() if k != "configs"}] for s in loaded]))
+"""
+
+
+def test_published_saes_are_fetched_by_their_places_and_nothing_else_is(server, tmp_path):
+    saes = {f"{p.repo}/{p.place}": p for p in reversed(PUBLISHED.values()) if not p.options}
+    for published in saes.values():
+        published.write(tmp_path / "hub")
+    places = [place + "@main" * (i % 2) for i, place in enumerate(saes)]
+    found = client(server, tmp_path, PUBLISHED_ONES.replace("PLACES", repr(places)))
+    for published, (kind, metadata) in zip(saes.values(), found, strict=True):
+        assert kind == published.kind and metadata.items() >= published.metadata.items()
+    fetched = {line.split(" ")[1][1:].replace(f"/resolve/{COMMIT}/", "/") for line in server.log if "/resolve/" in line}
+    assert fetched == {f"{p.repo}/{file}" for p in saes.values() for file in (p.file, *p.beside)}
+
+
+SEVERAL = """
+found = []
+for place in PLACES:
+    try:
+        sf.load(place)
+    except (FileNotFoundError, ValueError) as error:
+        found.append(type(error).__name__ + ": " + str(error))
+print(json.dumps(found))
+"""
+
+
+def test_several_saes_in_a_place_are_listed_and_a_path_out_of_it_is_none(server, tmp_path):
+    for published in (PUBLISHED["qwen scope"], PUBLISHED["hook_z"], PUBLISHED["gemma scope"]):
+        published.write(tmp_path / "hub")
+    (tmp_path / "secret.pt").write_text("unread")
+    qwen, hook_z, scope = (PUBLISHED[name].repo for name in ("qwen scope", "hook_z", "gemma scope"))
+    places = [qwen, hook_z, scope, f"{scope}/layer_20", f"{qwen}/../../secret.pt", f"{qwen}/x/..", f"{qwen}@../../x"]
+    said = client(server, tmp_path, SEVERAL.replace("PLACES", repr(places)))
+    assert "holds layer0.sae.pt, layer7.sae.pt: name one of these files" in said[0]
+    assert "holds another.pt, gpt2-small" in said[1] and "there are weights in layer_20/width_4k/average_l0_70" in said[2]
+    assert "holds no SAE in 'layer_20'; there are weights in layer_20/width_4k" in said[3]
+    assert all("it is no place on the Hub" in line for line in said[4:6]) and said[6].startswith("FileNotFoundError")
+
+
+OFFLINE = """
+first = sf.load("Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_50/layer7.sae.pt")
+import huggingface_hub.constants as constants, unittest.mock as mock
+with mock.patch("huggingface_hub.HfApi.model_info", side_effect=ConnectionError("no network")):
+    again = sf.load("Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_50/layer7.sae.pt")
+    try:
+        sf.load("Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_50/layer0.sae.pt")
+    except FileNotFoundError as error:
+        print(json.dumps([torch.equal(first.W_enc, again.W_enc), str(error)]))
+"""
+
+
+def test_what_was_fetched_loads_where_the_hub_does_not_answer(server, tmp_path):
+    PUBLISHED["qwen scope"].write(tmp_path / "hub")
+    same, error = client(server, tmp_path, OFFLINE)
+    assert same and "layer0.sae.pt' here, and the Hub gave no" in error and "no network" in error
 
 
 def test_a_folder_here_comes_before_one_there(tmp_path, monkeypatch):

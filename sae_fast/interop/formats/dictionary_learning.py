@@ -7,7 +7,7 @@ those for normalised activations.  Classes and keys: those of the package at 0.1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sae_fast import arguments, nn
 from sae_fast.files import json_writer, key, read_json, safetensors_writer, write_files
-from sae_fast.interop import _foreign, _norms
-from sae_fast.interop._files import Tensors, pt_writer, read_pt, read_safetensors
+from sae_fast.interop import _norms
+from sae_fast.interop._files import Tensors, pt_writer, read_safetensors, read_state_dict
 from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats._common import (
     KEY,
@@ -26,10 +26,12 @@ from sae_fast.interop.formats._common import (
     config_of,
     layer_of,
     mapping,
+    named_after_model,
     own,
     refuse,
     remember,
     to_keep,
+    weights_in,
 )
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.nn.scale import scale_
@@ -37,11 +39,17 @@ from sae_fast.nn.scale import scale_
 NAME, ORDER, UNIT_ROWS = "dictionary_learning", 1, True
 FILES_OF, SIGN = NAME, "ae.pt (dictionary_learning)"
 WEIGHTS, CONFIG, UNFOLD = "ae.pt", "config.json", "sae_fast_unfold.safetensors"
+FILES, BESIDE, OPTIONS = (WEIGHTS, "ae_*.pt"), (CONFIG, f"../{CONFIG}", UNFOLD), ()
 OLDEST = "active_features_encoder.weight"  # of the first Gated class, whose two encoders were not tied
 
 
 def finds(path: Path) -> bool:
-    return (path / WEIGHTS).is_file() or (path.is_file() and path.suffix == ".pt")
+    return (path / WEIGHTS).is_file() or (path.is_file() and bool(weights_in(path, FILES)))
+
+
+def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
+    names = set(shapes)
+    return file.suffix == ".pt" and ("ae" in names or OLDEST in names or any(_fits(names, keys) for keys in KEYS.values()))
 
 
 def read(path: Path) -> Loaded:
@@ -49,7 +57,6 @@ def read(path: Path) -> Loaded:
     config, config_file = _config(file)
     trainer = key(config, config_file, dict, "trainer") if "trainer" in config else {}
     state, factor = _state(file)
-    _foreign.refuse(file, state)
     tensors = Tensors(file, state)
     if OLDEST in tensors:
         raise ValueError(
@@ -63,6 +70,7 @@ def read(path: Path) -> Loaded:
     for ours, theirs in (("model_name", "lm_name"), ("layer", "layer")):
         if trainer.get(theirs) not in (None, ""):
             sae.metadata[ours] = trainer[theirs]
+    named_after_model(sae, file, "deepseek-ai")
     if factor is not None:  # a backup of a run on normalised activations: as its trainer scales at the end
         scale_(sae, factor)
         if isinstance(sae, nn.TopKSAE) and sae.metadata["threshold"] >= 0:
@@ -107,9 +115,7 @@ def _config(file: Path) -> tuple[dict[str, Any], Path]:
 
 def _state(file: Path) -> tuple[dict[str, Tensor], float | None]:
     """The weights, and the factor of a backup's activations that its biases do not have yet."""
-    value = read_pt(file)
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: got {type(value).__name__}, want a state_dict")
+    value = read_state_dict(file)
     if not isinstance(value.get("ae"), dict):
         return value, None
     factor = value.get("norm_factor")
@@ -127,11 +133,15 @@ def _class(config: dict[str, Any], file: Path, tensors: Tensors) -> str:
         if name not in READERS:
             raise ValueError(f"{file}: trainer.dict_class: got {name!r}, want one of {sorted(READERS)}")
         return name
-    fitting = [name for name, keys in KEYS.items() if keys - ADDED <= tensors.names() <= keys]
+    fitting = [name for name, keys in KEYS.items() if _fits(tensors.names(), keys)]
     if len(fitting) != 1:
         said = f"its tensors {sorted(tensors.names())} fit {' and '.join(fitting) or 'no class'}"
         raise ValueError(f"{file}: trainer.dict_class: missing, and {said}")
     return fitting[0]
+
+
+def _fits(names: set[str], keys: set[str]) -> bool:
+    return keys - (ADDED if "k" in keys else set()) <= names <= keys
 
 
 def _gated(tensors: Tensors, config: dict, file: Path) -> SparseAutoencoder:

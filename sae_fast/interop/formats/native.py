@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from sae_fast.interop._norms import Unfold
@@ -11,8 +12,8 @@ from sae_fast.nn import SparseAutoencoder
 from sae_fast.train import checkpoint
 
 NAME, ORDER, UNIT_ROWS = "sae_fast", 0, False
-FILES_OF, SIGN = NAME, "config.json of sae_fast"
-WEIGHTS, CONFIG = "*.safetensors", checkpoint.MANIFEST
+FILES_OF, CONFIG, SIGN = NAME, checkpoint.MANIFEST, "config.json of sae_fast"
+FILES, BESIDE, OPTIONS = ("weights-*.safetensors",), (CONFIG,), ()
 
 
 def finds(path: Path) -> bool:
@@ -20,6 +21,10 @@ def finds(path: Path) -> bool:
         return json.loads((path / checkpoint.MANIFEST).read_bytes())["format"] == checkpoint.FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
+    return False  # the manifest says so, or nothing
 
 
 def read(path: Path) -> Loaded:

@@ -3,6 +3,7 @@ trainer_class that they look for, and unit decoder rows.  It is read as what it 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from sae_fast.interop import _norms
@@ -12,11 +13,15 @@ from sae_fast.interop.formats._common import Loaded, layer_of, refuse
 from sae_fast.nn import ReluSAE, SparseAutoencoder
 
 NAME, ORDER, UNIT_ROWS = "saebench", 4, True
-FILES_OF, SIGN = dictionary_learning.NAME, ""
-WEIGHTS, CONFIG = dictionary_learning.WEIGHTS, dictionary_learning.CONFIG
+FILES_OF, CONFIG, SIGN = dictionary_learning.NAME, dictionary_learning.CONFIG, ""
+FILES, BESIDE, OPTIONS = (), (), ()
 
 
 def finds(path: Path) -> bool:
+    return False
+
+
+def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
     return False
 
 

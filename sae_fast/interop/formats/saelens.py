@@ -6,7 +6,7 @@ none of it: normalisation of each example, whitening, fine-tuning scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -16,10 +16,11 @@ import torch
 
 from sae_fast import arguments, nn
 from sae_fast.files import json_writer, key, read_json, safetensors_writer, write_files
-from sae_fast.interop import _foreign, _norms
+from sae_fast.interop import _norms
 from sae_fast.interop._files import Tensors, read_safetensors
 from sae_fast.interop._norms import Unfold
 from sae_fast.interop.formats._common import (
+    HEADS,
     KEY,
     Loaded,
     build,
@@ -28,6 +29,7 @@ from sae_fast.interop.formats._common import (
     mapping,
     own,
     refuse,
+    refuse_scaling_factor,
     remember,
     to_keep,
 )
@@ -37,7 +39,9 @@ from sae_fast.nn.grouped import GroupedSAE
 NAME, ORDER, UNIT_ROWS = "saelens", 2, False
 FILES_OF, SIGN = NAME, "sae_weights.safetensors (SAELens)"
 WEIGHTS, CONFIG, VERSION = "sae_weights.safetensors", "cfg.json", "6.0.0"
+FILES, OPTIONS = (WEIGHTS,), ()
 SCALER = "activation_scaler.json"  # of a training checkpoint
+BESIDE = (CONFIG, SCALER)
 ARCHITECTURES = {
     "gated": "gated",
     "standard": "standard",
@@ -51,12 +55,15 @@ METADATA = ("model_name", "hook_name", "hook_head_index", "context_size", "prepe
 
 
 def finds(path: Path) -> bool:
-    return (path / WEIGHTS).is_file()
+    return (path / WEIGHTS).is_file() and ((path / CONFIG).is_file() or not (path / "config.json").is_file())
+
+
+def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
+    return "W_enc" in shapes and "W_dec" in shapes and file.name == WEIGHTS
 
 
 def read(path: Path) -> Loaded:
     file, tensors = path / CONFIG, read_safetensors(path / WEIGHTS)
-    _foreign.refuse(tensors.file, dict.fromkeys(tensors.names()))
     stored = read_json(file)
     config = _of_version_6(stored, file)
     said = key(config, file, str, "architecture") if "architecture" in config else "standard"
@@ -78,10 +85,7 @@ def read(path: Path) -> Loaded:
     if sae.metadata.get("layer") is None and (layer := layer_of(metadata.get("hook_name"))) is not None:
         sae.metadata["layer"] = layer
     if config.get("reshape_activations", "none") != "none":
-        notes.append(
-            f"reshape_activations: {config['reshape_activations']!r}: this SAE takes the heads' activations side by side, "
-            "[..., heads · d_head]"
-        )
+        notes.append(f"reshape_activations: {config['reshape_activations']!r}: {HEADS}")
     unscaled = config.get("normalize_activations")
     if unscaled in (None, "none"):
         return Loaded(sae, notes=notes)
@@ -144,10 +148,7 @@ def _of_version_6(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _refuse_what_scales(config: dict[str, Any], file: Path, tensors: Tensors) -> None:
-    if "scaling_factor" in tensors:
-        factor = tensors.take("scaling_factor", None)
-        if not bool((factor == 1).all()):  # ones were written for a while, and mean nothing
-            raise ValueError(f"{tensors.file}: scaling_factor: got values other than 1, which no layer here multiplies by")
+    refuse_scaling_factor(tensors)
     if config.get("finetuning_scaling_factor") not in (None, False):
         raise ValueError(f"{file}: finetuning_scaling_factor: got {config['finetuning_scaling_factor']!r}, want false")
     known = ("none", None, "expected_average_only_in")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from sae_fast.nn import SparseAutoencoder
 NAME, ORDER, UNIT_ROWS = "sparsify", 3, False
 FILES_OF, SIGN = NAME, "sae.safetensors (sparsify)"
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
+FILES, BESIDE, OPTIONS = (WEIGHTS,), (CONFIG, "../config.json"), ()
 
 
 def finds(path: Path) -> bool:
     return (path / WEIGHTS).is_file()
+
+
+def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
+    return "encoder.weight" in shapes and "W_dec" in shapes
 
 
 def read(path: Path) -> Loaded:
