@@ -47,8 +47,9 @@ def read(path: Path) -> Loaded:
     )  # fmt: skip
     norms = _openmoss.norm_of(config) | _openmoss.take_norms(tensors)
     b_enc = tensors.take("b_E", None)
-    F, d = len(b_enc), key(config, file, int, "d_model")
-    W_enc, W_dec = tensors.take("W_E", d, F).T, tensors.take("W_D", F, d)
+    W_enc = tensors.take("W_E", None, len(b_enc)).T
+    F, d = W_enc.shape
+    W_dec = tensors.take("W_D", F, d)
     _openmoss.whole_features(config, file, F, d)
     with_bias = key(config, file, bool, "use_decoder_bias") if "use_decoder_bias" in config else True
     values = dict(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=tensors.take("b_D", d) if with_bias else W_dec.new_zeros(d))
