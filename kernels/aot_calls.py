@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from sae_fast.activations import named
 from sae_fast.code import Layer, RowGradient, Rows, Shadow, Transposed
 from sae_fast.kernels import _config, _launch
+from sae_fast.penalty import LINEAR, OF_F, PI, POWER, QUADRATIC, ROOTED, STEP, TANH, TARGET, TO_INPUT, Penalty
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,38 @@ def decode(s: Size) -> None:
 
 
 def decode_loss(s: Size) -> None:
+    from sae_fast.kernels.compact import Gapped
     from sae_fast.kernels.decode_loss import Outputs, StepOutputs, decode_loss
+    from sae_fast.kernels.jump import jump
 
-    entries, weight = s.of(s.entries), s.of(s.F)
-    for kind in (named("relu"), named("gated")):
+    def call(V: int, cost: Tensor | None, step: StepOutputs | None, zeros: bool = False) -> None:
+        values = s.of(V, s.entries)
+        out = Outputs.of(values, s.x())
+        decode_loss((*s.rows(), values), s.W(), s.of(s.d), s.x(), cost, float(s.B), out, step, zeros)
+
+    entries, weight, l0 = s.of(s.entries), s.of(s.F), integers(s.B, dtype=torch.int32)
+    for V, zeros in ((1, False), (2, False), (1, True), (2, True)):
+        call(V, weight, None, zeros)
+    if s.dtype != torch.float32:
+        return
+    written = entries, meta(s.entries, 4), entries, entries
+    for name, penalties in {  # a Trainer's weights
+        "relu": (Penalty(), Penalty(LINEAR), Penalty(POWER, 0.5), Penalty(ROOTED, 0.5)),
+        "gated": (Penalty(LINEAR), Penalty(POWER, 0.5), Penalty(ROOTED, 0.5)),
+        "jumprelu": [Penalty(it, 4.0, of, 0.1) for it in (STEP, QUADRATIC, TARGET, TANH) for of in (PI, TO_INPUT, OF_F)],
+    }.items():
+        kind = named(name)
         V, layer = kind.value_sets, Layer(s.W(), weight, kind, (weight,) * len(kind.parameters))
-        step = StepOutputs(layer, entries, entries, meta(s.entries, 4), entries, entries, V == 2)
-        steps = (step, step._replace(auxiliary=False)) if s.dtype == torch.float32 else ()  # a Trainer's weights
-        for outputs in (None, *steps):
-            values = s.of(V, s.entries)
-            decoded = s.W(), s.of(s.d), s.x(), weight, float(s.B), Outputs.of(values, s.x())
-            decode_loss((*s.rows(), values), *decoded, outputs)
+        if name == "jumprelu":
+            for of_f in (False, True):
+                jump(Gapped(*s.rows(), entries, s.of(V, s.entries)), layer, of_f)
+        for penalty in penalties:
+            mean, tanh = meta(dtype=torch.float64), penalty.native == TANH
+            of_l0 = None if not penalty.window else mean if penalty.native == TARGET else l0
+            step = StepOutputs(layer, entries, penalty, meta(), *written, False, of_l0, entries if tanh else None)
+            call(V, weight if tanh else None, step, bool(penalty.window))
+            if penalty.native == LINEAR:
+                call(V, weight, step._replace(auxiliary=V == 2))
 
 
 def sampled_dots(s: Size) -> None:

@@ -15,23 +15,31 @@ from sae_fast.kernels import native
 from sae_fast.kernels._activation import pullback_of
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
+from sae_fast.kernels._penalty import estimate, of_entries, of_row
 from sae_fast.kernels.decode import gather, weighted
 from sae_fast.kernels.sampled_dots import row_sums, sum_over_slices
+from sae_fast.penalty import LINEAR, Penalty
 
 
 class StepOutputs(NamedTuple):
-    """The gradients of each entry that a training step needs, written in the same pass.  Given: the layer and u [C].
+    """The gradients of each entry that a training step needs, written in the same pass.  Given: the layer and u [C]; its
+    penalty, of coefficient 0-d; l0 [B] int32, or 0-d of the batch, for a penalty on it.
     Written: delta [C], the gradient of u; entries [C, 4] = delta and the gradients of bias and of the activation's
     parameters (0 for those that it lacks); decoder [C] = 2 m / N, the weights of the residuals in W_dec's gradient; along
-    [C], an entry's part of ⟨that gradient, row⟩, with the second residual's where that has a part in the gradient."""
+    [C], an entry's part of ⟨that gradient, row⟩, with the second residual's where that has a part in the gradient; norms
+    [C], if there are any, a Pull's."""
 
     layer: Layer
     u: Tensor
+    penalty: Penalty
+    coefficient: Tensor
     delta: Tensor
     entries: Tensor
     decoder: Tensor
     along: Tensor
     auxiliary: bool
+    l0: Tensor | None = None
+    norms: Tensor | None = None
 
 
 @triton.jit
@@ -74,51 +82,70 @@ def _residuals(
 
 @triton.jit
 def _finish(
-    begin_ptr, end_ptr, indices_ptr, values_ptr, weight_ptr, partials_ptr, squares_ptr, losses_ptr, grads_ptr,
-    u_ptr, first_ptr, second_ptr, delta_ptr, entries_ptr, decoder_ptr, along_ptr, two, one,
-    slices, stride_v, stride_g, stride_p, stride_s,
-    V: tl.constexpr, KIND: tl.constexpr, AUXILIARY: tl.constexpr, ENTRIES: tl.constexpr,
+    begin_ptr, end_ptr, indices_ptr, values_ptr, cost_ptr, partials_ptr, squares_ptr, losses_ptr, grads_ptr,
+    u_ptr, bias_ptr, first_ptr, second_ptr, coefficient_ptr, l0_ptr, delta_ptr, entries_ptr, decoder_ptr, along_ptr,
+    norms_ptr, two, one, number, bandwidth, slices, stride_v, stride_g, stride_p, stride_s,
+    V: tl.constexpr, KIND: tl.constexpr, AUXILIARY: tl.constexpr, PENALTY: tl.constexpr, WINDOW: tl.constexpr,
+    ZEROS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
+    c = 1.0 if coefficient_ptr is None else tl.load(coefficient_ptr).to(tl.float32)
+    penalty, slope = of_row(PENALTY, values_ptr + (V - 1) * stride_v, begin, end, l0_ptr, b, c, number, ENTRIES)
+    slope = (slope * one).to(tl.float32)
     sparsity = tl.zeros((ENTRIES,), tl.float32)
     for j in range(begin, end, ENTRIES):
         at = j + tl.arange(0, ENTRIES)
         chosen = at < end
         feature = tl.load(indices_ptr + at, mask=chosen, other=0)
-        weight = tl.load(weight_ptr + feature, mask=chosen, other=0.0).to(tl.float32)
+        norm = 1.0 if cost_ptr is None else tl.load(cost_ptr + feature, mask=chosen, other=0.0).to(tl.float32)
         magnitude = tl.load(values_ptr + at, mask=chosen, other=0.0).to(tl.float32)
         g_mag = two * sum_over_slices(partials_ptr + at, stride_s, slices, chosen)
-        along = magnitude * g_mag
+        along, last, g = magnitude * g_mag, magnitude, g_mag
         if V == 2:
-            gate = tl.load(values_ptr + stride_v + at, mask=chosen, other=0.0).to(tl.float32)
-            g_mag = tl.where(magnitude == 0, 0.0, g_mag)
-            g_gate = two * sum_over_slices(partials_ptr + stride_p + at, stride_s, slices, chosen)
+            if not ZEROS:
+                g_mag = tl.where(magnitude == 0, 0.0, g_mag)
+            last = tl.load(values_ptr + stride_v + at, mask=chosen, other=0.0).to(tl.float32)
+            g = two * sum_over_slices(partials_ptr + stride_p + at, stride_s, slices, chosen)
             if AUXILIARY:
-                along += gate * g_gate
-            g_gate = tl.where(gate == 0, 0.0, g_gate + one * weight)
-            sparsity += weight * gate
-            tl.store(grads_ptr + stride_g + at, g_gate, mask=chosen)
-        else:
-            g_mag = tl.where(magnitude == 0, 0.0, g_mag + one * weight)
-            g_gate = g_mag
-            sparsity += weight * magnitude
-        tl.store(grads_ptr + at, g_mag, mask=chosen)
+                along += last * g
+        own, g, of_norm = of_entries(PENALTY, ZEROS, last, g, slope, c, norm, one, number)
+        sparsity += own
+        if V == 1:
+            g_mag = g
+        if grads_ptr is not None:
+            tl.store(grads_ptr + at, g_mag, mask=chosen)
+            if V == 2:
+                tl.store(grads_ptr + stride_g + at, g, mask=chosen)
+        if norms_ptr is not None:
+            tl.store(norms_ptr + at, of_norm, mask=chosen)
         if delta_ptr is not None:
             u = tl.load(u_ptr + at, mask=chosen, other=0.0).to(tl.float32)
-            delta, bias, first, second = pullback_of(KIND, u, g_mag, g_gate, first_ptr, second_ptr, feature, chosen)
+            if WINDOW == 0:
+                delta, bias, first, second = pullback_of(KIND, u, g_mag, g, first_ptr, second_ptr, feature, chosen)
+            else:
+                pi = u + tl.load(bias_ptr + feature, mask=chosen, other=0.0)
+                threshold = tl.load(first_ptr + feature, mask=chosen, other=0.0)
+                delta, first = estimate(WINDOW, PENALTY, pi, threshold, g, slope, bandwidth)
+                bias, second = delta, tl.zeros_like(delta)
             four = tl.join(tl.join(delta, first), tl.join(bias, second))
             tl.store(delta_ptr + at, delta, mask=chosen)
             tl.store(decoder_ptr + at, two * magnitude, mask=chosen)
             tl.store(along_ptr + at, along, mask=chosen)
             at_four = at[:, None] * 4 + tl.arange(0, 4)[None, :]
             tl.store(entries_ptr + at_four, tl.reshape(four, (ENTRIES, 4)), mask=chosen[:, None])
-    losses_ptr += b * 3 + tl.arange(0, 1)
-    squares_ptr += b * slices * 2 + tl.arange(0, 1)
-    always = tl.full((1,), True, tl.int1)
-    tl.store(losses_ptr, sum_over_slices(squares_ptr, 2, slices, always))
-    tl.store(losses_ptr + 1, row_sums(sparsity[None, :], 1, ENTRIES))
-    tl.store(losses_ptr + 2, sum_over_slices(squares_ptr + 1, 2, slices, always) if V == 2 else tl.zeros((1,), tl.float32))
+    penalty += row_sums(sparsity[None, :], 1, ENTRIES)
+    _losses(losses_ptr + b * 3, squares_ptr + b * slices * 2, penalty, slices, V)
+
+
+@triton.jit
+def _losses(losses_ptr, squares_ptr, penalty, slices, V: tl.constexpr):
+    """An example's: from the squares of its slices, and its penalty."""
+    one, always = tl.arange(0, 1), tl.full((1,), True, tl.int1)
+    tl.store(losses_ptr + one, sum_over_slices(squares_ptr + one, 2, slices, always))
+    tl.store(losses_ptr + 1 + one, penalty.to(tl.float32))
+    auxiliary = sum_over_slices(squares_ptr + 1 + one, 2, slices, always) if V == 2 else tl.zeros((1,), tl.float32)
+    tl.store(losses_ptr + 2 + one, auxiliary)
 
 
 class Outputs(NamedTuple):
@@ -138,23 +165,25 @@ class Outputs(NamedTuple):
 
 
 def decode_loss(
-    code: tuple[Tensor, Tensor, Tensor, Tensor], W: Tensor, b_dec: Tensor, target: Tensor, sparsity_weight: Tensor,
-    normaliser: float, out: Outputs, step: StepOutputs | None = None,
+    code: tuple[Tensor, Tensor, Tensor, Tensor], W: Tensor, b_dec: Tensor, target: Tensor, cost: Tensor | None,
+    normaliser: float, out: Outputs, step: StepOutputs | None = None, zeros: bool = False,
 ) -> None:  # fmt: skip
-    """As ops.decode_loss.  ``code``: begin, end, indices and values [V, C]."""
+    """As ops.decode_loss.  ``code``: begin, end, indices and values [V, C].  ``cost`` [F]: the sparsity weight; in a step
+    divided by the coefficient, and None for 1."""
     c, cuda = config("decode_loss"), native.takes("decode_loss")
     (residuals, grads, losses), (_, _, indices, values) = out, code
     (V, rows, d), capacity = residuals.shape, indices.shape[0]
     slices = cdiv(d, native.module.residual_columns if cuda else c["columns"])
     sizes = (V, slices, capacity), (rows, slices, 2)
     partials, squares = (torch.empty(size, dtype=torch.float32, device=W.device) for size in sizes)
-    vectors, kind = ((None, None), 0) if step is None else (step.layer.vector_slots(), step.layer.activation.native)
-    u, *written, auxiliary = (*5 * [None], False) if step is None else step[1:]
+    penalty = Penalty(LINEAR) if step is None else step.penalty
+    given, written, kind, auxiliary = _of_step(step)
     if cuda:
         native.call("residuals", W.dtype, target.dtype, V, *code, W, b_dec, target, residuals, partials, squares, rows, d,
                    slices, capacity)  # fmt: skip
-        native.call("finish", W.dtype, V, kind, auxiliary, *code, sparsity_weight, partials, squares, losses, grads,
-                   u, vectors[0], *written, rows, slices, capacity, float(normaliser))  # fmt: skip
+        native.call("finish", W.dtype, V, kind, auxiliary, zeros, penalty.native, penalty.window, *code, cost, partials,
+                   squares, losses, grads, *given, *written, rows, slices, capacity, float(normaliser), penalty.number,
+                   penalty.bandwidth)  # fmt: skip
         return
     launch(
         _residuals, (rows, slices), *code, W, b_dec, target, residuals, partials, squares, rows,
@@ -162,8 +191,18 @@ def decode_loss(
         num_warps=max(1, c["columns"] // 256),  # a dot within a warp: no barrier
     )  # fmt: skip
     launch(
-        _finish, (rows,), *code, sparsity_weight, partials, squares, losses, grads,
-        u, *vectors, *written, 2.0 / normaliser, 1.0 / normaliser, slices, values.stride(0), grads.stride(0),
-        *partials.stride()[:2], V=V, KIND=kind, AUXILIARY=auxiliary, ENTRIES=c["finish"],
-        num_warps=1,
+        _finish, (rows,), *code, cost, partials, squares, losses, grads,
+        *given, *written, 2.0 / normaliser, 1.0 / normaliser, penalty.number, penalty.bandwidth, slices, values.stride(0),
+        grads.stride(0), *partials.stride()[:2], V=V, KIND=kind, AUXILIARY=auxiliary, PENALTY=penalty.native,
+        WINDOW=penalty.window, ZEROS=zeros, ENTRIES=c["finish"], num_warps=1,
     )  # fmt: skip
+
+
+def _of_step(step: StepOutputs | None) -> tuple[tuple, tuple, int, bool]:
+    """(what finish is given, what it is to write, the activation's number, whether the second residual counts)."""
+    if step is None:
+        return 6 * (None,), 5 * (None,), 0, False
+    layer = step.layer
+    given = step.u, layer.bias, *layer.vector_slots(), step.coefficient, step.l0
+    written = step.delta, step.entries, step.decoder, step.along, step.norms
+    return given, written, layer.activation.native, step.auxiliary

@@ -39,16 +39,22 @@ void residuals(Storage storage, Storage target_storage, int V, Address begin, Ad
   });
 }
 
-void finish(Storage storage, int V, int kind, bool auxiliary, Address begin, Address end, Address indices, Address values, Address weight,
-            Address partials, Address squares, Address losses, Address grads, Address u, Address first, Address delta,
-            Address entries, Address decoder, Address along, int64_t rows, int64_t slices, int64_t capacity, double normaliser, Address stream) {
+void finish(Storage storage, int V, int kind, bool auxiliary, bool zeros, int formula, int window, Address begin, Address end,
+            Address indices, Address values, Address cost, Address partials, Address squares, Address losses, Address grads,
+            Address u, Address bias, Address first, Address second, Address coefficient, Address l0, Address delta,
+            Address entries, Address decoder, Address along, Address norms, int64_t rows, int64_t slices, int64_t capacity,
+            double normaliser, double number, double bandwidth, Address stream) {
+  (void)second;  // no pullback needs it
   with_storage(storage, [&](auto t) {
     using T = decltype(t);
+    const Penalty penalty = {static_cast<Formula>(formula), static_cast<Window>(window), static_cast<float>(number),
+                             static_cast<float>(bandwidth), at<const float>(coefficient), at<const void>(l0)};
     const Finish<T> a = {at<const int64_t>(begin), at<const int64_t>(end), at<const int32_t>(indices), at<const T>(values),
-                         at<const T>(weight), at<const float>(partials), at<const float>(squares), at<float>(losses),
-                         at<T>(grads), at<const T>(u), at<const T>(first), at<T>(delta), at<T>(entries), at<T>(decoder), at<T>(along), rows,
-                         slices, capacity, static_cast<float>(2.0 / normaliser), static_cast<float>(1.0 / normaliser),
-                         static_cast<Activation>(kind), auxiliary};
+                         at<const T>(cost), at<const float>(partials), at<const float>(squares), at<float>(losses),
+                         at<T>(grads), at<const T>(u), at<const T>(bias), at<const T>(first), at<T>(delta), at<T>(entries),
+                         at<T>(decoder), at<T>(along), at<T>(norms), rows, slices, capacity,
+                         static_cast<float>(2.0 / normaliser), static_cast<float>(1.0 / normaliser),
+                         static_cast<Activation>(kind), auxiliary, zeros, penalty};
     const auto go = [&](auto kernel) {
       launch("decode_loss", sizes(V, rows, 0, capacity), kernel, dim3((rows + 3) / 4), 128, 0, reinterpret_cast<Stream>(stream), a);
     };

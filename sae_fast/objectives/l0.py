@@ -14,8 +14,9 @@ from sae_fast import arguments
 from sae_fast.activations.activation import Activation
 from sae_fast.code import Layer, SparseCode
 from sae_fast.objectives.objective import Objective, Pull, penalised
+from sae_fast.penalty import OF_F, PI, QUADRATIC, STEP, TANH, TARGET, TO_INPUT, Penalty
 
-FORMS = ("step", "target", "quadratic", "tanh")
+FORMS = {"step": STEP, "target": TARGET, "quadratic": QUADRATIC, "tanh": TANH}
 WINDOWS = ("pi", "f")
 
 
@@ -62,7 +63,7 @@ class L0(Objective):
         object.__setattr__(self, "form", form)
         for name, value, among in (("form", form, FORMS), ("window", self.window, WINDOWS)):
             if value not in among:
-                raise ValueError(f"{name}: got {value!r}, want one of {among}")
+                raise ValueError(f"{name}: got {value!r}, want one of {tuple(among)}")
         for name in ("bandwidth", "tanh_scale", *(["target"] if self.target is not None else [])):
             object.__setattr__(self, name, arguments.number(name, getattr(self, name), arguments.positive, "a number > 0"))
         if form in ("target", "quadratic") and self.target is None:
@@ -79,16 +80,26 @@ class L0(Objective):
         return self.form == "tanh"
 
     @property
+    def penalty(self) -> Penalty:
+        assert self.form is not None
+        number = self.tanh_scale if self.form == "tanh" else self.target or 0.0
+        window = OF_F if self.window == "f" else TO_INPUT if self.ste_to_input else PI
+        return Penalty(FORMS[self.form], number, window, self.bandwidth)
+
+    @property
     def target_l0(self) -> float | None:
         return self.target
 
     def trained(self, activation: Activation) -> tuple[str, ...]:
         return activation.parameters
 
+    def reach(self, layer: Layer) -> Tensor:
+        threshold = layer.vectors[0]
+        return threshold - self._margin(threshold)
+
     def slack(self, layer: Layer) -> float:
         threshold = layer.vectors[0]
-        below = float(-threshold.amin().clamp(max=0))  # the support is cut at 0, f is not
-        slack = self._margin(threshold) + below
+        slack = float((threshold.clamp(min=0) - self.reach(layer)).amax())  # the support is cut at 0, f is not
         if not isfinite(slack):
             raise ValueError(f"threshold: got {threshold[~threshold.isfinite()].tolist()[:3]} …, want finite ones")
         return slack
@@ -105,7 +116,7 @@ class L0(Objective):
         assert self.target is not None
         mean = self._near(code, layer).l0.mean()
         off = mean / self.target - 1
-        one, slope = copy(self), (2 * self.coefficient / self.target) * off
+        one, slope = copy(self), self.slope(mean)
         object.__setattr__(one, "form", "step")
         object.__setattr__(one, "coefficient", slope)
         return one, self.coefficient * off.square() - slope * mean
@@ -130,26 +141,43 @@ class L0(Objective):
             of_step, slope = near.inside, slopes if slopes.dim() == 0 else slopes[near.rows]
             if self.window == "f":  # inactive entries: the feature's constant, of all n, less what the active ones have
                 constant = slopes * (code.batch / n) if slopes.dim() == 0 else slopes.sum() / n
-                always = self._window(layer.vectors[0] / self.bandwidth)
-                constants["threshold"] = torch.where(always, (-constant / self.bandwidth).to(g.dtype), 0)
+                constants["threshold"], always = self.at_rest(layer.vectors[0], constant)
                 of_step = (near.inside & near.fires).to(g.dtype) - (near.fires & always[near.features]).to(g.dtype)
             estimate = estimate + of_step * (slope / (n * self.bandwidth)).to(g.dtype)
         delta = g.index_copy(0, near.at, torch.where(near.fires, of_near, 0) + (estimate if self.ste_to_input else 0))
         of_threshold = torch.zeros_like(g).index_copy_(0, near.at, -estimate)
         return Pull(penalised(losses, penalty), (delta, delta, of_threshold), constants, of_norms)
 
-    def _penalty(self, l0: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """(the penalty, n times its slope in an entry's step: 0-d, or by example), in float64."""
+    def at_rest(self, threshold: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """([F], the thresholds' gradient through examples in which a feature does not fire, of window "f"; whether there
+        is one), from the mean ``slope`` of the penalty in an entry's step."""
+        always = self._window(threshold / self.bandwidth)
+        return torch.where(always, (-slope / self.bandwidth).to(threshold.dtype), 0), always
+
+    def constants(self, layer: Layer, l0: Tensor) -> dict[str, Tensor]:
+        if self.window != "f" or self.form == "tanh":
+            return {}
+        return {"threshold": self.at_rest(layer.vectors[0], self.slope(l0))[0]}
+
+    def slope(self, l0: Tensor) -> Tensor:
+        """n times the penalty's slope in an entry's step, of l0, an example's or for "target" the batch's mean: 0-d where
+        it is the same for all."""
         c, t = self.coefficient, self.target
         if self.form == "step":
-            return c * l0.sum() / n, c * l0.new_ones(())
+            return c * l0.new_ones(())
         assert t is not None
-        off = l0 - t
-        return c * (2 / t) * off.square().sum() / n, (4 * c / t) * off
+        return (2 * c / t) * (l0 / t - 1) if self.form == "target" else (4 * c / t) * (l0 - t)
+
+    def _penalty(self, l0: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """(the penalty, its :meth:`slope`), in float64."""
+        if self.form == "step":
+            return self.coefficient * l0.sum() / n, self.slope(l0)
+        assert self.target is not None
+        return self.coefficient * (2 / self.target) * (l0 - self.target).square().sum() / n, self.slope(l0)
 
     def _near(self, code: SparseCode, layer: Layer) -> _Near:
         threshold, f = layer.vectors[0], code.magnitudes
-        reach = float(threshold.amax()) + self._margin(threshold)
+        reach = float((threshold + self._margin(threshold)).amax())
         near = (f < reach) | (f == 0)
         below = torch.zeros_like(threshold, dtype=torch.bool)
         if self.window == "f":  # what does not fire is 0, and so above a threshold below that
@@ -164,9 +192,9 @@ class L0(Objective):
         l0 = (code.indptr.diff() - uncounted + below.sum()).double()
         return _Near(at, features, rows, theta, fires, inside, l0)
 
-    def _margin(self, threshold: Tensor) -> float:
+    def _margin(self, threshold: Tensor) -> Tensor:
         """Half a window, and what rounding may add to it."""
-        return self.bandwidth / 2 * (1 + 2**-10) + 2**-20 * float(threshold.abs().amax())
+        return self.bandwidth / 2 * (1 + 2**-10) + 2**-20 * threshold.abs()
 
     @staticmethod
     def _window(z: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sae_fast import arguments
 from sae_fast.code import Layer, SparseCode
 from sae_fast.objectives.objective import Objective, Pull, penalised
+from sae_fast.penalty import LINEAR, POWER, ROOTED, Penalty
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,15 @@ class Lp(Objective):
     def linear(self) -> bool:
         return self.p == 1
 
+    @property
+    def penalty(self) -> Penalty:
+        return Penalty(LINEAR) if self.p == 1 else Penalty(ROOTED if self.rooted else POWER, self.p)
+
     def sparsity_weight(self, W_dec: Tensor) -> Tensor:
         if self.p != 1:
             return W_dec.new_zeros(W_dec.shape[0])
-        return self.coefficient * (W_dec.norm(dim=1) if self.costs_norm else W_dec.new_ones(W_dec.shape[0]))
+        norms = self.norms(W_dec)
+        return self.coefficient * (W_dec.new_ones(W_dec.shape[0]) if norms is None else norms)
 
     def pull(self, code: SparseCode, layer: Layer, W_dec: Tensor, losses: Tensor, grads: Tensor, n: int) -> Pull:
         if self.p != 1:

@@ -17,6 +17,7 @@ from sae_fast.activations.activation import Activation, Pulled
 from sae_fast.code import Layer, SparseCode
 from sae_fast.objectives.auxk import AuxK
 from sae_fast.objectives.prefixes import Prefixes
+from sae_fast.penalty import Penalty
 
 
 class Pull(NamedTuple):
@@ -73,6 +74,11 @@ class Objective:
         return True
 
     @property
+    def penalty(self) -> Penalty:
+        """The penalty as a GPU's kernels know it; its values and slopes are those of :meth:`pull`."""
+        return Penalty()
+
+    @property
     def target_l0(self) -> float | None:
         """The active features an example that it aims at, if it says so."""
         return None
@@ -101,17 +107,29 @@ class Objective:
         """The activation's parameters that have a gradient."""
         return activation.trained
 
+    def reach(self, layer: Layer) -> Tensor | None:
+        """[F]: what π has to exceed for an entry to have a gradient; None for 0."""
+        return layer.cut
+
     def slack(self, layer: Layer) -> float:
-        """The distance below its threshold at which an entry still has a gradient."""
+        """The distance below its threshold at which an entry still has a gradient.  Synchronises on a GPU."""
         return 0.0
 
     def code(self, code: SparseCode, layer: Layer) -> SparseCode:
         """The code with the values that the loss is of."""
         return code
 
+    def norms(self, W_dec: Tensor) -> Tensor | None:
+        """[F]: the norms of the decoder's rows, where the penalty costs them."""
+        return W_dec.norm(dim=1) if self.costs_norm else None
+
     def sparsity_weight(self, W_dec: Tensor) -> Tensor:
         """[F]: the cost of each feature's activation, of the last value set."""
         return W_dec.new_zeros(W_dec.shape[0])
+
+    def constants(self, layer: Layer, l0: Tensor) -> dict[str, Tensor]:
+        """[F] by parameter: gradients that are no sum over entries, at a batch's mean l0, 0-d."""
+        return {}
 
     def norm_cost(self, W_dec: Tensor, sums: Tensor, n: int) -> Tensor:
         """[F], times W_dec: the gradient of the penalty through the rows' norms; sums [F], of a Pull's ``norms``."""

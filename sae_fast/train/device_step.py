@@ -19,12 +19,14 @@ from sae_fast.kernels.decode_loss import Outputs, StepOutputs, decode_loss
 from sae_fast.kernels.encode import Screened, candidates, members
 from sae_fast.kernels.flag import NOT_FINITE_LOSS
 from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
+from sae_fast.kernels.jump import jump
 from sae_fast.kernels.outer import Runs, outer, runs
 from sae_fast.kernels.round import watch
 from sae_fast.kernels.transpose import transpose
 from sae_fast.kernels.weight_step import Constants, Update, adam_constants, row_step, weight_step
 from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast
+from sae_fast.penalty import OF_F, TANH, TARGET
 from sae_fast.train.state import TrainState
 
 REPORT = ("reconstruction", "sparsity", "auxiliary", "fired", "candidates", "flag")
@@ -41,16 +43,27 @@ class DeviceKernels:
         self.runs: Runs | None = None
 
     def entries(self, code: Gapped, layer: Layer, decoder: Decoder, target: Tensor, objective: Objective) -> Entries:
-        B, C, weight = target.shape[0], code.values.shape[1], objective.sparsity_weight(decoder.W)
+        B, C, penalty = target.shape[0], code.values.shape[1], objective.penalty
+        l0 = mean = None
+        assert isinstance(objective.coefficient, Tensor)  # as DeviceStep has it
+        if penalty.window:
+            l0 = jump(code, layer, penalty.window == OF_F)
+            mean = l0.mean(dtype=torch.float64)
         delta, weights = self.ones.new_zeros(2, C)  # zeros in the gaps
         columns, along, auxiliary = self.ones.new_empty(C, 4), self.ones.new_empty(C), not objective.stops_auxiliary
-        step = StepOutputs(layer, code.u, delta, columns, weights, along, auxiliary)
+        norms = delta.new_empty(C) if penalty.native == TANH else None
+        step = StepOutputs(
+            layer, code.u, penalty, objective.coefficient, delta, columns, weights, along, auxiliary,
+            mean if penalty.native == TARGET else l0, norms,
+        )  # fmt: skip
         out = Outputs.of(code.values, target)
         of_code = code.begin, code.end, code.indices, code.values
-        decode_loss(of_code, decoder.W, decoder.b, target, weight, float(B), out, step)
+        costs = objective.norms(decoder.W)
+        decode_loss(of_code, decoder.W, decoder.b, target, costs, float(B), out, step, objective.zeros)
         losses, residuals = out.losses.sum(0, dtype=torch.float64) / B, tuple(out.residuals)
-        norms = code.values[-1] if objective.costs_norm else None
-        return Entries(losses, residuals, residuals[0], delta, columns, weights, norms=norms, along=along)
+        norms = code.values[-1] if objective.costs_norm and norms is None else norms
+        constants = {} if mean is None else objective.constants(layer, mean)
+        return Entries(losses, residuals, residuals[0], delta, columns, weights, constants, norms, along)
 
     def transpose(self, code: Gapped) -> Transposed:
         csc = Transposed.empty(self.features, code.indices)
@@ -95,6 +108,7 @@ class DeviceStep:
         """One step on x [B, d]; ``report`` says what it saw."""
         sae, x_c = self.sae, self.ones.new_empty(x.shape)
         layer, exact = sae.layer(self.shadow), sae.precision == "exact"
+        layer = layer._replace(cut=self.objective.reach(layer))
         watch(sae.W_enc, *self.shadow, self.adam.step, self.flag)
         screened = candidates(x, layer, exact, sae.b_dec, x_c, self.flag)
         code = members(x_c, layer, screened, self.capacity, self.flag, exact)

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = """
     activations
-    arguments backend code devices extras files metrics reference signals
+    arguments backend code devices extras files metrics penalty reference signals
     kernels
     ops
     objectives

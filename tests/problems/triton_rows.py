@@ -12,6 +12,7 @@ from sae_fast import ops
 from sae_fast.activations import named
 from sae_fast.code import Layer, SparseCode
 from sae_fast.kernels import decode_loss as decode_loss_kernel
+from sae_fast.penalty import LINEAR, Penalty
 
 
 def code_to(code: SparseCode, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> SparseCode:
@@ -38,7 +39,8 @@ def run_gapped(gapped: Gapped, W, b_dec, target, weight, normaliser, u=None, sca
     if step:
         kind = named("relu" if V == 1 else "gated")
         layer = Layer(W, b_dec, kind, () if V == 1 else (scale.to(DEVICE), scale.to(DEVICE)))
-        outputs = decode_loss_kernel.StepOutputs(layer, gapped.spread(u), delta, entries, decoder, along, V == 2)
+        given = gapped.spread(u), Penalty(LINEAR), torch.ones((), device=DEVICE)
+        outputs = decode_loss_kernel.StepOutputs(layer, *given, delta, entries, decoder, along, V == 2)
     code, out = (
         (gapped.begin, gapped.end, gapped.indices, gapped.values),
         decode_loss_kernel.Outputs(residuals, grads, losses),

@@ -4,6 +4,7 @@
 #include "sae_fast/activation.hpp"
 #include "sae_fast/cuda/device.cuh"
 #include "sae_fast/cuda/ops.hpp"
+#include "sae_fast/cuda/penalty.cuh"
 
 namespace sae_fast {
 namespace gpu {
@@ -120,17 +121,29 @@ template <class T>
 struct Finish {
   const int64_t *begin, *end;  // [rows]
   const int32_t* indices;      // [C]
-  const T *values, *weight;    // [V, C], [F]
+  const T *values, *cost;      // [V, C], [F] or null for 1
   const float *partials, *squares;
   float* losses;  // [rows, 3]
   T* grads;       // [V, C]
-  const T *u, *first;            // [C], [F]: the activation's first vector
-  T *delta, *entries, *decoder, *along;  // [C], [C, 4], [C], [C]
+  const T *u, *bias, *first;            // [C], [F], [F]: the activation's first vector
+  T *delta, *entries, *decoder, *along, *norms;  // [C], [C, 4], [C], [C], [C] or null
   int64_t rows, slices, capacity;
   float two, one;  // 2 / N and 1 / N
   Activation kind;
-  bool auxiliary;
+  bool auxiliary, zeros;
+  Penalty penalty;
 };
+
+// An example's sum of a^p of its values, if its penalty is of that.
+template <class T>
+__device__ __forceinline__ double powers_of(const Penalty& a, const T* values, int64_t begin, int64_t end) {
+  double sum = 0.0;
+  if (!a.of_powers()) return sum;
+  for (int64_t j = begin + threadIdx.x % kWarp; j < end; j += kWarp) sum += power(to_float(values[j]), a.number);
+#pragma unroll
+  for (int bit = kWarp / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(kAll, sum, bit);
+  return sum;
+}
 
 template <class T, int V>
 __global__ void __launch_bounds__(128) finish_kernel(const Finish<T> a) {
@@ -138,39 +151,44 @@ __global__ void __launch_bounds__(128) finish_kernel(const Finish<T> a) {
   const int lane = threadIdx.x % kWarp;
   if (b >= a.rows) return;
   const int64_t end = a.end[b];
+  const OfRow row = of_row(a.penalty, b, powers_of(a.penalty, a.values + (V - 1) * a.capacity, a.begin[b], end));
+  const float slope = static_cast<float>(row.slope * a.one);
   float sparsity = 0.0f;
   for (int64_t j = a.begin[b] + lane; j < end; j += kWarp) {
     const int32_t i = a.indices[j];
-    const float weight = to_float(a.weight[i]), magnitude = to_float(a.values[j]);
+    const float norm = a.cost ? to_float(a.cost[i]) : 1.0f, magnitude = to_float(a.values[j]);
     float dots[V];
     for (int v = 0; v < V; ++v) {
       dots[v] = 0.0f;
       for (int64_t s = 0; s < a.slices; ++s) dots[v] += a.partials[(v * a.slices + s) * a.capacity + j];
     }
-    float g_gate, g_mag;
-    if (V == 2) {
-      const float gate = to_float(a.values[a.capacity + j]);
-      g_mag = magnitude == 0.0f ? 0.0f : a.two * dots[0];
-      g_gate = gate == 0.0f ? 0.0f : a.two * dots[V - 1] + a.one * weight;
-      a.grads[a.capacity + j] = from_float<T>(g_gate);
-      sparsity += weight * gate;
-    } else {
-      g_gate = g_mag = magnitude == 0.0f ? 0.0f : a.two * dots[0] + a.one * weight;
-      sparsity += weight * magnitude;
-    }
+    const float last = V == 2 ? to_float(a.values[a.capacity + j]) : magnitude;
+    const OfEntry penalised = of_entry(a.penalty, a.zeros, last, a.two * dots[V - 1], slope, norm, a.one);
+    const float g_gate = penalised.g, g_mag = V == 1 ? g_gate : magnitude == 0.0f && !a.zeros ? 0.0f : a.two * dots[0];
+    if (V == 2) a.grads[a.capacity + j] = from_float<T>(g_gate);
     a.grads[j] = from_float<T>(g_mag);
+    sparsity += penalised.own;
+    if (a.norms) a.norms[j] = from_float<T>(penalised.of_norm);
     if (!a.delta) continue;
     a.decoder[j] = from_float<T>(a.two * magnitude);
     float along = magnitude * (a.two * dots[0]);
-    if (V == 2 && a.auxiliary) along += to_float(a.values[a.capacity + j]) * (a.two * dots[V - 1]);
+    if (V == 2 && a.auxiliary) along += last * (a.two * dots[V - 1]);
     a.along[j] = from_float<T>(along);
+    const auto give = [&](const Pulled& pulled) {
+      a.delta[j] = from_float<T>(pulled.u);
+      const float four[4] = {pulled.u, pulled.bias, pulled.first, pulled.second};
+      for (int k = 0; k < 4; ++k) a.entries[j * 4 + k] = from_float<T>(four[k]);
+    };
+    if (a.penalty.window != Window::none) {
+      const float pi = to_float(a.u[j]) + to_float(a.bias[i]);
+      const Estimate it = estimate(a.penalty, pi, to_float(a.first[i]), g_mag, slope);
+      give({it.delta, it.delta, it.threshold, 0.0f});
+      continue;
+    }
     with_activation(a.kind, [&](auto kind) {
       using Kind = decltype(kind);
       if constexpr (Kind::value_sets == V) {
-        const Pulled pulled = Kind::pullback(to_float(a.u[j]), g_mag, g_gate, [&] { return to_float(a.first[i]); });
-        a.delta[j] = from_float<T>(pulled.u);
-        const float four[4] = {pulled.u, pulled.bias, pulled.first, pulled.second};
-        for (int k = 0; k < 4; ++k) a.entries[j * 4 + k] = from_float<T>(four[k]);
+        give(Kind::pullback(to_float(a.u[j]), g_mag, g_gate, [&] { return to_float(a.first[i]); }));
       }
     });
   }
@@ -180,7 +198,7 @@ __global__ void __launch_bounds__(128) finish_kernel(const Finish<T> a) {
   for (int64_t s = 0; s < a.slices; ++s)
     for (int v = 0; v < V; ++v) squares[v] += a.squares[(b * a.slices + s) * 2 + v];
   a.losses[b * 3] = squares[0];
-  a.losses[b * 3 + 1] = total;
+  a.losses[b * 3 + 1] = static_cast<float>(row.penalty + total);
   a.losses[b * 3 + 2] = squares[1];
 }
 

@@ -18,9 +18,11 @@ enum class Storage : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 void residuals(Storage, Storage target_storage, int V, Address begin, Address end, Address indices, Address values, Address W,
                Address b_dec, Address target, Address residuals, Address partials, Address squares, int64_t rows, int64_t d,
                int64_t slices, int64_t capacity, Address stream);
-void finish(Storage, int V, int kind, bool auxiliary, Address begin, Address end, Address indices, Address values, Address weight,
-            Address partials, Address squares, Address losses, Address grads, Address u, Address first, Address delta,
-            Address entries, Address decoder, Address along, int64_t rows, int64_t slices, int64_t capacity, double normaliser, Address stream);
+void finish(Storage, int V, int kind, bool auxiliary, bool zeros, int formula, int window, Address begin, Address end,
+            Address indices, Address values, Address cost, Address partials, Address squares, Address losses, Address grads,
+            Address u, Address bias, Address first, Address second, Address coefficient, Address l0, Address delta,
+            Address entries, Address decoder, Address along, Address norms, int64_t rows, int64_t slices, int64_t capacity,
+            double normaliser, double number, double bandwidth, Address stream);
 void partials(Storage, Storage A_storage, Address owner, Address first, Address colptr, Address rows, Address perm,
               Address values, Address A, Address values2, Address A2, Address out, int64_t M, int64_t d, int64_t first_feature,
               int64_t last_feature, int64_t run, Address stream);
