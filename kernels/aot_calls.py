@@ -117,6 +117,7 @@ def decode(s: Size) -> None:
 def decode_loss(s: Size) -> None:
     from sae_fast.kernels.compact import Gapped
     from sae_fast.kernels.decode_loss import Outputs, StepOutputs, decode_loss
+    from sae_fast.kernels.fired import fired
     from sae_fast.kernels.jump import jump
 
     def call(V: int, cost: Tensor | None, step: StepOutputs | None, zeros: bool = False) -> None:
@@ -129,6 +130,7 @@ def decode_loss(s: Size) -> None:
         call(V, weight, None, zeros)
     if s.dtype != torch.float32:
         return
+    fired(integers(s.entries, dtype=torch.int32), entries, integers(s.F))
     written = entries, meta(s.entries, 4), entries, entries
     for name, penalties in {  # a Trainer's weights
         "relu": (Penalty(), Penalty(LINEAR), Penalty(POWER, 0.5), Penalty(ROOTED, 0.5)),

@@ -106,12 +106,8 @@ class RowAdam(torch.optim.Optimizer):
             self._initialise(p, state, group)
             if shadow is not None and group["unit_rows"]:
                 ops.refresh_shadow(p, shadow)
-        if beta1 > 0 and "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(p)
+        self._prepare(p, state, group)
         state["step"] += 1
-        if beta2 != state["beta2"]:
-            self._catch_up(p, state, state["step"] - 1)
-            state["beta2"] = beta2
         rows = _as_rows(p), _as_rows(state["exp_avg_sq"]), state["last_step"]
         settings = dict(
             m=_as_rows(state["exp_avg"]) if "exp_avg" in state else None, step=state["step"], lr=float(group["lr"]),
@@ -123,12 +119,23 @@ class RowAdam(torch.optim.Optimizer):
             ops.row_step(*rows, _as_rows(gradient), **settings)
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        """State for every parameter that has none yet, as the first step makes it."""
+    def prepare(self) -> None:
+        """The state of every parameter that is not frozen as its next step wants it: made where there is none yet, and as
+        of the group's betas."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.requires_grad and not self.state[p]:
-                    self._initialise(p, self.state[p], group)
+                if p.requires_grad:
+                    if not self.state[p]:
+                        self._initialise(p, self.state[p], group)
+                    self._prepare(p, self.state[p], group)
+
+    def _prepare(self, p: Tensor, state: dict, group: dict) -> None:
+        beta1, beta2 = group["betas"]
+        if beta1 > 0 and "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(p)
+        if beta2 != state["beta2"]:
+            self._catch_up(p, state, state["step"])
+            state["beta2"] = beta2
 
     def _initialise(self, p: Tensor, state: dict, group: dict) -> None:
         state["step"] = 0

@@ -43,6 +43,7 @@ class SparseAutoencoder(nn.Module):
     activation: str  # of ops.encode
     per_feature: tuple[str, ...]  # parameters [F]: the activation's, in the order in which they are registered
     of_largest: bool = False  # the support is of the largest entries, not by threshold
+    support: str = "threshold"  # of ops.encode, in training
     any_dtype: tuple[str, ...] = ()  # parameters that may have another dtype than the module, which is W_enc's
     metadata: dict[str, Any]  # where it came from, as its checkpoints keep it: anything that JSON can hold
     W_skip: nn.Parameter | None

@@ -26,6 +26,7 @@ class BatchTopKSAE(GroupedSAE):
     keeps the rule that it was compiled with.
     """
 
+    support = "batch_topk"
     threshold: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -69,7 +70,7 @@ class BatchTopKSAE(GroupedSAE):
                 raise ValueError(
                     f"k: got {self.k}, want a whole number to take the k · B largest, or a threshold that is set"
                 )
-            return {**super()._encoder(), "support": "batch_topk", "k": self.k, "guess": guess}
+            return {**super()._encoder(), "support": self.support, "k": self.k, "guess": guess}
         return {"activation": "jumprelu", "threshold": self.threshold.to(self.W_enc.dtype).expand(self.d_sae)}
 
     def _apply(self, fn: Callable, recurse: bool = True) -> BatchTopKSAE:

@@ -80,6 +80,11 @@ class GroupedSAE(SparseAutoencoder):
             raise ValueError(f"objective: got {got}, want the SAE's own groups, {self.group_sizes}")
 
     @property
+    def active_features(self) -> int:
+        """The number of features in groups that are on: the first ones."""
+        return self._bounds[self._active]
+
+    @property
     def all_active(self) -> bool:
         return self._active == len(self._bounds) - 1
 
@@ -132,4 +137,4 @@ class GroupedSAE(SparseAutoencoder):
         code = super()._code(x_c, shadow, **choice)
         if self.all_active:
             return code
-        return code.with_values(torch.where(code.indices < self._bounds[self._active], code.values, 0))
+        return code.with_values(torch.where(code.indices < self.active_features, code.values, 0))

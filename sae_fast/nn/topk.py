@@ -16,8 +16,10 @@ class TopKSAE(GroupedSAE):
     Fewer than k where fewer are positive.  A feature of a group that is off keeps its entry in the code, at value 0.
     """
 
+    support = "topk"
+
     def _encoder(self, guess: Tensor | None = None) -> dict[str, Any]:  # type: ignore[override]
-        return {**super()._encoder(), "support": "topk", "k": self.k, "guess": guess}
+        return {**super()._encoder(), "support": self.support, "k": self.k, "guess": guess}
 
     def _scale(self, x_c: Tensor) -> Tensor:
         return x_c.norm(dim=1)

@@ -79,6 +79,11 @@ class Objective:
         return Penalty()
 
     @property
+    def clips_projected(self) -> bool:
+        """True if gradients are clipped without what of W_dec's is along its rows."""
+        return self.projects_first and self.unit_rows
+
+    @property
     def target_l0(self) -> float | None:
         """The active features an example that it aims at, if it says so."""
         return None

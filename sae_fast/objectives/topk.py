@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
 
 from sae_fast import arguments
-from sae_fast.code import SparseCode
 from sae_fast.objectives.objective import Objective
 
 
@@ -34,11 +34,14 @@ class TopK(Objective):
         object.__setattr__(self, "threshold_beta", beta)
         object.__setattr__(self, "threshold_start", start)
 
-    def next_threshold(self, threshold: Tensor, code: SparseCode, step: int) -> Tensor:
-        """0-d: what a threshold, negative while it is not set, is after a step on ``code``."""
-        if step <= self.threshold_start:
-            return threshold
-        kept = code.magnitudes[code.magnitudes > 0]
-        smallest = (kept.amin() if kept.shape[0] else kept.new_zeros(())).to(threshold.dtype)
+    def next_threshold(self, threshold: Tensor, magnitudes: Tensor, step: int | Tensor) -> Tensor:
+        """0-d: what a threshold, negative while it is not set, is after a step, 0-d too, on a code of these magnitudes [n].
+        Waits for no device."""
+        kept = torch.where(magnitudes > 0, magnitudes, inf)
+        smallest = torch.cat([kept, kept.new_full((1,), inf)]).amin()
+        smallest = torch.where(smallest < inf, smallest, 0).to(threshold.dtype)
         moved = self.threshold_beta * threshold + (1 - self.threshold_beta) * smallest
-        return torch.where(threshold < 0, smallest, moved)
+        moved = torch.where(threshold < 0, smallest, moved)
+        if isinstance(step, Tensor):
+            return torch.where(step > self.threshold_start, moved, threshold)
+        return moved if step > self.threshold_start else threshold

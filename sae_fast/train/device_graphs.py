@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.code import Shadow
-from sae_fast.train.device_step import REPORT, DeviceStep
+from sae_fast.train.device_report import REPORT
+from sae_fast.train.device_step import DeviceStep
 from sae_fast.train.state import Rates, TrainState
 
 RENEW = 1024  # steps after which rows of the shadow get new scales: a row far from its own has too many candidates
@@ -22,7 +23,7 @@ class DeviceGraphs:
         before: DeviceGraphs | None,
     ):  # fmt: skip
         self.state, self.key, self.step = state, key, DeviceStep(state, shadow, capacity, ahead)
-        self.parameters = list(state.sae.parameters())
+        self.trained = [p for p in state.sae.parameters() if p.requires_grad]
         self._slots: list[Tensor]
         self._reports: list[Tensor]
         if before is not None and before.takes(x):
@@ -60,7 +61,7 @@ class DeviceGraphs:
             self.warm = True
         if (index + 1) % RENEW == 0:
             ops.refresh_shadow(W, self.step.shadow)
-        torch.autograd.graph.increment_version(self.parameters)
+        torch.autograd.graph.increment_version(self.trained)
         self.state.kept.follows(W)
         self._reports[at].copy_(self.step.report, non_blocking=True)
         if not self._events:

@@ -27,10 +27,9 @@ from sae_fast.kernels.weight_step import Constants, Update, adam_constants, row_
 from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast
 from sae_fast.penalty import OF_F, TANH, TARGET
+from sae_fast.train.device_after import follow, silent_after
+from sae_fast.train.device_report import REPORT
 from sae_fast.train.state import TrainState
-
-REPORT = ("reconstruction", "sparsity", "auxiliary", "fired", "candidates", "flag")
-
 
 GIVEN = Struct("=q10f")  # to a step: its number from 1, the penalty's coefficient and Adam's constants
 
@@ -82,10 +81,10 @@ class DeviceKernels:
 
 
 class DeviceStep:
-    """The step of one SAE at β1 = 0, with a code of up to ``capacity`` candidates; ``ahead`` of them may be enqueued."""
+    """The step of one SAE, with a code of up to ``capacity`` candidates; ``ahead`` of them may be enqueued."""
 
     def __init__(self, state: TrainState, shadow: Shadow, capacity: int, ahead: int):
-        self.sae, self.optimizer, self.shadow, self.capacity = state.sae, state.optimizer, shadow, capacity
+        self.state, self.sae, self.shadow, self.capacity = state, state.sae, shadow, capacity
         self.settings, self.objective, device = state.settings, state.objective, state.sae.W_enc.device
         self._given = torch.zeros(GIVEN.size, dtype=torch.uint8, device=device)
         floats = self._given[8:].view(torch.float32)
@@ -94,7 +93,7 @@ class DeviceStep:
         self._on_host = [(t, t.numpy().data) for t in on_host]
         self.flag = torch.zeros((), dtype=torch.int32, device=device)
         self.report = torch.zeros(len(REPORT), dtype=torch.float64, device=device)
-        self.ones = torch.ones(capacity, device=device)
+        self.ones, self.none = torch.ones(capacity, device=device), torch.zeros((), dtype=torch.float64, device=device)
 
     def set(self, step: int, lr: float, l1: float) -> None:
         """Sets the constants of the next run, by one copy; ``step`` counts from 1."""
@@ -106,20 +105,24 @@ class DeviceStep:
     @without_autocast()
     def run(self, x: Tensor) -> None:
         """One step on x [B, d]; ``report`` says what it saw."""
-        sae, x_c = self.sae, self.ones.new_empty(x.shape)
-        layer, exact = sae.layer(self.shadow), sae.precision == "exact"
+        sae, layer, exact = self.sae, self.sae.layer(self.shadow), self.sae.precision == "exact"
         layer = layer._replace(cut=self.objective.reach(layer))
         watch(sae.W_enc, *self.shadow, self.adam.step, self.flag)
-        screened = candidates(x, layer, exact, sae.b_dec, x_c, self.flag)
+        shift = sae.b_dec if sae.apply_b_dec_to_input else None
+        x_c = x if shift is None and x.dtype == sae.W_enc.dtype else self.ones.new_empty(x.shape)
+        screened = candidates(x, layer, exact, shift, None if x_c is x else x_c, self.flag)
         code = members(x_c, layer, screened, self.capacity, self.flag, exact)
-        kernels, decoder = DeviceKernels(self.ones, sae.d_sae), Decoder(sae.W_dec, sae.b_dec)
+        kernels, decoder = DeviceKernels(self.ones, sae.d_sae), Decoder(sae.W_dec, sae.b_dec, shift is not None)
         objective = self.objective.now(self.l1, 0, sae.d_sae)
         step = gradients.of_step(code, x_c, x, layer, decoder, objective, kernels)
+        by_name = {name: g for name, g in step.by_name.items() if sae.get_parameter(name).requires_grad}
+        step = step._replace(by_name=by_name)
         self._flag_unless_finite(step, screened, x.shape[0])
         self._update(step.by_name, kernels.runs)
+        dead = follow(self.state, code, silent_after(self.state, code), self.adam.step, self.flag)
         fired = (code.values[0] != 0).sum()  # the gaps hold zeros
-        counts = fired.double(), screened.end[-1].double(), self.flag.double()
-        self.report.copy_(torch.stack([*step.losses.double(), *counts]))
+        counts = fired, screened.end[-1], self.none if dead is None else dead, self.flag
+        self.report.copy_(torch.stack([*step.losses.double(), *(count.double() for count in counts)]))
 
     def _flag_unless_finite(self, step: gradients.StepGradients, screened: Screened, n: int) -> None:
         # No element of a weight's gradient is larger than B times the largest value times the longest row.
@@ -139,19 +142,20 @@ class DeviceStep:
 
     def _update(self, by_name: dict[str, RowGradient | Tensor], split: Runs | None) -> None:
         def sqnorm(name: str, g: RowGradient) -> Tensor:
-            W = self.sae.get_parameter(name)
-            squares = torch.empty(W.shape[0], slices(W.shape[1], False), dtype=torch.float64, device=W.device)
-            grad_sqnorm(g, W, False, squares, runs=split)
+            W, projects = self.sae.get_parameter(name), name == "W_dec" and self.objective.clips_projected
+            squares = torch.empty(W.shape[0], slices(W.shape[1], projects), dtype=torch.float64, device=W.device)
+            grad_sqnorm(g, W, projects, squares, runs=split)
             return squares.sum()
 
         scale = gradients.clip(self.settings.grad_clip, by_name, sqnorm)
         scale = None if scale is None else scale.float()
         for name, g in by_name.items():
             W = self.sae.get_parameter(name)
-            v, last = (self.optimizer.state[W][key] for key in ("exp_avg_sq", "last_step"))
+            held = self.state.optimizer.state[W]
+            v, last, m = held["exp_avg_sq"], held["last_step"], held.get("exp_avg")
             if isinstance(g, Tensor):
-                vector = Rows(W.detach().view(-1, 1), v.view(-1, 1), last)
+                vector = Rows(W.detach().view(-1, 1), v.view(-1, 1), last, m=None if m is None else m.view(-1, 1))
                 row_step(vector, g.view(-1, 1), Update(self.adam, False, scale, self.flag))
                 continue
             unit, shadow = (False, self.shadow) if name == "W_enc" else (self.objective.unit_rows, None)
-            weight_step(Rows(W.detach(), v, last, shadow), g, Update(self.adam, unit, scale, self.flag), runs=split)
+            weight_step(Rows(W.detach(), v, last, shadow, m), g, Update(self.adam, unit, scale, self.flag), runs=split)

@@ -22,6 +22,7 @@ from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cuda_rejects, may_run, triton_rejects
 from sae_fast.ops.encode import gpu
 from sae_fast.signals import uninterrupted
+from sae_fast.train.device_report import Report
 from sae_fast.train.state import Rates, TrainState
 from sae_fast.train.steps import beginning, check_size, naming, stale_message, update
 
@@ -33,31 +34,6 @@ GRAIN = 64  # of the room: kernels are compiled anew for sizes that are no multi
 ROOM = 128  # candidates an example that the first buffers have room for
 
 
-@dataclass(frozen=True)
-class Report:
-    """The numbers that a step reported once it had happened, in the order of device_step.REPORT."""
-
-    numbers: list[float]
-    batch: int
-    by_ops: bool = False  # it was taken op by op
-
-    @property
-    def losses(self) -> Tensor:
-        return torch.tensor(self.numbers[:3], dtype=torch.float32)
-
-    @property
-    def squared_error(self) -> float:
-        return float(self.losses[0])
-
-    @property
-    def l0(self) -> float:
-        return self.numbers[3] / self.batch
-
-    @property
-    def dead(self) -> None:
-        """Not counted."""
-
-
 @dataclass(eq=False, repr=False)
 class DeviceResult:
     """A step that may be under way; reading waits for it.  ``report`` is set once it is known to have happened, ``error``
@@ -67,6 +43,7 @@ class DeviceResult:
     index: int
     rates: Rates
     shape: torch.Size  # of the batch as it was given
+    counts: bool  # dead features
     graphs: DeviceGraphs
     event: torch.cuda.Event | None = None
     report: Report | None = None
@@ -83,15 +60,15 @@ class DeviceResult:
 
     @property
     def squared_error(self) -> float:
-        return float(self.losses[0])
+        return self.steps.settle(self).squared_error
 
     @property
     def l0(self) -> float:
         return self.steps.settle(self).l0
 
     @property
-    def dead(self) -> None:
-        """Not counted."""
+    def dead(self) -> int | None:
+        return self.steps.settle(self).dead if self.counts else None
 
 
 class DeviceSteps:
@@ -113,28 +90,22 @@ class DeviceSteps:
 
     def refuses(self) -> str | None:
         settings, optimizer, sae = self.state.settings, self.state.optimizer, self.state.sae
-        W, step_count, objective = sae.W_enc, self.state.step_count, self.state.objective
+        W, objective, (beta1, _) = sae.W_enc, self.state.objective, settings.betas
         if not (isinstance(objective, Gated | L1) and objective.plain):
             return f"it has no step of its own for {objective}"
-        if settings.dead_after is not None:
-            return "it counts no dead features"
         if W.dtype != torch.float32:
             return f"the weights are {W.dtype}"
-        if settings.betas[0] != 0 or not settings.eps > 0:
-            return f"betas[0] = {settings.betas[0]} and eps = {settings.eps} visit every row in every step"
+        if settings.eps == 0:
+            return "eps = 0 visits every row in every step"
         if any((g["betas"], g["eps"]) != (settings.betas, settings.eps) for g in optimizer.param_groups):
             return "the optimizer's betas and eps are not those that it was made with"
-        if not all(p.requires_grad for p in sae.parameters()):
-            return "a parameter is frozen"
-        taken = step_count - len(self.under_way), settings.betas[1]
-        for state in (optimizer.state.get(p) or {"step": 0} for p in sae.parameters()):
-            if "exp_avg" in state:
-                return "a parameter has momentum from earlier steps"
-            if (state["step"], state.get("beta2", settings.betas[1])) != taken:
-                return "a parameter has missed steps, or taken them with another β2"
-        if not sae.apply_b_dec_to_input:
-            return "its screen subtracts b_dec from the input, and this SAE does not"
-        if not settings.unit_start and step_count == 0:
+        taken = self.state.step_count - len(self.under_way)
+        for state in (optimizer.state.get(p) or {"step": 0} for p in sae.parameters() if p.requires_grad):
+            if state["step"] != taken:
+                return "a parameter has missed steps"
+            if beta1 > 0 and taken > 0 and "exp_avg" not in state:
+                return "a parameter has no momentum from earlier steps"
+        if not settings.unit_start and taken == 0:
             return "its first step makes every decoder row unit"
         if sae.precision not in ("exact", "bf16"):
             return f"precision {sae.precision!r} takes torch's product"
@@ -146,21 +117,23 @@ class DeviceSteps:
     def goes_on(self) -> bool:
         """True if the next step can be taken as the last was: nothing that :meth:`refuses`, the state's check of parameters
         or the captured graphs hang on has changed, as far as torch counts changes.  It spares a step's host those."""
-        same = self.graphs is not None and self._version == self.state.sae.W_enc._version
-        self._steady = same and self._saw == self._sees()
+        state, states = self.state, self.state.optimizer.state
+        graphs, taken = self.graphs, state.step_count - len(self.under_way)
+        same = graphs is not None and self._version == state.sae.W_enc._version and self._saw == self._sees()
+        self._steady = same and all(states[p]["step"] == taken for p in graphs.trained) if graphs else False
         return self._steady
 
     def _sees(self) -> tuple:
         state, sae, states = self.state, self.state.sae, self.state.optimizer.state
-        shadow, taken = state.kept.shadow, state.step_count - len(self.under_way)
-        seen = [state.settings, state.objective, sae.precision, sae.options(), backend.forced[-1:]]
-        seen += id(shadow), self.capacity
+        seen = [state.settings, state.objective, sae.precision, sae.options(), backend.forced[-1:], id(state.kept.shadow)]
+        seen += [t.data_ptr() for t in (*sae.buffers(), state.since_fired) if t is not None]
+        seen.append(self.capacity)
         for group in state.optimizer.param_groups:
             seen += group["betas"], group["eps"], len(group["params"])
         for p in sae.parameters():
-            of_p = states.get(p, {"step": 0})
-            seen += id(p), p.requires_grad, p.stride(), p.data_ptr(), of_p["step"] - taken, of_p.get("beta2")
-            seen += [t.data_ptr() for t in of_p.values() if isinstance(t, Tensor)]
+            held = states.get(p, {})
+            seen += id(p), p.requires_grad, p.stride(), p.data_ptr(), held.get("beta2")
+            seen += [t.data_ptr() for t in held.values() if isinstance(t, Tensor)]
         return tuple(seen)
 
     def step(self, x: Tensor, rates: Rates) -> DeviceResult:
@@ -192,12 +165,12 @@ class DeviceSteps:
             first = self.under_way[0]
             if first.event is not None:
                 first.event.synchronize()
-            numbers = first.graphs.report(first.index).tolist()
-            if flag := int(numbers[-1]):
+            report = Report(tuple(first.graphs.report(first.index).tolist()), first.x.shape[0])
+            if flag := int(report.of("flag")):
                 with on_device(first.x.device):
-                    self._recover(first, flag, int(numbers[-2]))
+                    self._recover(first, flag, int(report.of("candidates")))
             else:
-                self._happened(first, Report(numbers, first.x.shape[0]))
+                self._happened(first, report)
                 self.dense = False
         return step.report
 
@@ -213,7 +186,8 @@ class DeviceSteps:
         with on_device(device):
             graphs = self._ready(rows)
             graphs.slot(index).copy_(rows)
-            step = DeviceResult(self, index, rates, x.shape, graphs, graphs.enqueue(index, rates))
+            counts, event = self.state.since_fired is not None, graphs.enqueue(index, rates)
+            step = DeviceResult(self, index, rates, x.shape, counts, graphs, event)
         self.under_way.append(step)
         self.state.step_count += 1
         if not self._steady:
@@ -224,11 +198,11 @@ class DeviceSteps:
     def _ready(self, x: Tensor) -> DeviceGraphs:
         """Buffers and graphs for batches like x [B, d], and a shadow of W_enc as it is now."""
         state, sae, optimizer = self.state, self.state.sae, self.state.optimizer
-        if self._steady and self.graphs is not None and self.graphs.takes(x):
-            return self.graphs
-        optimizer.initialise()
-        if not state.kept.serves(sae.W_enc):
-            self.wait()
+        before = self.graphs
+        if self._steady and before is not None and before.takes(x):
+            return before
+        self.wait()
+        optimizer.prepare()
         shadow = state.kept.of(sae.W_enc)
         assert shadow is not None  # or refuses() would have said so
         self.capacity = self.capacity or x.shape[0] * min(sae.d_sae, ROOM)
@@ -237,16 +211,11 @@ class DeviceSteps:
             # Which way a batch takes must not hang on those before it.
             capacity = max(1, int(crossovers.GPU_DENSE * x.shape[0] * sae.d_sae))
         # A graph replays the kernels of the backend under which it was captured; another's are compiled before a capture.
-        settings = state.settings.betas, state.settings.eps, state.settings.grad_clip, state.objective
-        kind = (x.shape, x.dtype, capacity, sae.precision, *settings, *backend.forced[-1:])
-        memory = [t for p in sae.parameters() for t in (p, *(optimizer.state[p][k] for k in ("exp_avg_sq", "last_step")))]
-        key = (*kind, *(t.data_ptr() for t in (*memory, *shadow)))
+        kind = (x.shape, x.dtype, capacity, *self._sees())
+        key = (*kind, *(t.data_ptr() for t in shadow))
         before = self.graphs
         if before is not None and before.key == key:
             return before
-        if self.under_way:
-            self.wait()
-            return self._ready(x)  # a repeated step may have asked for more room
         from sae_fast.train.device_graphs import DeviceGraphs
 
         if before is not None:
@@ -261,9 +230,9 @@ class DeviceSteps:
     def _happened(self, step: DeviceResult, report: Report) -> None:
         self.under_way.popleft()
         step.report = report
+        for p in step.graphs.trained:
+            self.state.optimizer.state[p]["step"] = step.index + 1
         del step.graphs  # which whoever keeps the log would keep
-        for state in self.state.optimizer.state.values():
-            state["step"] = step.index + 1
 
     def _recover(self, step: DeviceResult, flag: int, candidates: int) -> None:
         """``step`` did not happen, nor did any after it: removes the cause, and repeats them."""
@@ -315,7 +284,8 @@ class DeviceSteps:
         """Takes the first step under way with the host in between, which goes the dense way or says what is not finite."""
         rows = step.x.to(self.state.sae.W_enc.dtype)
         result = update(self.state, rows, step.index, step.rates, shadow)
-        self._happened(step, Report([*result.losses.tolist(), result.fired], rows.shape[0], by_ops=True))
+        numbers = *result.losses.tolist(), result.fired, result.code.nnz, result.dead or 0, 0
+        self._happened(step, Report(numbers, rows.shape[0], by_ops=True))
 
     @staticmethod
     def _not_finite(step: DeviceResult) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_fast import arguments, nn, ops
 from sae_fast.code import SparseCode
-from sae_fast.objectives import Matryoshka, Objective, TopK, of_dialect
+from sae_fast.objectives import L0, Matryoshka, Objective, TopK, of_dialect
 from sae_fast.optim import RowAdam, checked_betas
 from sae_fast.reference import DIALECTS
 
@@ -107,6 +107,12 @@ class TrainState:
             self.since_fired = None
         elif self.since_fired is None:
             self.since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+
+    @property
+    def clamps(self) -> bool:
+        """True if thresholds are to be held at 0 or above."""
+        objective = self.objective
+        return isinstance(objective, L0) and objective.positive and self.sae.get_parameter("threshold").requires_grad
 
     def fired(self, code: SparseCode) -> Tensor | None:
         """``since_fired`` after a step on ``code``."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_fast import gradients, nn, ops
 from sae_fast.code import RowGradient, SparseCode
-from sae_fast.objectives import L0, Objective, TopK
+from sae_fast.objectives import Objective, TopK
 from sae_fast.ops import checks
 from sae_fast.ops.dispatch import trusted
 from sae_fast.train.state import Rates, Result, TrainState
@@ -92,7 +92,7 @@ def update(state: TrainState, rows: Tensor, index: int, rates: Rates, shadow: op
     for name, value in gradients.finite(losses, by_name, lambda name, g: gradients.largest(parameters[name], g)).items():
         if not bool(torch.isfinite(checks.largest(value))):
             raise FloatingPointError(f"step {index}: the {name} is not finite; the weights are unchanged")
-    projected = {"W_dec"} if objective.projects_first and objective.unit_rows else set()
+    projected = {"W_dec"} if objective.clips_projected else set()
 
     def sqnorm(name: str, g: RowGradient) -> Tensor:
         return ops.grad_sqnorm(g, parameters[name], project=name in projected)
@@ -120,19 +120,14 @@ def _follow(state: TrainState, objective: Objective, code: SparseCode, index: in
     """Moves on what follows from step ``index`` but has no gradient; returns the number of dead features."""
     sae = state.sae
     if isinstance(objective, TopK) and isinstance(sae, nn.BatchTopKSAE):
-        sae.threshold.copy_(objective.next_threshold(sae.threshold, code, index))
-    if _clamps(state):
+        sae.threshold.copy_(objective.next_threshold(sae.threshold, code.magnitudes, index))
+    if state.clamps:
         sae.get_parameter("threshold").clamp_(min=0)
-    state.since_fired, dead_after = state.fired(code), state.settings.dead_after
-    if state.since_fired is None or dead_after is None:
+    since, dead_after = state.fired(code), state.settings.dead_after
+    if since is None or state.since_fired is None or dead_after is None:
         return None
-    return int((state.since_fired >= dead_after).sum())
-
-
-def _clamps(state: TrainState) -> bool:
-    """True if thresholds are to be held at 0 or above."""
-    objective = state.objective
-    return isinstance(objective, L0) and objective.positive and state.sae.get_parameter("threshold").requires_grad
+    state.since_fired.copy_(since)
+    return int((since >= dead_after).sum())
 
 
 # ---- Before a step -------------------------------------------------------------------------------------------------------
@@ -183,7 +178,7 @@ def _prepare(state: TrainState, rows: Tensor) -> dict[str, Tensor]:
         for p, before in zip(vectors, undo.values(), strict=True):
             if not p.requires_grad:
                 p.copy_(before)
-    if state.step_count == 0 and _clamps(state):
+    if state.step_count == 0 and state.clamps:
         threshold = sae.get_parameter("threshold")
         undo.setdefault("threshold", threshold.clone())
         threshold.clamp_(min=0)

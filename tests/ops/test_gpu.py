@@ -334,7 +334,7 @@ def test_a_captured_step_replays_with_other_batches_rates_and_coefficients():
     for captured in (False, True):
         trainer = trainer_of()
         sae, optimizer = trainer.sae, trainer.optimizer
-        optimizer.initialise()
+        optimizer.prepare()
         shadow = ops.make_shadow(sae.W_enc)
         step = DeviceStep(trainer.state, shadow, capacity=B * 128, ahead=len(data))
         x, graph = torch.empty_like(data[0]), None

@@ -71,7 +71,7 @@ def cost(sae: sf.nn.SparseAutoencoder, x: torch.Tensor, capacity: int, **setting
     from sae_fast.train.device_step import DeviceStep
 
     trainer = sf.Trainer(sae, **settings)
-    trainer.optimizer.initialise()
+    trainer.optimizer.prepare()
     with _launch.recording() as launches:
         step = DeviceStep(trainer.state, Shadow(*rounded(sae.W_enc.detach())), capacity, ahead=1)
         launches.clear()

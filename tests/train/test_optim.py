@@ -722,7 +722,7 @@ def test_a_frozen_parameter_keeps_its_bits_whatever_gradient_is_at_hand_and_goes
         p.grad = torch.ones_like(p)
         optimizer.step(rows={p: weight} if step % 2 else {})
         if frozen:
-            optimizer.initialise()
+            optimizer.prepare()
             assert_same_bits(before, snapshot(optimizer))
         else:
             other.step(rows={twin: weight if step % 2 else torch.ones_like(p)})

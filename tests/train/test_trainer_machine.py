@@ -46,8 +46,6 @@ class TrainerMachine(RuleBasedStateMachine):
     )
     def start(self, cls, betas, dialect, precision, init_l0, grad_clip):
         torch.set_num_threads(1)
-        if self.backend is not None:  # a GPU's own kernels step without momentum
-            betas = (0.0, betas[1])
         sae = cls(D, F, seed=0, precision=precision)
         with torch.no_grad():
             sae.W_dec.mul_(torch.linspace(0.5, 2, F)[:, None])
