@@ -45,6 +45,14 @@ def scales(
     return f"{file}: norm_activation: {said!r}", into, out
 
 
+def of_log(tensors: Tensors, name: str, F: int) -> Tensor:
+    """The thresholds [F], in float32, whose logarithms a file has."""
+    logarithm = tensors.take(name, F)
+    if not logarithm.is_floating_point():
+        raise ValueError(f"{tensors.file}: {name}: got {logarithm.dtype}, want a floating-point dtype")
+    return logarithm.float().exp()
+
+
 def gates(threshold: Tensor, W_dec: Tensor, with_norms: bool) -> Tensor:
     """θ_i / ‖d_i‖, for gates that compare π_i ‖d_i‖ with θ_i; θ_i itself without ``with_norms``.  A row of norm 0 never
     passes a threshold of at least 0, nor then the largest of all numbers."""

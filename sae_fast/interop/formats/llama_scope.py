@@ -61,7 +61,7 @@ def read(path: Path, recipe: str | None = None) -> Loaded:
         )
         threshold = torch.full((F,), theta)
     else:
-        threshold = tensors.take(LOG, F).float().exp()
+        threshold = _openmoss.of_log(tensors, LOG, F)
     tensors.finish()
     with_norms = recipe in (None, "openmoss") and _openmoss.counts_norms(config, file, default=False)
     if recipe == "saelens" and first:

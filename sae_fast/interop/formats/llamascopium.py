@@ -82,7 +82,7 @@ def _layer(
     if activation == "relu":
         return build(nn.ReluSAE, tensors.file, values, **options), []
     if activation == "jumprelu":
-        threshold = tensors.take(LOG, len(values["b_enc"])).float().exp()
+        threshold = _openmoss.of_log(tensors, LOG, len(values["b_enc"]))
         values["threshold"] = _openmoss.gates(threshold, values["W_dec"], with_norms)
         return build(nn.JumpReluSAE, tensors.file, values, **options), []
     if activation not in ("topk", "batchtopk"):
