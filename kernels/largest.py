@@ -169,7 +169,7 @@ def largest(found: Gapped, layer: Layer, which: Largest, flag: Tensor) -> Gapped
     c, capacity, (B,), device = config("largest"), found.u.shape[0], found.begin.shape, found.u.device
     k, last, ties = which.k, None, None
     if which.whole:
-        runs = cdiv(capacity, c["counted"])
+        runs = max(1, cdiv(capacity, c["counted"]))
         k, counts = k * B, torch.zeros(3, BINS, dtype=torch.int32, device=device)
         last, ties = counts.new_empty(3), counts.new_empty(runs)
         sizes = dict(BINS=BINS, ENTRIES=c["counted"], num_warps=c["warps"])

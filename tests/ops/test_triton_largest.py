@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_same_bits, grid, randn
+from helpers import assert_is_code, assert_same_bits, dense, grid, randn
+from problems import bodies
+from problems.bodies import Body
 from test_topk import sorted_choice
 from torch import Tensor
 
@@ -16,12 +18,14 @@ pytest.importorskip("triton")
 
 from problems.triton_encode import DEVICE, SMALL, on, set_tiles
 
-from sae_fast.code import Layer, Shadow
+from sae_fast import activations, ops
+from sae_fast.code import Layer, Shadow, SparseCode
 from sae_fast.kernels import _mask, compact, round
 from sae_fast.kernels import encode as pipeline
 from sae_fast.kernels import flag as flag_bits
 from sae_fast.kernels.compact import Gapped
 from sae_fast.kernels.largest import Largest, largest
+from sae_fast.ops.encode import gpu
 
 INF, NAN = float("inf"), float("nan")
 whole_or_not = pytest.mark.parametrize("whole", [False, True], ids=["rows", "batch"])
@@ -200,10 +204,10 @@ def test_what_is_no_floor_leaves_all_above_0(floor):
     assert torch.equal(passed, plain) and not ((pi > 0) & ~passed).any()
 
 
-@pytest.mark.parametrize("floor", [2.0**60, 2.0**100, 3e38, INF])
+@pytest.mark.parametrize("floor", [2.0**60, 2.0**85, 3e38, INF])
 def test_a_floor_of_any_size_hides_nothing_that_reaches_it(floor):
-    """Where its product with a scale would overflow; biases above it, of rows and features of any norm."""
-    x, W = randn(20, 70) * powers(20, 36, 5), randn(80, 70, seed=1) * powers(80, 36, 6)
+    """Where its product with a row's scale would overflow, and that of a bias above it with both scales would not."""
+    x, W = randn(20, 70) * 2.0**-36, randn(80, 70, seed=1) * 2.0**36
     x[::5], W[::7] = 0, 0
     bias = torch.full((80,), 2.0).pow(torch.linspace(0, 127.9, 80))
     passed, pi = screened(x, W, bias, torch.full((20,), floor))
@@ -266,3 +270,112 @@ def test_ties_and_the_screen_together():
         which = Largest(6, whole, on(least.amin().expand(30).clone() if whole else least))
         found = pipeline.candidates(on(x), layer, True, floor=which.floor)
         assert torch.equal(kept(pipeline.members(on(x), layer, found, 30 * 80, flag(), True, which), 80), want)
+
+
+# ---- ops.encode ---------------------------------------------------------------------------------------------------------
+
+
+def problem(B: int, d: int, F: int, activation: str = "relu", dtype: torch.dtype = torch.float32) -> dict:
+    x, W, bias = randn(B, d), randn(F, d, seed=1) / d**0.5, 0.3 * randn(F, seed=2)
+    more = {"gated": dict(r_mag=0.2 * randn(F, seed=3), b_mag=randn(F, seed=4)), "jumprelu": dict(threshold=0.5 + 0 * bias)}
+    kwargs = dict(x=x, W_enc=W, bias=bias, **more.get(activation, {}))
+    return {name: t.to(dtype) for name, t in kwargs.items()} | dict(activation=activation)
+
+
+def every_entry(body: bodies.Body, kwargs: dict, **options) -> tuple[Tensor, Tensor]:
+    """(u, π) [B, F] float32, of the body's own dots: a row has every feature where biases are infinite."""
+    bias = torch.full_like(kwargs["bias"], INF)
+    arrays = {name: kwargs[name] for name in ("x", "W_enc")}
+    code = body.run(
+        ops.encode, **{n: t.float() for n, t in arrays.items()}, bias=bias.float(), activation="relu", **options
+    )
+    u = code.u.view(len(kwargs["x"]), len(bias))
+    return u, u + kwargs["bias"].float()
+
+
+def assert_largest(code: SparseCode, kwargs: dict, u: Tensor, pi: Tensor, support: str, k: int) -> None:
+    assert_is_code(code)
+    want = sorted_choice(pi, support, k)
+    assert torch.equal(dense(code, torch.ones(code.nnz)) > 0, want)
+    assert_same_bits(code.u, u[want].to(code.u.dtype))
+    parameters = {n: t.float() for n, t in kwargs.items() if n in ("r_mag", "b_mag", "threshold")}
+    kind = activations.named(kwargs["activation"])
+    values = kind.values(u, pi, tuple(v.expand(u.shape) for v in kind.vectors(parameters)))[:, want]
+    torch.testing.assert_close(code.values.float(), values, rtol=1e-6 if code.u.dtype == torch.float32 else 2e-3, atol=1e-6)
+
+
+gpu_bodies = pytest.mark.parametrize("body", [Body("triton"), Body("cuda")], ids=str, indirect=True)
+supports = pytest.mark.parametrize("support", ["topk", "batch_topk"])
+
+
+@pytest.mark.slow(but=2, of_gpu=True)
+@gpu_bodies
+@supports
+@pytest.mark.parametrize("activation", ["relu", "gated", "jumprelu"])
+@pytest.mark.parametrize("precision", ["exact", "bf16"])
+def test_the_op_gives_the_largest_whatever_the_guess(precision, activation, support, body):
+    """By no guess, by good ones, by such as are too low to be of use, and by such as some rows do not reach."""
+    kwargs, k = problem(9, 40, 100, activation), 5
+    u, pi = every_entry(body, kwargs, precision=precision)
+    want = sorted_choice(pi, support, k)
+    least = pi.masked_fill(~want, INF).amin(1)
+    least = least.amin().expand(9).clone() if support == "batch_topk" else least
+    mixed = least * (0.5 + torch.arange(9) % 3)
+    first = body.run(ops.encode, **kwargs, support=support, k=k, precision=precision)
+    assert_largest(first, kwargs, u, pi, support, k)
+    for guess in (0.97 * least, mixed, least * INF):
+        code = body.run(ops.encode, **kwargs, support=support, k=k, precision=precision, guess=guess)
+        assert_same_bits(first, code)
+
+
+@pytest.mark.slow(but=1, of_gpu=True)
+@gpu_bodies
+@supports
+@pytest.mark.parametrize("route", ["product", "none", "blocks"])
+def test_every_floor_gives_the_same_bits(route, support, body, monkeypatch):
+    kwargs = problem(9, 20, 150)
+    u, pi = every_entry(body, kwargs)
+    too_high = {"product": ["floor_of_sample"], "none": ["floor_of_sample", "_reached"], "blocks": []}[route]
+    for name in too_high:
+        monkeypatch.setattr(gpu, name, lambda x, *_: torch.full((len(x),), INF))
+    if route == "blocks":
+        monkeypatch.setattr(gpu, "MASK", 4 * 150)
+    for k in (1, 4):
+        assert_largest(body.run(ops.encode, **kwargs, support=support, k=k), kwargs, u, pi, support, k)
+
+
+@pytest.mark.slow(but=1, of_gpu=True)
+@gpu_bodies
+@supports
+def test_of_16_bit_storage_the_choice_is_by_what_is_not_rounded(support, body):
+    kwargs = problem(9, 40, 100, "relu", torch.float16)
+    u, pi = every_entry(Body("triton"), kwargs)
+    code = body.run(ops.encode, **kwargs, support=support, k=6)
+    assert code.u.dtype == torch.float16
+    assert_largest(code, kwargs, u, pi, support, 6)
+
+
+@pytest.mark.slow(but=1, of_gpu=True)
+@gpu_bodies
+@supports
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_is_not_finite_is_chosen_first(bad, support, body):
+    kwargs = problem(9, 40, 100)
+    kwargs["x"][3, 7], kwargs["W_enc"][11, 2] = bad, bad
+    kwargs["x"][5:7] = 0
+    u, pi = every_entry(body, kwargs)
+    code = body.run(ops.encode, **kwargs, support=support, k=6)
+    member = sorted_choice(pi, support, 6)
+    assert torch.equal(dense(code, torch.ones(code.nnz)) > 0, member)
+    assert torch.equal(code.u.isnan(), u[member].isnan())
+
+
+def test_a_sample_s_floor_is_seldom_too_high_and_lets_few_too_many_through():
+    x, W, bias = randn(64, 40), randn(8192, 40, seed=1) / 40**0.5, 0.1 * randn(8192, seed=2)
+    layer, pi = Layer.of(W, bias, "relu", {}), x @ W.T + bias
+    floor = gpu.floor_of_sample(x, layer, 64, False)
+    counts = (pi >= floor[:, None]).sum(1)
+    assert (counts < 64).sum() <= 1 and counts.float().mean() < 3.5 * 64
+    floor = gpu.floor_of_sample(x, layer, 64, True)
+    assert 64 * 64 <= int((pi >= floor[:, None]).sum()) < 2 * 64 * 64
+    assert not gpu.floor_of_sample(x[:, :40], layer, 8000, False).any(), "of a sample with too few there is none"

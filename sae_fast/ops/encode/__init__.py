@@ -3,7 +3,7 @@
 Body ``cpu``: screened or dotted tile by tile, see cpu.py and, for ``topk`` and ``batch_topk``, largest.py.
 Bodies ``cuda`` and ``triton``: screened by one kernel that keeps a bit an entry, see gpu.py; they differ in the
 kernel that verifies.
-Body ``reference``: dense, any device and dtype, see dense.py; on a GPU it serves ``topk`` and ``batch_topk``.
+Body ``reference``: dense, any device and dtype, see dense.py.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def encode(
       ``topk``        the k largest π of each row, as far as they are positive; of equal ones, the lower features
       ``batch_topk``  the k · B largest π of the batch, as far as they are positive; of equal ones, the lower rows, and in a
                       row the lower features
-      The latter two count a NaN as the largest.  On a GPU and for other dtypes than float32 they take the dense route:
-      ``topk`` in chunks of rows, ``batch_topk`` with B · F values in memory at once.
+      The latter two count a NaN as the largest.  For what neither engine takes, and on a GPU for a k above 3 % of F,
+      torch's product decides: ``topk`` in chunks of rows, ``batch_topk`` with B · F values in memory at once.
     The values on it, by ``activation`` and its ``parameters`` [F] by name (sae_fast/activations):
       ``gated``       with r_mag and b_mag: magnitudes 1[π > 0] ReLU(exp(r_mag) u + b_mag) and gates ReLU(π); bias is b_gate
       ``relu``        ReLU(π); bias is b_enc
@@ -61,7 +61,7 @@ def encode(
       ``tf32``    the same with TF32 operands, on a GPU that has them
       ``bf16``    a 16-bit product decides and nothing is verified: entries near the threshold come and go, and u is of
                   rounded operands: 8 bits on a CPU, whose product takes bfloat16, 11 on a GPU, where it takes float16.
-    ``guess`` [B], for ``topk`` and ``batch_topk`` on the C++ engine: what the smallest entry kept of each row, or of the
+    ``guess`` [B], for ``topk`` and ``batch_topk`` on the engines: what the smallest entry kept of each row, or of the
     batch, is thought to reach.  A good one, a little lower, saves time; none changes the result.
     ``shadow``: what ``ops.make_shadow(W_enc)`` gave, to save that pass; it must belong to W_enc as it is now.
     Differentiable with respect to x, W_enc, bias, r_mag and b_mag (not the threshold).  MATH.md §1.
@@ -107,15 +107,14 @@ def _encode(
         checks.shape("guess", guess, x.shape[0])
         checks.floating("guess", guess, W_enc, "W_enc")
     shadow = checks.shadow(W_enc, shadow_rows, shadow_norms)
-    dense = None if support == "threshold" else f"support {support!r} takes the dense route on a GPU"
-    gpu_other = gpu.rejects(x) or dense
+    too_wide = gpu.rejects(x)
     body = pick(
         "encode",
         {"cpu": _cpu, "cuda": _triton, "triton": _triton, "reference": _reference},
         {
             "cpu": cpu_rejects(x, W_enc),
-            "cuda": cuda_rejects("verify", x, W_enc) or gpu_other,
-            "triton": triton_rejects(x, W_enc) or gpu_other,
+            "cuda": cuda_rejects("verify", x, W_enc) or too_wide,
+            "triton": triton_rejects(x, W_enc) or too_wide,
         },
     )
     return body(x, Layer.of(W_enc, bias, activation, parameters, slack, shadow), support, k, precision, guess)
@@ -171,8 +170,11 @@ def _cpu(x, layer, support, k, precision, guess):
     return indptr, indices, u, values
 
 
-def _triton(x, layer, _support, _k, precision, _guess):
-    return gpu.screened_code(x.contiguous(), layer.contiguous(), precision)
+def _triton(x, layer, support, k, precision, guess):
+    x, layer = x.contiguous(), layer.contiguous()
+    if support == "threshold":
+        return gpu.screened_code(x, layer, precision)
+    return gpu.largest_code(x, layer, k, support == "batch_topk", precision, guess)
 
 
 def _reference(x, layer, support, k, _precision, _guess):
