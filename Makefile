@@ -39,7 +39,7 @@ chromium:
 
 # A core of the tests on each torch and Triton that is supported, in environments of their own (tests/matrix.py): 15 GB.
 matrix: $(ENGINE)
-	$(BIN)/python tests/matrix.py $(ONLY)
+	$(BIN)/python tests/matrix.py $(if $(KERNELS),--kernels) $(ONLY)
 
 lint: $(ENGINE)
 	$(BIN)/ruff check .
@@ -56,8 +56,10 @@ bench: $(ENGINE)
 bench-sweep: $(ENGINE)
 	$(BIN)/python -m benchmarks --sweep
 
-# For a machine with an NVIDIA GPU and no network: an environment of what $(PYTHON) has, then tests and benchmark on the GPU,
-# all into OUT.  ONLY=tests|sanitizer|bench|tune does one of them.  The CUDA kernels are built where there is an nvcc.
+# For a machine with an NVIDIA GPU and no network: an environment of what $(PYTHON) has, then tests, benchmark and tuning on
+# the GPU in MINUTES (8), into OUT and the device's folder of benchmarks/results: first what is not done of the present sources,
+# so that the next run goes on.  ONLY=tests|sanitizer|bench|tune|rest does one part.  The CUDA kernels are built where there is
+# an nvcc.
 OUT ?= out/gpu
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES))

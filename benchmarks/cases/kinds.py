@@ -86,7 +86,7 @@ def on(sae: GatedSAE, layer: type, threshold: bool = False, **options: Any) -> A
     if threshold:
         made.threshold = sae.r_mag
     elif isinstance(made, sf.BatchTopKSAE):
-        made.threshold = torch.tensor(-1.0)
+        made.threshold = torch.tensor(-1.0, device=sae.W_enc.device)
     return made
 
 
@@ -124,7 +124,7 @@ def with_thresholds(sae: GatedSAE) -> None:
 
 
 def pre_activation(sae: Any, x: Tensor) -> Tensor:
-    return F.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
+    return F.linear(x, sae.W_enc, sae.b_enc - sae.W_enc @ sae.b_dec)  # x − b_dec would cost a product more backwards
 
 
 def squared(error: Tensor) -> Tensor:

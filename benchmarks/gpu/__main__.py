@@ -1,8 +1,10 @@
-"""`python -m benchmarks.gpu` (or `make gpu`): tests, benchmark or tuning on this machine's GPU, into one folder.
+"""`python -m benchmarks.gpu` (or `make gpu`): tests, benchmark and tuning on this machine's GPU, into one folder.
 
-environment.json, then tests.xml, then sanitizer.txt, then results.csv and its pictures, summary.txt last; with --only tune,
-tuning.json.  Every file is valid at any time.  Exits with 0 if the tests passed and every check held, 2 without a GPU,
-else 1.
+Each part has a share of the time.  It begins with what is not done of the present sources, by the record in the device's
+folder of benchmarks/results, into which the run's files are merged after every part; with what is left over the next run
+goes on.  In the folder: environment.json, tests.xml, rest.xml, sanitizer.txt, results.csv, tuning.json, record.json, and at
+the end the pictures and summary.txt.  Every file is valid at any time.  Exits with 0 if nothing was found wrong, 2 without
+a GPU, else 1.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,19 +25,17 @@ from xml.etree import ElementTree
 
 from benchmarks.gpu import environment
 from benchmarks.gpu.budget import GRACE, PARTS, Budget
-from benchmarks.gpu.live import is_of_kernels
 
 STARTED = "SAE_FAST_GPU_STARTED"  # when the first of the processes of a run began, in seconds since the epoch
-STOPPED = "stopped at its limit"
-CUT = ("bench", "sanitizer")  # parts that the limit may cut
+STOPPED, NOTHING = "stopped at its limit", "nothing left to do"
+PYTHON = [sys.executable]  # of the parts
+SHOWN = 20  # of a list in the summary
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="the folder")
-    parser.add_argument(
-        "--only", choices=("tests", "sanitizer", "bench", "tune"), help="one part; by default tests, sanitizer, bench"
-    )
+    parser.add_argument("--only", choices=PARTS, help="one part; by default all, in this order")
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it ends within so many")
     given = parser.parse_args(arguments)
     reason = environment.no_gpu()
@@ -47,10 +47,30 @@ def main(arguments: list[str] | None = None) -> int:
     if not environment.installed():
         return _again(began)
 
+    from benchmarks.gpu import record
+
     given.out.mkdir(parents=True, exist_ok=True)
     out = given.out.resolve()
     os.chdir(environment.ROOT)  # where tests and benchmark are found
     signal.signal(signal.SIGTERM, _interrupt)
+    about = prepare(out, budget)
+    home = record.home(about["gpu"])
+    states: dict[str, str] = {}
+    try:
+        for part in [given.only] if given.only else PARTS:
+            seconds = budget.share(part, last=part in (PARTS[-1], given.only))
+            print(f"\n{part}: at most {seconds:.0f} s", flush=True)
+            asked = command(part, out, home, seconds)
+            states[part] = run(asked, seconds) if asked else NOTHING
+            record.merge(out, home)
+    except KeyboardInterrupt:
+        states["run"] = "interrupted"
+        record.merge(out, home)
+    return finish(out, home, states)
+
+
+def prepare(out: Path, budget: Budget) -> dict[str, str]:
+    """Builds what can be built, and describes the machine in environment.json."""
     missing = environment.build(Path(sys.executable), seconds=max(30.0, 0.25 * budget.left))
     if missing["_C"]:
         print(f"no CPU engine: {missing['_C']}; nothing on the GPU needs it", flush=True)
@@ -58,18 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no CUDA kernels: {missing['_C_cuda']}; Triton's run", flush=True)
     about = environment.describe() | {"cpu_engine": missing["_C"] or "built", "cuda_engine": missing["_C_cuda"] or "built"}
     (out / "environment.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    print(f"{about.get('gpu')}   {about['versions']}   Triton {about['triton']}   into {out}", flush=True)
-
-    states: dict[str, str] = {}
-    try:
-        parts = [given.only] if given.only else list(PARTS)
-        for part in parts:
-            seconds = budget.share(part, last=part == parts[-1])
-            print(f"\n{part}: at most {seconds:.0f} s", flush=True)
-            states[part] = run(command(part, out, seconds), seconds)
-    except KeyboardInterrupt:
-        states["run"] = "interrupted"
-    return finish(out, states)
+    print(f"{about['gpu']}   {about['versions']}   into {out}", flush=True)
+    return about
 
 
 def _again(began: float) -> int:
@@ -87,19 +97,29 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def command(part: str, out: Path, seconds: float) -> list[str]:
-    if part != "tests":
+def command(part: str, out: Path, home: Path, seconds: float) -> list[str]:
+    """What runs a part; empty where nothing of it is left."""
+    from benchmarks.gpu import sanitizer, suite, tune
+    from benchmarks.gpu.record import Record
+
+    known = Record(out, home)
+    if part not in ("tests", "rest"):
+        of = {"sanitizer": sanitizer.pieces, "tune": tune.pieces}.get(part)
+        if of and not known.left(part, of()):
+            return []
         # It ends by itself when its time is out, and is stopped if it does not.
-        return [sys.executable, "-m", f"benchmarks.gpu.{part}", "--out", str(out), "--seconds", f"{seconds - GRACE:.0f}"]
-    files = [
-        str(path.relative_to(environment.ROOT))
-        for path in sorted((environment.ROOT / "tests").rglob("test_*.py"))
-        if is_of_kernels(path.name) or re.search(r"mark\.gpu|@bodies\.", path.read_text(encoding="utf-8"))
-    ]
-    if importlib.util.find_spec("xdist"):  # most of a first run is compilation, on one core a process
-        files += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
-    live = ["-p", "benchmarks.gpu.live", "--live-xml", str(out / "tests.xml"), "-p", "no:cacheprovider"]
-    return [sys.executable, "-m", "pytest", *live, "--continue-on-collection-errors", *files]
+        limits = ["--out", str(out), "--known", str(home), "--seconds", f"{seconds - GRACE:.0f}"]
+        return [*PYTHON, "-m", f"benchmarks.gpu.{part}", *limits]
+    pieces = suite.pieces()
+    left = known.left("tests", pieces)
+    files = left if part == "tests" else [name for name in known.order("tests", pieces) if name not in left]
+    if not files:
+        return []
+    options = ["-p", "benchmarks.gpu.live", "--live", str(out / f"{part}.xml"), str(home), "-p", "no:cacheprovider"]
+    options += ["--rootdir", str(suite.TESTS.parent), "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist"):  # most of a first run is compilation, on one core a process; a file at a time
+        options += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "loadfile"]
+    return [*PYTHON, "-m", "pytest", *options, *(str(suite.TESTS.parent / file) for file in files)]
 
 
 def run(command: list[str], seconds: float) -> str:
@@ -128,59 +148,69 @@ def _stop(process: subprocess.Popen) -> None:
 # ---- The end --------------------------------------------------------------------------------------------------------
 
 
-def finish(out: Path, states: dict[str, str]) -> int:
+def finish(out: Path, home: Path, states: dict[str, str]) -> int:
     """Pictures, and the summary of whatever there is."""
-    lines, good = [], not any(state for part, state in states.items() if part not in CUT or state != STOPPED)
-    for part, state in states.items():
-        lines.append(f"{part}: {state or 'done'}")
-    if (out / "tests.xml").exists() and "tests" in states:
-        suite = ElementTree.parse(out / "tests.xml").getroot()[0]
-        counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-        good &= not counts["failures"] and not counts["errors"] and suite.get("complete") == "true"
-        lines.append("tests.xml: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
-        bad = [case for case in suite if case.find("failure") is not None or case.find("error") is not None]
-        lines += [f"  failed: {case.get('classname')}::{case.get('name')}" for case in bad[:20]]
+    lines = [f"{part}: {state or 'done'}" for part, state in states.items()]
+    bad = {part for part, state in states.items() if state not in ("", STOPPED, NOTHING)}
+    for part in ("tests", "rest"):
+        xml = out / f"{part}.xml"
+        if xml.exists() and states.get(part, NOTHING) != NOTHING:
+            suite = ElementTree.parse(xml).getroot()[0]
+            counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+            lines.append(f"{xml.name}: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+            failed = [case for case in suite if case.find("failure") is not None or case.find("error") is not None]
+            lines += [f"  failed: {case.get('classname')}::{case.get('name')}" for case in failed[:SHOWN]]
+            bad |= {part} if failed else set()
     if (out / "sanitizer.txt").exists() and "sanitizer" in states:
         said = (out / "sanitizer.txt").read_text(encoding="utf-8").splitlines()
         lines += [f"sanitizer.txt: {line}" for line in said if "SUMMARY" in line or line.startswith("no ")]
-    if (out / "results.csv").exists() and "bench" in states:
-        faults, table = _results(out)
-        good &= not faults
-        lines += ["", *table, *faults]
     if (out / "tuning.json").exists() and "tune" in states:
         lines.append("tuning.json: " + (out / "tuning.json").read_text(encoding="utf-8").strip())
+    lines += ["", *_left(out, home)]
+    if (home / "results.csv").exists():
+        faults, table = _results(out, home)
+        bad |= {"bench"} if faults else set()
+        lines += ["", *table, *faults]
     text = "\n".join(lines)
     (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\nwritten to {out}", flush=True)
-    return 0 if good else 1
+    shutil.copyfile(out / "summary.txt", home / "summary.txt")
+    print(f"\n{text}\nwritten to {out}, merged into {home}", flush=True)
+    return 1 if bad else 0
 
 
-def _results(out: Path) -> tuple[list[str], list[str]]:
-    """(faults, table of goals) of results.csv, which gets the goals' rows; its pictures, if matplotlib is there."""
+def _left(out: Path, home: Path) -> list[str]:
+    """What the next run begins with, part by part."""
+    from benchmarks.gpu import bench, suite, tune
+    from benchmarks.gpu.record import Record
+
+    known, lines = Record(out, home), []
+    for part, pieces in {"tests": suite.pieces(), "bench": bench.pieces(home), "tune": tune.pieces()}.items():
+        left = known.left(part, pieces)
+        lines.append(f"{part}: {len(pieces) - len(left)} of {len(pieces)} done of the present sources")
+        states = {name: known.state(part, name, pieces[name]) or "not begun" for name in left}
+        lines += [f"  next: {name} ({states[name]})" for name in left[:SHOWN]]
+    return lines
+
+
+def _results(out: Path, home: Path) -> tuple[list[str], list[str]]:
+    """(faults, table of goals) of what is known of the device; its pictures, if matplotlib is there."""
     from benchmarks import plots
-    from benchmarks.gpu.cases import reach, twins
-    from benchmarks.gpu.measure import Sink
+    from benchmarks.gpu import goals
+    from benchmarks.gpu.measure import row_of
+    from benchmarks.gpu.record import lines
     from sae_fast.extras import MissingExtra
 
-    sink = Sink(out / "results.csv", append=True)
+    rows = lines(home / "results.csv")
     faults = [
-        f"fault: {row.case} {row.provider} {row.x}: {note}"
-        for row, note in zip(sink.rows, sink.notes, strict=True)
-        if row.metric == "fault"
+        f"fault: {row['case']} {row['provider']} {row['x']}: {row['note']}" for row in rows if row["metric"] == "fault"
     ]
-    goals = reach(sink)
-    width = max(len(label) for label, *_ in goals)
-    table = [
-        f"{label:{width}s}  {want:>7s}  {f'{got:.3g}' if verdict else '':>8s}  {verdict or 'not measured'}"
-        for label, want, got, verdict in goals
-    ]
+    table = goals.lines(list(map(row_of, rows)))
     try:
-        if any(row.metric == "time" for row in sink.rows):
-            plots.draw(out / "results.csv", out)
+        if any(row["metric"] == "time" for row in rows):
+            plots.draw(home / "results.csv", out)
     except MissingExtra as error:
         table.append(f"no pictures: {error}")
-    table += ["", *twins(sink)[1]]
-    return faults, [f"{'goal':{width}s}  {'want':>7s}  {'got':>8s}", *table]
+    return faults, table
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark, as a process of its own: `python -m benchmarks.gpu.bench --out DIR --seconds N`.
+"""The benchmark, as a process of its own: `python -m benchmarks.gpu.bench --out DIR --known DIR --seconds N`.
 
 A kernel that hangs or breaks the device's context ends with this process; what it had measured is in results.csv.
 """
@@ -12,8 +12,15 @@ import torch
 
 from benchmarks.cases import ops
 from benchmarks.data import Shape, World
-from benchmarks.gpu import cases, world
-from benchmarks.gpu.measure import Sink, run
+from benchmarks.gpu import cases, environment, goals, sources, world
+from benchmarks.gpu.measure import Sink, row_of, run
+from benchmarks.gpu.record import ROWS, Record, lines
+
+MEASURED = (
+    *sources.ALL,
+    "benchmarks/cases/*.py",
+    *(f"benchmarks/gpu/{name}.py" for name in ("cases", "kinds", "rivals", "world")),
+)
 
 
 class Worlds:
@@ -29,14 +36,28 @@ class Worlds:
         return world.world(shape, frequencies)
 
 
-def main() -> None:
+def stamp() -> str:
+    """Of all that a figure hangs on."""
+    return sources.digest(sources.of(*MEASURED), environment.versions())
+
+
+def pieces(known: Path) -> dict[str, str]:
+    """The sources of each job."""
+    jobs = cases.jobs(earned=goals.twins(goals.figures(map(row_of, lines(known / ROWS))))[0])
+    return dict.fromkeys((job.name for job in jobs), stamp())
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--known", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch._dynamo.config.recompile_limit = 64  # past it torch.compile would quietly run eagerly
-    sink = Sink(given.out / "results.csv")
-    run(cases.jobs(sink=sink), Worlds(), sink, "cuda", given.seconds, after=cases.roofline)
+    sink = Sink(given.out / ROWS, given.known / ROWS)
+    record = Record(given.out, given.known)
+    jobs = lambda: cases.jobs(earned=goals.twins(goals.figures(sink.rows))[0])  # noqa: E731
+    run(jobs, Worlds(), sink, record, stamp(), "cuda", given.seconds, after=cases.roofline)
 
 
 if __name__ == "__main__":

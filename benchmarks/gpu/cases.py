@@ -20,94 +20,13 @@ from benchmarks.cases.floors import step_bytes
 from benchmarks.cases.step import L1, SETTINGS
 from benchmarks.data import Shape, World
 from benchmarks.gate import sift
-from benchmarks.gpu.measure import Contender, Job, Running, Sink, Unavailable
-from benchmarks.gpu.rivals import Dense, DictionaryLearning
+from benchmarks.gpu import kinds
+from benchmarks.gpu.goals import PRECISIONS, PRODUCT, TWINS, named
+from benchmarks.gpu.measure import Contender, Job, Running, Sink, Unavailable, wrong
+from benchmarks.gpu.rivals import Dense, DictionaryLearning, gated_loss
 from benchmarks.gpu.world import LARGE, SMALL
-from benchmarks.registry import OURS, Goal
+from benchmarks.registry import OURS
 from sae_fast import GatedSAE, reference
-
-OURS_BF16, PRODUCT = f"{OURS}_bf16", "bf16_product"
-PRECISIONS = {OURS: "exact", OURS_BF16: "bf16"}
-FLOORS = ("floor", "gather_floor")  # of an op: computed from this run's ceilings
-# The ops that have a CUDA body beside Triton's, by the case that runs them, and how much faster it must be to ship.
-TWINS = {
-    "encode": "verify",
-    "decode_loss": "decode_loss",
-    "transpose": "transpose",
-    "outer": "outer",
-    "weight_step": "weight_step",
-}
-EARNS = 1.15
-TOLERANCE = {"exact": 1e-4, "fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2}  # of a loss, relative
-
-GOALS = {
-    "step": (
-        Goal("exact step ÷ bare bf16 product", "time", OURS, PRODUCT, at_most=3.2, at=LARGE),
-        Goal("compiled bf16 dense step ÷ exact step", "time", "compiled_bf16", OURS, at_least=2.5, at=LARGE),
-        Goal("compiled TF32 dense step ÷ exact step", "time", "compiled_tf32", OURS, at_least=5, at=LARGE),
-        Goal("dictionary_learning's fp32 update ÷ exact step", "time", "dictionary_learning", OURS, at_least=20, at=LARGE),
-        Goal("bf16 step ÷ bare bf16 product", "time", OURS_BF16, PRODUCT, at_most=2.3, at=LARGE),
-        Goal("compiled bf16 dense step ÷ bf16 step", "time", "compiled_bf16", OURS_BF16, at_least=4, at=LARGE),
-        Goal("exact step's peak memory ÷ compiled bf16's", "peak_memory", OURS, "compiled_bf16", at_most=1 / 8, at=LARGE),
-        Goal("compiled bf16 dense step ÷ exact step", "time", "compiled_bf16", OURS, at_least=2.2, at=SMALL),
-        Goal("compiled bf16 dense step ÷ bf16 step", "time", "compiled_bf16", OURS_BF16, at_least=4, at=SMALL),
-        Goal("exact step's peak memory ÷ compiled bf16's", "peak_memory", OURS, "compiled_bf16", at_most=1 / 8, at=SMALL),
-    ),
-    "encode_sparse": (
-        Goal("exact encode ÷ bare bf16 product", "time", OURS, PRODUCT, at_most=1.6, at=LARGE),
-        Goal("bf16 encode ÷ bare bf16 product", "time", OURS_BF16, PRODUCT, at_most=1.15, at=LARGE),
-    ),
-    "decode_loss": (Goal("decode_loss ÷ gathered bytes", "time", "best", "gather_floor", at_most=1.5, at=LARGE),),
-    "weight_step": (Goal("weight_step ÷ gathered bytes", "time", "best", "gather_floor", at_most=1.5, at=LARGE),),
-}  # fmt: skip
-
-
-def named(case: str, frequencies: str) -> str:
-    return case if frequencies == "uniform" else f"{case}_{frequencies}"
-
-
-def reach(sink: Sink) -> list[tuple[str, str, float, str]]:
-    """(what, wanted, got, verdict) of each goal at each kind of frequencies; the verdict of what was not measured is empty.
-    The best compiled step counts, whichever mode it comes from; what is dense takes as long on any data."""
-    table = []
-    for frequencies in ("uniform", "zipf"):
-        for case, goals in GOALS.items():
-            for goal in goals:
-                place = named(case, frequencies)
-                over, under = (_best(sink, case, place, name, goal) for name in (goal.numerator, goal.denominator))
-                got = over / under
-                want = f"≤ {goal.at_most:g}" if goal.at_most is not None else f"≥ {goal.at_least:g}"
-                verdict = "" if got != got else "met" if goal.reached(got) else "not met"
-                table.append((f"{goal.label}, {frequencies}, {goal.at}", want, got, verdict))
-                if verdict:
-                    sink.add(place, goal.numerator, "goal", "goal", goal.at, [got], f"{goal.label}: want {want}: {verdict}")
-    return table
-
-
-def _best(sink: Sink, case: str, place: str, provider: str, goal: Goal) -> float:
-    places = (place,) if provider in PRECISIONS or case in TWINS else (place, case)
-    names = (OURS, "triton", "cuda") if provider == "best" else (provider, f"{provider}_autotuned")
-    metric = "floor" if provider in FLOORS else goal.metric
-    found = [sink[at, name, metric, goal.at] for at in places for name in names]
-    return min((value for value in found if value == value), default=float("nan"))
-
-
-def twins(sink: Sink) -> tuple[frozenset[str], list[str]]:
-    """(the ops whose CUDA bodies earn a place in kernels/native.FASTER: at every shape measured; a table of all)."""
-    ratios: dict[str, list[float]] = {}
-    lines = []
-    for case, op in TWINS.items():
-        for shape in dict.fromkeys((str(LARGE), str(SMALL))):
-            triton, cuda = (sink[case, body, "time", shape] for body in ("triton", "cuda"))
-            if triton == triton and cuda == cuda:
-                ratios.setdefault(op, []).append(triton / cuda)
-                lines.append(f"{op:12s} triton {triton:8.4g} ms   cuda {cuda:8.4g} ms   {triton / cuda:5.2f} ×   {shape}")
-    earned = frozenset(op for op, all in ratios.items() if min(all) >= EARNS)
-    if not ratios:
-        return earned, ["CUDA bodies beside Triton's: not measured"]
-    names = ", ".join(sorted(earned)) or "none"
-    return earned, [*lines, f"earn a place in kernels/native.FASTER (≥ {EARNS} ×): {names}"]
-
 
 # ---- Truth ----------------------------------------------------------------------------------------------------------
 
@@ -126,15 +45,9 @@ def true_losses(here: World) -> tuple[float, ...]:
     return tuple(s / x.shape[0] for s in sums)
 
 
-def wrong_losses(here: World, got: dict[str, float], tolerance: float) -> list[str]:
-    names = ("loss", "reconstruction", "sparsity", "auxiliary")
-    truth = dict(zip(names, true_losses(here), strict=True))
-    scale = {name: max(abs(truth[name]), 1e-6 * truth["loss"]) for name in got}
-    return [
-        f"{name}: got {value:.6g}, want {truth[name]:.6g} within {tolerance:g}"
-        for name, value in got.items()
-        if not abs(value - truth[name]) <= tolerance * scale[name]
-    ]
+def wrong_losses(here: World, got: dict[str, float], precision: str) -> list[str]:
+    truth = dict(zip(("loss", "reconstruction", "sparsity", "auxiliary"), true_losses(here), strict=True))
+    return wrong(got, truth, precision)
 
 
 @torch.no_grad()
@@ -207,7 +120,7 @@ def step(precision: str) -> Callable[[World], Running]:
         def check() -> list[str]:
             log = trainer.step(here.batches[0])
             got = {name: getattr(log, name) for name in ("loss", "reconstruction", "sparsity", "auxiliary")}
-            return wrong_losses(here, got, TOLERANCE[precision])
+            return wrong_losses(here, got, precision)
 
         return Running(trainer.step, here.batches, check, own=_bytes(sae))
 
@@ -232,14 +145,14 @@ def encode(precision: str) -> Callable[[World], Running]:
 def rival(make: Callable[[GatedSAE], Any], precision: str) -> Callable[[World], Running]:
     def start(here: World) -> Running:
         one = make(here.new_sae())
-        check = lambda: wrong_losses(here, {"loss": float(one(here.batches[0]))}, TOLERANCE[precision])  # noqa: E731
+        check = lambda: wrong_losses(here, {"loss": float(one(here.batches[0]))}, precision)  # noqa: E731
         return Running(one, here.batches, check, own=sum(p.numel() * p.element_size() for p in one.parameters().values()))
 
     return start
 
 
 def compiled(precision: str, mode: str = "default") -> Callable[[World], Running]:
-    return rival(lambda sae: Dense(sae, SETTINGS["lr"], L1, precision, mode), precision)
+    return rival(lambda sae: Dense(sae, gated_loss(L1), SETTINGS["lr"], precision, mode), precision)
 
 
 def product(dtype: torch.dtype, tf32: bool = False) -> Callable[[World], Running]:
@@ -367,6 +280,8 @@ def work(case: str, s: Shape, nnz: int, touched: int) -> tuple[float, float, flo
 def roofline(job: Job, here: World, sink: Sink) -> None:
     """Beside an op's time: its flops, its bytes, and the larger of the two times that they need by the product and the copy
     measured in this run."""
+    if job.case.startswith("kind_"):
+        return
     kind = "encode" if job.case.startswith("encode") else "step" if job.case.startswith("step") else job.case
     with torch.no_grad():
         code = here.sae.encode_sparse(here.batches[0])
@@ -404,8 +319,8 @@ def mine(start: Callable[[str], Callable[[World], Running]]) -> tuple[Contender,
     return tuple(Contender(name, start(precision)) for name, precision in PRECISIONS.items())
 
 
-def jobs(large: Shape = LARGE, small: Shape = SMALL, sink: Sink | None = None) -> Iterator[Job]:
-    """One by one, as what comes late hangs on what the sink has by then: which bodies were faster."""
+def jobs(large: Shape = LARGE, small: Shape = SMALL, earned: frozenset[str] = frozenset()) -> Iterator[Job]:
+    """``earned``: the ops whose CUDA bodies were found to be faster, which a step is to show."""
 
     def steps(shape: Shape, frequencies: str, *rivals: Contender, needs: float = 30.0) -> Job:
         who = (BARE, *mine(step), *rivals)
@@ -421,6 +336,8 @@ def jobs(large: Shape = LARGE, small: Shape = SMALL, sink: Sink | None = None) -
     yield Job("step", "train", large, "uniform", (TF32, DL), memory=True, needs=30.0)
     yield steps(small, "uniform", COMPILED, TF32, DL)
     yield encodes(small, "uniform")
+    for shape in (large, small):
+        yield from map(partial(kinds.job, at=shape), ("topk", "batchtopk"))
     yield steps(large, "zipf", COMPILED)
     yield encodes(large, "zipf")
     for shape in (large, small):
@@ -429,7 +346,6 @@ def jobs(large: Shape = LARGE, small: Shape = SMALL, sink: Sink | None = None) -
             both = tuple(Contender(body, with_bodies(op(name), ops)) for body, ops in bodies.items())
             mine_too = (Contender(OURS, op(name)),) if shape == large else ()
             yield Job(name, CASES[name].mode, shape, "uniform", mine_too + both)
-    earned = twins(sink)[0] if sink else frozenset()
     if earned:
         faster = Contender(
             f"{OURS}_faster_bodies", with_bodies(step("exact"), earned), f"cuda: {', '.join(sorted(earned))}"
@@ -439,6 +355,8 @@ def jobs(large: Shape = LARGE, small: Shape = SMALL, sink: Sink | None = None) -
         ways = tuple(Contender(how, screen(how), optional=True) for how in ("fused", "persistent", "library"))
         yield Job("screen", "forward", shape, "uniform", (BARE, *ways))
     yield steps(small, "zipf", COMPILED)
+    for shape in (large, small):
+        yield from map(partial(kinds.job, at=shape), ("gated", "matryoshka", "jumprelu", "relu"))
     slow = (Contender("tf32_product", product(torch.float32, True)), Contender("fp32_product", product(torch.float32)))
     yield Job("ceilings", "floor", large, "uniform", slow)
     yield Job("step", "train", large, "uniform", (AUTOTUNED,), memory=True, needs=60.0)

@@ -144,7 +144,7 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "numpy": _version("numpy"),
-        "versions": machine.versions(),
+        "versions": versions(),
     }
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
@@ -157,6 +157,14 @@ def describe() -> dict[str, Any]:
             "nvidia_smi": _smi(),
         }
     return about
+
+
+def versions() -> str:
+    """What a figure hangs on, in a line."""
+    from benchmarks import machine
+
+    more = f"Triton {_version('triton')}", f"driver {(_smi() or {}).get('driver_version', 'none')}"
+    return ", ".join((machine.versions(), *more))
 
 
 def _version(module: str) -> str | None:

@@ -24,6 +24,8 @@ import torch
 from benchmarks import machine
 from benchmarks.data import Shape, World
 from benchmarks.gate import reason
+from benchmarks.gpu import environment
+from benchmarks.gpu.record import BEGUN, DONE, Record, lines
 from benchmarks.memory import _optimizer_bytes
 from benchmarks.registry import OURS
 from benchmarks.results import COLUMNS, Row, percentiles
@@ -33,12 +35,24 @@ from benchmarks.results import COLUMNS, Row, percentiles
 ROUNDS, SAMPLE, WARM_UP = 15, 30.0, 2
 UNITS = {
     "time": "ms", "rate": "GB/s", "tflops": "TFLOP/s", "peak_memory": "MiB", "l0": "features", "flops": "GFLOP",
-    "bytes": "MB", "floor": "ms", "goal": "×", "skipped": "", "fault": "",
+    "bytes": "MB", "floor": "ms", "skipped": "", "fault": "",
 }  # fmt: skip
+
+
+TOLERANCE = {"exact": 1e-4, "fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2}  # of a loss, relative
 
 
 class Unavailable(RuntimeError):
     """A contender that this machine or this version cannot run."""
+
+
+def wrong(got: dict[str, float], truth: dict[str, float], precision: str) -> list[str]:
+    """The terms of a loss that are not what they are in float64; the whole is under "loss"."""
+    return [
+        f"{name}: got {value:.6g}, want {truth[name]:.6g} within {TOLERANCE[precision]:g}"
+        for name, value in got.items()
+        if not abs(value - truth[name]) <= TOLERANCE[precision] * max(abs(truth[name]), 1e-6 * truth["loss"])
+    ]
 
 
 @dataclass
@@ -74,23 +88,27 @@ class Job:
     memory: bool = False
     needs: float = 5.0  # seconds that must be left for it to begin
 
+    @property
+    def name(self) -> str:
+        who = ", ".join(contender.name for contender in self.contenders)
+        return f"{self.case} ({self.mode}), {self.shape}, {self.frequencies}: {who}"
+
 
 class Sink:
-    """results.csv, a row at a time: what is there stays there, whatever happens next.  ``append`` goes on with a file,
-    without a last line that was cut."""
+    """results.csv, a row at a time: what is there stays there, whatever happens next.  It goes on with what the file holds,
+    and ``known`` (another CSV) counts as measured."""
 
-    def __init__(self, path: Path, device: str | None = None, append: bool = False):
-        self.rows: list[Row] = []
-        self.notes: list[str] = []
-        kept = _lines(path) if append and path.exists() else []
-        here = (device or name_of_device(), machine.versions(), machine.commit())
-        self.about = (kept[-1]["device"], kept[-1]["versions"], kept[-1]["commit"]) if kept else here
+    def __init__(self, path: Path, known: Path | None = None, device: str | None = None):
+        self.rows = [] if known is None else list(map(row_of, lines(known)))
+        self.notes = [""] * len(self.rows)
+        kept = lines(path)
+        self.about = device or name_of_device(), environment.versions(), machine.commit()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file: TextIO = path.open("w", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, [*COLUMNS, "note"], lineterminator="\n")
         self.writer.writeheader()
         for line in kept:
-            self._write(Row(**{name: _number(name, line[name]) for name in COLUMNS}), line["note"])
+            self._write(row_of(line), line["note"])
         self._flush()
 
     def add(
@@ -120,13 +138,9 @@ class Sink:
         os.fsync(self.file.fileno())
 
 
-def _lines(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [line for line in csv.DictReader(file) if None not in line.values() and None not in line]
-
-
-def _number(name: str, text: str) -> Any:
-    return float(text) if name in ("p50", "p20", "p80") else text
+def row_of(line: dict[str, str]) -> Row:
+    numbers = {name: float(line[name]) for name in ("p50", "p20", "p80")}
+    return Row(**{name: line[name] for name in COLUMNS} | numbers)  # type: ignore[arg-type]
 
 
 def name_of_device() -> str:
@@ -178,9 +192,11 @@ def times(runs: dict[str, Running], clock: Clock, rounds: int, deadline: float, 
     return found
 
 
-def measure(job: Job, here: World, sink: Sink, device: str, deadline: float, rounds: int = ROUNDS) -> None:
-    """Checks and times a job's contenders; a faulty one has no time, one that cannot run a row that says why."""
+def measure(job: Job, here: World, sink: Sink, device: str, deadline: float, rounds: int = ROUNDS) -> str:
+    """Checks and times a job's contenders; a faulty one has no time, one that cannot run a row that says why.  What became
+    of it: DONE, or what it lacks."""
     runs: dict[str, Running] = {}
+    wrong: list[str] = []
     for contender in job.contenders:
         place = (job.case, contender.name, job.mode)
         try:
@@ -190,6 +206,7 @@ def measure(job: Job, here: World, sink: Sink, device: str, deadline: float, rou
             it = contender.start(here)
             faults = it.check()
             if faults:
+                wrong.append(contender.name)
                 sink.add(*place, "fault", job.shape, [nan], "; ".join(faults))
                 continue
             for k in range(WARM_UP):
@@ -203,14 +220,13 @@ def measure(job: Job, here: World, sink: Sink, device: str, deadline: float, rou
             sink.add(*place, "skipped", job.shape, [nan], "out of memory")
         except Exception as error:
             harmless = contender.optional or isinstance(error, Unavailable)
+            wrong += [] if harmless else [contender.name]
             sink.add(*place, "skipped" if harmless else "fault", job.shape, [nan], reason(error))
-    if not runs:
-        return
     try:
         found = times(runs, Clock(device), rounds, deadline)
     except torch.OutOfMemoryError:
         sink.add(job.case, "all", job.mode, "skipped", job.shape, [nan], "out of memory beside each other")
-        return
+        return "out of memory"
     for name, values in found.items():
         it = runs[name]
         note = next(c.note for c in job.contenders if c.name == name)
@@ -219,23 +235,34 @@ def measure(job: Job, here: World, sink: Sink, device: str, deadline: float, rou
             sink.add(job.case, name, job.mode, "rate", job.shape, [it.moved / ms / 1e6 for ms in values])
         if it.flops:
             sink.add(job.case, name, job.mode, "tflops", job.shape, [it.flops / ms / 1e9 for ms in values])
+    if wrong:
+        return f"wrong: {', '.join(wrong)}"
+    return "cut" if any(len(values) < rounds for values in found.values()) else DONE
 
 
 def run(
-    jobs: Iterable[Job], world: Callable[[Shape, str], World], sink: Sink, device: str, seconds: float,
-    rounds: int = ROUNDS, after: Callable[[Job, World, Sink], None] = lambda job, here, sink: None,
+    jobs: Callable[[], Iterable[Job]], world: Callable[[Shape, str], World], sink: Sink, record: Record, sources: str,
+    device: str, seconds: float, rounds: int = ROUNDS, after: Callable[[Job, World, Sink], None] = lambda *_: None,
 ) -> None:  # fmt: skip
-    """Job after job until the time is out: what there is no time for has a row that says so.  ``after``: of ours."""
-    end = time.monotonic() + seconds
-    for job in jobs:
-        left = end - time.monotonic()
-        if left < job.needs:
-            sink.add(job.case, "all", job.mode, "skipped", job.shape, [nan], f"{left:.0f} s left, want {job.needs:.0f}")
-            continue
-        here = world(job.shape, job.frequencies)
-        measure(job, here, sink, device, end, rounds)
-        if any(contender.name == OURS for contender in job.contenders):
-            after(job, here, sink)
+    """Job after job until the time is out, first what the record does not have of these sources.  ``jobs`` is asked again
+    after each, as what is worth measuring hangs on what was measured.  ``after``: of ours."""
+    end, tried = time.monotonic() + seconds, set()
+    while True:
+        named = {job.name: job for job in jobs() if job.needs <= end - time.monotonic()}
+        left = [name for name in record.order("bench", dict.fromkeys(named, sources)) if name not in tried]
+        if not left:
+            return
+        tried.add(left[0])
+        job = named[left[0]]
+        record.note("bench", job.name, sources, BEGUN)
+        try:
+            here = world(job.shape, job.frequencies)
+            state = measure(job, here, sink, device, end, rounds)
+            if any(contender.name == OURS for contender in job.contenders):
+                after(job, here, sink)
+        except Exception as error:
+            state = reason(error)
+        record.note("bench", job.name, sources, state)
 
 
 def _peak(it: Running) -> int:

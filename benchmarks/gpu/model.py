@@ -226,7 +226,26 @@ def main() -> None:
         parts = [sum(part) for part in zip(*row.costs, strict=True)][:-1]
         figures = (*parts, row.predicted, row.measured)
         table.add_row(row.name, *(f"{ms:.3f}" for ms in figures), f"{row.predicted / row.measured:.2f}")
-    Console(width=120).print(table)
+    console = Console(width=120)
+    console.print(table)
+    console.print(reached())
+
+
+def reached() -> Table:
+    """The goals of `make gpu` as measured and as predicted of what is in the tree."""
+    from benchmarks import plots
+    from benchmarks.gpu import goals, predict
+
+    rows = plots.read(RUN / "results.csv")
+    measured, predicted = goals.reach(goals.figures(rows)), goals.reach(predict.figures(rows))
+    table = Table(title="goals", title_justify="left", title_style="bold")
+    for heading in ("", "shape", "goal", "measured", "predicted", ""):
+        table.add_column(heading, justify="left" if heading in ("", "shape") else "right")
+    for then, now in zip(measured, predicted, strict=True):
+        if now.verdict or (then.verdict and then.frequencies == "uniform"):
+            cells = (f"{it.got:.3g}" if it.verdict else "" for it in (then, now))
+            table.add_row(now.goal.label, str(now.goal.at), now.want, *cells, now.verdict)
+    return table
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 import sae_fast as sf
 from benchmarks.cases.step import SETTINGS
 from benchmarks.data import Shape
-from benchmarks.gpu.cases import PRECISIONS, ours
+from benchmarks.gpu.cases import ours
+from benchmarks.gpu.goals import PRECISIONS
 from benchmarks.gpu.world import LARGE, SMALL, world
 
 STEPS, SHOWN = 8, 14

@@ -1,10 +1,12 @@
-"""Dense training steps of a Gated SAE in plain PyTorch: what the engine's speed-ups are measured against on a GPU.
+"""Training steps in plain PyTorch, and a peer's: what the engine's speed-ups are measured against on a GPU.
 
 A step is called with x [B, d] and returns its total loss before the update, on the device: none of them waits for it.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -62,22 +64,29 @@ class DictionaryLearning:
         return weights | {name: getattr(self, name) for name in ("b_gate", "b_mag", "r_mag", "b_dec")}
 
 
+def gated_loss(l1: float) -> Callable[[GatedSAE, Tensor], Tensor]:
+    return lambda sae, x: gated_loss_dense(x, sae.W_enc, sae.b_gate, sae.b_mag, sae.r_mag, sae.W_dec, sae.b_dec, l1)
+
+
 class Dense:
     """As well as dense PyTorch allows: one encoder product, fused Adam; ``compile`` (a mode of torch.compile) compiles
     loss, projection and renormalisation; ``precision`` is "fp32", "tf32", or "bf16" by autocast."""
 
-    def __init__(self, sae: GatedSAE, lr: float, l1: float, precision: str = "fp32", compile: str | None = None):
-        self.sae, self.l1, self.precision = sae, l1, precision
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.0, 0.999), fused=True)
+    def __init__(
+        self, sae: Any, loss: Callable[[Any, Tensor], Tensor], lr: float, precision: str = "fp32",
+        compile: str | None = None, betas: tuple[float, float] = (0.0, 0.999),
+    ):  # fmt: skip
+        self.sae, self.precision = sae, precision
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
         wrap: Any = (lambda fn: torch.compile(fn, mode=compile, dynamic=False)) if compile else (lambda fn: fn)
-        self.loss, self.project, self.renormalise = wrap(gated_loss_dense), wrap(_project), wrap(_renormalise)
+        self.loss, self.project, self.renormalise = (wrap(fn) for fn in (lambda x: loss(sae, x), _project, _renormalise))
 
     def __call__(self, x: Tensor) -> Tensor:
         sae = self.sae
         self.optimizer.zero_grad()
         with _tf32(self.precision == "tf32"):
             with self._autocast(x.device.type):
-                loss = self.loss(x, sae.W_enc, sae.b_gate, sae.b_mag, sae.r_mag, sae.W_dec, sae.b_dec, self.l1)
+                loss = self.loss(x)
             loss.backward()
         with torch.no_grad():
             self.project(sae.W_dec.grad, sae.W_dec)
@@ -111,3 +120,36 @@ class _tf32:
 
     def __exit__(self, *_: object) -> None:
         torch.backends.cuda.matmul.allow_tf32 = self.before
+
+
+class Sparsify:
+    """A step of EleutherAI sparsify's TopK, with its Triton decoder, put together from the package's parts as its trainer's
+    hook does: unit rows, forward (under bfloat16 autocast), FVU, backward, projection, Adam.  ImportError without it."""
+
+    def __init__(self, sae: Any, k: int, lr: float):
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "0"  # read on import
+        from sparsify import SparseCoder, SparseCoderConfig
+
+        self.coder = SparseCoder(sae.d_in, SparseCoderConfig(num_latents=sae.d_sae, k=k), device=sae.W_enc.device)
+        coder = self.coder
+        named = {"W_enc": coder.encoder.weight, "b_enc": coder.encoder.bias, "W_dec": coder.W_dec, "b_dec": coder.b_dec}
+        with torch.no_grad():
+            for name, p in named.items():
+                p.copy_(getattr(sae, name))
+        self.named: dict[str, Tensor] = named
+        self.optimizer = torch.optim.Adam(coder.parameters(), lr=lr)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The squared error of an example, as the others have it."""
+        coder = self.coder
+        coder.set_decoder_norm_to_unit_norm()
+        total_variance = (x - x.mean(0)).pow(2).sum()
+        fvu = coder(x, total_variance=total_variance).fvu
+        fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return fvu.detach() * total_variance / x.shape[0]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.named

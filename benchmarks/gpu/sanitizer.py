@@ -1,6 +1,6 @@
 """The CUDA kernels on small cases under NVIDIA's compute-sanitizer, where it is installed, into OUT/sanitizer.txt.
 
-`python -m benchmarks.gpu.sanitizer --out DIR --seconds N`; with --ops it is what the sanitizer runs.
+`python -m benchmarks.gpu.sanitizer --out DIR --known DIR --seconds N`; with --ops it is what the sanitizer runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from benchmarks.gpu import environment, sources
+from benchmarks.gpu.record import DONE, Record
 
 TOOLS = ("memcheck", "racecheck")
 
@@ -48,8 +51,12 @@ def small_ops(device: str = "cuda") -> None:
     print("ran", "cuda" if native.module else "triton", flush=True)
 
 
+def pieces() -> dict[str, str]:
+    return dict.fromkeys(TOOLS, sources.digest(sources.of(*sources.CUDA, "kernels/native.py"), environment.versions()))
+
+
 def _ops() -> list[str]:
-    from benchmarks.gpu.cases import TWINS
+    from benchmarks.gpu.goals import TWINS
 
     return list(TWINS.values())
 
@@ -57,28 +64,32 @@ def _ops() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--known", type=Path)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--ops", action="store_true")
     given = parser.parse_args()
     if given.ops:
         small_ops()
         return 0
-    report = given.out / "sanitizer.txt"
+    report, record, of = given.out / "sanitizer.txt", Record(given.out, given.known), pieces()
     tool = find()
     if tool is None:
         report.write_text("no compute-sanitizer is installed here\n", encoding="utf-8")
         return 0
     end, text, bad = time.monotonic() + given.seconds, "", False
-    for n, kind in enumerate(TOOLS):
+    left = record.left("sanitizer", of)
+    for n, kind in enumerate(left):
         # Our own kernels only: torch's would take the time.
         command = [tool, "--tool", kind, "--kernel-name", "kernel_substring=sae_fast", "--error-exitcode", "9"]
         command += [sys.executable, "-m", "benchmarks.gpu.sanitizer", "--ops"]
         try:
-            seconds = max(1.0, (end - time.monotonic()) / (len(TOOLS) - n))
+            seconds = max(1.0, (end - time.monotonic()) / (len(left) - n))
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
             said, bad = done.stdout[-20000:], bad or done.returncode != 0
+            state = f"exit code {done.returncode}" if done.returncode else DONE
         except subprocess.TimeoutExpired:
-            said = f"no result within {seconds:.0f} s"
+            said = state = f"no result within {seconds:.0f} s"
+        record.note("sanitizer", kind, of[kind], state)
         text += f"==== {kind}\n{said}\n"
         report.write_text(text, encoding="utf-8")
     print(text, flush=True)

@@ -1,4 +1,4 @@
-"""Other tile sizes, warps and stages for what ships: `python -m benchmarks.gpu.tune --out DIR --seconds N`.
+"""Other tile sizes, warps and stages for what ships: `python -m benchmarks.gpu.tune --out DIR --known DIR --seconds N`.
 
 One key at a time, each value checked against the shipped configuration's results and timed in turns with the best so far.
 tuning.json is what SAE_FAST_TUNING reads, and holds only what was faster by 3 % or more.
@@ -18,16 +18,19 @@ from typing import Any
 
 import torch
 
+from benchmarks import jsonfile
 from benchmarks.cases import CASES
 from benchmarks.data import World
 from benchmarks.gate import reason
+from benchmarks.gpu import environment, sources
 from benchmarks.gpu.measure import Clock, Running, times
+from benchmarks.gpu.record import BEGUN, DONE, TUNING, Record
 from benchmarks.registry import OURS
 
 GAIN = 0.97  # a time below this part of the other's is faster
 TOLERANCE = 1e-5  # of an output's norm: another order of sums, not another result
 ROUNDS = 7
-CASE_OF = dict.fromkeys(("screen", "screen_wide", "compact", "round"), "encode")
+CASE_OF = dict.fromkeys(("screen", "screen_wide", "compact", "round"), "encode") | {"largest": "kind_topk"}
 NARROW = ("screen",)  # of rows up to 1024: tuned at the small shape
 
 
@@ -98,11 +101,17 @@ def tune_op(
 
 
 def tune(
-    world: Callable[[str], World], ops: dict[str, dict[str, int]], out: Path, clock: Clock, seconds: float
-) -> dict[str, dict[str, int]]:
-    """tuning.json, rewritten after each op."""
-    deadline, found = time.monotonic() + seconds, {}
+    world: Callable[[str], World], ops: dict[str, dict[str, int]], folder: Path, clock: Clock, seconds: float,
+    note: Callable[[str, str], None] = lambda op, state: None,
+) -> dict[str, dict[str, int]]:  # fmt: skip
+    """tuning.json of the folder, rewritten after each op: what is faster, nothing where nothing is.  ``note`` is told what
+    became of each op."""
+    deadline, out = time.monotonic() + seconds, folder / TUNING
+    found: dict[str, dict[str, int]] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     for op, shipped in ops.items():
+        if time.monotonic() > deadline:
+            break
+        note(op, BEGUN)
         case, here = CASES[CASE_OF.get(op, op)], world(op)
 
         def running(case: Any = case, here: World = here) -> Running:
@@ -113,33 +122,44 @@ def tune(
             run = case.providers[OURS].start(sae)
             return {k: v.detach() for k, v in case.outcome(sae, [run(case.inputs(here)[0])]).items()}
 
-        with torch.device(here.sae.W_enc.device):
-            best = tune_op(op, shipped, outcome, running, clock, deadline)
-        if best:
-            found[op] = best
-        part = out.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        part.replace(out)
+        try:
+            with torch.device(here.sae.W_enc.device):
+                found[op] = tune_op(op, shipped, outcome, running, clock, deadline)
+            state = DONE if time.monotonic() <= deadline else "cut"
+        except Exception as error:
+            state = reason(error)
+        jsonfile.write(out, found)
+        note(op, state)
     return found
 
 
-def main() -> None:
+FIRST = ("screen_wide", "weight_step", "decode_loss", "sampled_dots")  # where the time goes
+
+
+def pieces() -> dict[str, str]:
+    """The sources of each op that has something to tune, those of the small world last."""
+    from sae_fast.kernels import _config
+
+    shipped = _config.SHIPPED[_config.generation()]
+    order = (*FIRST, *(op for op in shipped if op not in (*FIRST, *NARROW)), *NARROW)
+    return dict.fromkeys(order, sources.digest(sources.of("kernels/*.py"), environment.versions()))
+
+
+def main(arguments: list[str] | None = None) -> None:
     from benchmarks.gpu.world import LARGE, SMALL, world
     from sae_fast.kernels import _config
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--known", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--ops", nargs="+", help="only these, in this order")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    shipped = _config.SHIPPED[_config.generation()]
+    given = parser.parse_args(arguments)
     os.environ.pop("SAE_FAST_TUNING", None)  # over which nothing else could be tried
-    first = ("screen_wide", "weight_step", "decode_loss", "sampled_dots")  # where the time goes
-    order = (*first, *(op for op in shipped if op not in (*first, *NARROW)), *NARROW)  # the small world last
-    ops = {op: dict(shipped[op]) for op in given.ops or order}
-    of = lambda op: world(SMALL if op in NARROW else LARGE, "uniform")  # noqa: E731
-    tune(of, ops, given.out / "tuning.json", Clock("cuda"), given.seconds)
+    record, of = Record(given.out, given.known), pieces()
+    shipped = _config.SHIPPED[_config.generation()]
+    ops = {op: dict(shipped[op]) for op in record.left("tune", of)}
+    here = lambda op: world(SMALL if op in NARROW else LARGE, "uniform")  # noqa: E731
+    tune(here, ops, given.out, Clock("cuda"), given.seconds, lambda op, state: record.note("tune", op, of[op], state))
 
 
 if __name__ == "__main__":

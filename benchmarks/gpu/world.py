@@ -64,6 +64,7 @@ def world(shape: Shape, frequencies: str, device: str = "cuda", batches: int = B
     mean = 3 * F.normalize(torch.randn(shape.d, generator=random, device=device), dim=0)
     sae = GatedSAE(shape.d, 1, device=device)
     sae.d_sae = shape.F
+    sae.metadata["l0"] = shape.l0  # the k of other kinds
     for name in (*sae.per_feature, "W_enc", "W_dec"):  # the constructor draws on the host, which is slow at this size
         like = directions if name.startswith("W") else torch.zeros(shape.F, device=device)
         setattr(sae, name, torch.nn.Parameter(like.clone()))

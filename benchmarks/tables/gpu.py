@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import json
+from pathlib import Path
 
-from benchmarks.gpu import cuts, model
+from benchmarks import plots
+from benchmarks.gpu import cuts, model, predict
+from benchmarks.gpu import goals as aims
 from benchmarks.gpu.profile import read
+from benchmarks.gpu.record import lines
 from benchmarks.gpu.world import LARGE, SMALL
-from benchmarks.registry import OURS
+from benchmarks.registry import OURS, Goal
 from benchmarks.tables._figures import Figures
 from benchmarks.tables._markdown import grid, number, shape, source
 from benchmarks.tables._region import RESULTS, table
 
-RUN = RESULTS / "nvidia-h100-80gb-hbm3"
-CSV, PROFILE = RUN / "results.csv", RUN / "profile.txt"
+PROFILE = model.RUN / "profile.txt"
+
+
+def newest(results: Path = RESULTS) -> Path:
+    """The CSV of the device that `make gpu` ran on last."""
+    return max(results.glob("nvidia-*/results.csv"), key=lambda path: max(line["time"] for line in lines(path)))
+
+
+CSV = newest()
 OPS = ("encode", "decode", "decode_loss", "sampled_dots", "transpose", "outer", "grad_sqnorm", "weight_step")
 SHOWN = 0.05  # ms of a kernel that has a row of its own
 SIZES = {str(LARGE): "large", str(SMALL): "small"}
@@ -24,19 +34,33 @@ SAID = f"large is {shape(LARGE)}, small {shape(SMALL)}"
 @table
 def goals() -> str:
     """What a step was to reach and what it did, at uniform and at Zipf frequencies."""
-    cells: dict[tuple[str, str, str], dict[bool, str]] = {}
-    with CSV.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["metric"] == "goal":
-                label, want, verdict = row["note"].split(": ")
-                value = number(float(row["p50"]))
-                found = cells.setdefault((SIZES[row["x"]], label, want.removeprefix("want ")), {})
-                found[row["case"].endswith("_zipf")] = f"**{value}**" if verdict == "met" else value
-    rows = [[label, size, want, cells[size, label, want].get(False, ""), cells[size, label, want].get(True, "")]
-            for size, label, want in sorted(cells, key=lambda key: key[0])]  # fmt: skip
+    cells: dict[Goal, dict[str, str]] = {}
+    for it in aims.reach(aims.figures(plots.read(CSV))):
+        if it.verdict:
+            cells.setdefault(it.goal, {"want": it.want})[it.frequencies] = _ratio(it)
+    rows = [
+        [goal.label, SIZES[str(goal.at)], *(found.get(column, "") for column in ("want", "uniform", "zipf"))]
+        for goal, found in sorted(cells.items(), key=lambda item: SIZES[str(item[0].at)])
+    ]
     figures = Figures(CSV)
     figures.row("step", OURS, at=LARGE)
     return grid(["", "shape", "goal", "uniform", "Zipf"], rows) + source(CSV, f"{SAID}; {figures.about()}")
+
+
+def _ratio(it: aims.Reached) -> str:
+    return f"**{number(it.got)}**" if it.verdict == "met" else number(it.got) if it.verdict else ""
+
+
+@table
+def reached() -> str:
+    """The goals at uniform frequencies, measured and, of what is in the tree, predicted."""
+    rows = plots.read(model.RUN / "results.csv")
+    measured, predicted = aims.reach(aims.figures(rows)), aims.reach(predict.figures(rows))
+    both = [(then, now) for then, now in zip(measured, predicted, strict=True) if now.verdict]
+    cells = [[now.goal.label, SIZES[str(now.goal.at)], now.want, _ratio(then), _ratio(now)]
+             for then, now in sorted(both, key=lambda each: SIZES[str(each[1].goal.at)])]  # fmt: skip
+    said = "`python -m benchmarks.gpu.model`"
+    return grid(["", "shape", "goal", "measured once", "**predicted**"], cells) + source(PROFILE, said)
 
 
 @table
@@ -54,11 +78,18 @@ def measured() -> str:
     headings = ["op, ms", "Triton", "CUDA", "distinct rows and streams, or flops", "gathered"]
     product = figures("ceilings", "bf16_product", "tflops", LARGE)
     copy, gather = (figures("ceilings", name, "rate", LARGE) / 1e3 for name in ("copy", "gather"))
-    environment = json.loads((RUN / "environment.json").read_text("utf-8"))
-    about = f"uniform frequencies, {shape(LARGE)}; {figures.about()}, Triton {environment['triton']}, driver "
-    about += f"{environment['nvidia_smi']['driver_version']}. Its ceilings: cuBLAS bf16 product {number(product)} TFLOP/s, "
+    about = f"uniform frequencies, {shape(LARGE)}; {figures.about()}, {_compiler(figures)}. "
+    about += f"Its ceilings: cuBLAS bf16 product {number(product)} TFLOP/s, "
     about += f"copy {number(copy)} TB/s, gather of whole rows {number(gather)} TB/s"
     return grid(headings, rows) + source(CSV, about)
+
+
+def _compiler(figures: Figures) -> str:
+    """Triton and driver: of the row, or of the run where rows don't say so yet."""
+    words = figures.row("ceilings", "bf16_product", "tflops", LARGE).versions.split(", ")
+    environment = json.loads((CSV.parent / "environment.json").read_text("utf-8"))
+    of_run = f"Triton {environment['triton']}", f"driver {environment['nvidia_smi']['driver_version']}"
+    return ", ".join([word for word in words if word.startswith(("Triton", "driver"))] or of_run)
 
 
 @table
@@ -78,7 +109,7 @@ def profile() -> str:
 @table
 def modelled() -> str:
     """The kernels that take time as the cost model has them, over what was measured."""
-    runs, counts, here = read(PROFILE), model.counts_of(RUN), model.Machine()
+    runs, counts, here = read(PROFILE), model.counts_of(model.RUN), model.Machine()
     cells: dict[str, dict[str, str]] = {}
     for row in model.compare(runs, counts, here):
         if row.measured > 0.1:
@@ -93,9 +124,10 @@ def modelled() -> str:
 @table
 def predicted() -> str:
     """What changes to these kernels should bring."""
-    runs, counts = read(PROFILE), model.counts_of(RUN)
+    runs, counts = read(PROFILE), model.counts_of(model.RUN)
     savings = [cuts.saved(run, counts, model.Machine()) for run in runs]
-    rows = [[name, *(f"{each[name]:.2f}" for each in savings)] for name in savings[0]]
+    rows = [[f"{cut.name} ({'made' if cut.made else 'not made'})", *(f"{each[cut.name]:.2f}" for each in savings)]
+            for cut in cuts.CUTS]  # fmt: skip
     left = (run.total - sum(each.values()) for run, each in zip(runs, savings, strict=True))
     rows += [["kernels as measured", *(f"{run.total:.2f}" for run in runs)], ["with all", *(f"{ms:.2f}" for ms in left)]]
     headings = (f"{run.precision}, {SIZES[str(run.shape)]}" for run in runs)

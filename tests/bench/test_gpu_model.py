@@ -10,7 +10,8 @@ import sys
 import pytest
 from helpers import PATIENCE
 
-from benchmarks.gpu import cuts, model, sass
+from benchmarks import plots
+from benchmarks.gpu import cuts, goals, model, predict, sass
 from benchmarks.gpu.profile import read
 
 COUNTS, RUNS = model.counts_of(model.RUN), read(model.RUN / "profile.txt")
@@ -68,3 +69,41 @@ def test_more_of_anything_takes_no_less_time_and_a_cut_saves():
                 phases = [*kernel.phases[:n], more, *kernel.phases[n + 1 :]]
                 assert model.cost(kernel._replace(phases=phases), here).total >= before
     assert all(ms > 0 for ms in cuts.saved(large, COUNTS, here).values())
+
+
+ROWS = plots.read(model.RUN / "results.csv")
+MEASURED = goals.figures(ROWS)
+
+
+@pytest.mark.parametrize("at", [goals.LARGE, goals.SMALL], ids=str)
+def test_a_dense_step_and_ours_memory_are_as_measured(at):
+    """What is taken for kinds that were never measured, where it was."""
+    at_ = str(at)
+    product = MEASURED["step", goals.PRODUCT, "time", at_]
+    dense = predict.dense("gated", at, product, model.Machine())
+    assert dense == pytest.approx(MEASURED["step", "compiled_bf16", "time", at_], rel=0.2)
+    assert predict.peak(at) / 2**20 == pytest.approx(MEASURED["step", goals.OURS, "peak_memory", at_], rel=0.2)
+
+
+def test_a_prediction_is_what_was_measured_less_the_cuts_that_are_made(monkeypatch):
+    run, here = RUNS[0], model.Machine()
+    none = [cut._replace(made=False) for cut in cuts.CUTS]
+    monkeypatch.setattr(cuts, "CUTS", none)
+    assert predict.gated(run, COUNTS, here) == run.total
+    before = predict.largest(run, COUNTS, here)
+    assert before > run.total, "momentum visits every row"
+    monkeypatch.setattr(cuts, "CUTS", [cut._replace(made=True) for cut in none])
+    assert predict.gated(run, COUNTS, here) == pytest.approx(run.total - sum(cuts.saved(run, COUNTS, here).values()))
+    assert predict.largest(run, COUNTS, here) < before
+
+
+def test_the_printed_goals_show_a_miss_as_a_miss(monkeypatch):
+    """Every goal of a step at uniform frequencies has a prediction, but for sparsify's."""
+    asked = [it for it in goals.reach(predict.figures(ROWS)) if it.frequencies == "uniform" and it.goal.numerator != "best"]
+    assert {it.goal.numerator for it in asked if not it.verdict} == {"sparsify"}
+    slow = predict.gated
+    monkeypatch.setattr(predict, "gated", lambda *of: 100 * slow(*of))
+    (exact, *_) = (it for it in goals.reach(predict.figures(ROWS)) if it.goal.label == "exact step ÷ bare bf16 product")
+    assert exact.verdict == "not met"
+    cells = list(model.reached().columns[-1].cells)
+    assert "not met" in cells and len(cells) >= 17

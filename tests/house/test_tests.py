@@ -42,8 +42,11 @@ def test_every_test_is_in_a_room_under_a_name_of_its_own():
     assert len({file.name for file in tests}) == len(tests)
 
 
-# Besides wait_until: how long a write takes, which is killed in its midst; a page's goal, ten times over; what took long.
-LOOK_AT_THE_CLOCK = {"helpers.py", "test_files.py", "test_page_browser.py", "test_gpu_runner.py", "matrix.py", "mutants.py"}
+# Besides wait_until: how long a write takes, which is killed in its midst; a page's goal, ten times over; what took long; a
+# GPU's events.
+LOOK_AT_THE_CLOCK = {
+    "helpers.py", "fake_gpu.py", "test_files.py", "test_page_browser.py", "test_gpu_runner.py", "matrix.py", "mutants.py",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
