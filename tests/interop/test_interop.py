@@ -289,10 +289,12 @@ CONFIGS = {
         "dictionary_learning", "topk", lambda c: c["trainer"].update(k=7), "trainer.k: got 7, but .* holds k = 4"
     ),
     "an unknown architecture": (
-        "saelens", "gated", lambda c: c.update(architecture="transcoder"), "architecture: got 'transcoder', want one of"
+        "saelens", "gated", lambda c: c.update(architecture="matching_pursuit"),
+        "architecture: got 'matching_pursuit', want one of",
     ),
-    "layer norm": (
-        "saelens", "gated", lambda c: c.update(normalize_activations="layer_norm"), "normalize_activations: got 'layer_norm"
+    "whitening": (
+        "saelens", "gated", lambda c: c.update(normalize_activations="covariance_whitening"),
+        "normalize_activations: got 'covariance_whitening",
     ),
     "another width": ("saelens", "gated", lambda c: c.update(d_sae=31), "d_sae: got 31, but .* holds 30"),
     "no width": ("saelens", "gated", lambda c: c.pop("d_in"), "d_in: got None, want int"),
@@ -312,7 +314,9 @@ CONFIGS = {
         "sparsify", "topk", lambda c: c.update(num_latents=31, expansion_factor=1), "num_latents: got 31, but .* holds 30"
     ),
     "another d_in": ("sparsify", "topk", lambda c: c.update(d_in=13), "d_in: got 13, but .* holds 12"),
-    "a skip connection": ("sparsify", "topk", lambda c: c.update(skip_connection=True), "skip_connection: got True"),
+    "a skip connection": (
+        "sparsify", "topk", lambda c: c.update(skip_connection=True), "skip_connection: got True, but .* has no W_skip"
+    ),
 }  # fmt: skip
 
 
@@ -369,10 +373,14 @@ def test_scaling_factors_of_old_saelens_files_are_dropped_when_they_are_ones_and
         sf.load(tmp_path)
 
 
-def test_a_skip_matrix_is_refused(tmp_path):
+def test_a_skip_matrix_of_another_shape_is_named_and_one_that_the_config_denies(tmp_path):
     interop.save(make("topk"), tmp_path, "sparsify")
     edit_tensors(tmp_path, lambda t: t.update(W_skip=torch.zeros(D, D)))
-    with pytest.raises(ValueError, match="W_skip: no layer here"):
+    with pytest.raises(ValueError, match=r"cfg\.json: skip_connection: got False, but .* has a W_skip"):
+        sf.load(tmp_path)
+    edit(tmp_path, lambda c: c.update(skip_connection=True))
+    edit_tensors(tmp_path, lambda t: t.update(W_skip=torch.zeros(D, F)))
+    with pytest.raises(ValueError, match=r"W_skip: got shape \(12, 30\), want \(12, 12\)"):
         sf.load(tmp_path)
 
 

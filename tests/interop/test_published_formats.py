@@ -94,6 +94,7 @@ def test_a_key_that_is_dropped_renamed_retyped_or_transposed_is_named(data):
         "dropped": {key: None},
     }[how]
     assume(not (how == "transposed" and tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]))
+    assume((how, key) != ("dropped", "activation_function.threshold"))  # by circuit-tracer's own rule that is a ReLU
     with TemporaryDirectory() as temporary:
         place = changed(name, **other).write(Path(temporary))
         with warnings.catch_warnings(), pytest.raises(ValueError) as error:

@@ -349,21 +349,114 @@ def hook_z() -> Published:
     )
 
 
-def openai(activation: str = "ReLU", tied: bool = False, **state: Any) -> Published:
+def layer_norm(formula: Formula, undo: bool = True) -> Formula:
+    """A formula of (x − μ) / (σ + 10⁻⁵), and back; σ with d − 1."""
+
+    def normed(t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        f, x_hat = formula(t, (x - mean) / (deviation + 1e-5))
+        return f, x_hat * deviation + mean if undo else x_hat
+
+    return normed
+
+
+def constant_norm(formula: Formula) -> Formula:
+    """A formula of x √d / ‖x‖, and back."""
+
+    def normed(t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+        f, x_hat = formula(t, x / scale)
+        return f, x_hat * scale
+
+    return normed
+
+
+def keeps(k: int, formula: Formula) -> Formula:
+    """A ReLU's formula of the k largest features; its x̂ again from the tensors decoder.weight and pre_bias."""
+
+    def kept(t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        f = topk(formula(t, x)[0], k)
+        return f, f @ t["decoder.weight"].T + t["pre_bias"]
+
+    return kept
+
+
+def saelens(architecture: str, d_out: int = D, threshold: bool = False, formula: Any = None, **config: Any) -> Published:
+    F, skip, across = 96, "skip" in architecture, architecture.endswith("transcoder")
+    g = torch.Generator().manual_seed(7)
+    tensors = sae(F) | ({"threshold": thresholds(F)} if threshold else {})
+    tensors |= {
+        "W_enc": tensors["W_enc"].T,
+        "W_dec": torch.randn(F, d_out, generator=g),
+        "b_dec": torch.randn(d_out, generator=g),
+    }
+    if skip:
+        tensors["W_skip"] = torch.randn(d_out, D, generator=g)
+
+    def plain(t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        pi = (x if across else x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
+        f = jump(pi, t["threshold"]) if threshold else pi.relu()
+        x_hat = f @ t["W_dec"] + t["b_dec"]
+        return f, x_hat + x @ t["W_skip"].T if skip else x_hat
+
+    metadata = {"sae_lens_version": "6.54.12", "hook_name": "blocks.3.hook_mlp_in", "model_name": "gpt2"}
+    metadata |= {"hook_name_out": "blocks.3.hook_mlp_out"} if across else {}
+    about = {"architecture": architecture, "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "metadata": metadata}
+    about |= {"apply_b_dec_to_input": not across, "normalize_activations": "none"} | ({"d_out": d_out} if across else {})
+    return Published(
+        "saelens",
+        "user/saelens",
+        f"{architecture}-{len(config)}",
+        f"{architecture}-{len(config)}/sae_weights.safetensors",
+        tensors,
+        formula(plain) if formula else plain,
+        "JumpReluSAE" if threshold else "ReluSAE",
+        {"layer": 3, "model_name": "gpt2"} | ({"hook_name_out": "blocks.3.hook_mlp_out"} if across else {}),
+        {f"{architecture}-{len(config)}/cfg.json": about | config},
+        "this is a transcoder" if across else None,
+    )
+
+
+def sparsify_skip() -> Published:
+    F, k = 96, 7
+    names = {"W_enc": "encoder.weight", "W_dec": "W_dec", "b_enc": "encoder.bias", "b_dec": "b_dec"}
+    tensors = named(sae(F), names) | {"W_skip": torch.randn(D, D, generator=torch.Generator().manual_seed(5))}
+
+    def formula(t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        f = topk((x @ t["encoder.weight"].T + t["encoder.bias"]).relu(), k)
+        return f, f @ t["W_dec"] + t["b_dec"] + x @ t["W_skip"].T
+
+    config = {"activation": "topk", "k": k, "num_latents": F, "d_in": D, "transcode": True, "skip_connection": True}
+    return Published(
+        "sparsify",
+        "EleutherAI/skip-transcoder",
+        "layers.3.mlp",
+        "layers.3.mlp/sae.safetensors",
+        tensors,
+        formula,
+        "TopKSAE",
+        {"hook_name": "layers.3.mlp"},
+        {"layers.3.mlp/cfg.json": config},
+        "this is a transcoder",
+    )
+
+
+def openai(activation: Any = "ReLU", tied: bool = False, **state: Any) -> Published:
     F, folder = 96, "gpt2-small/resid_post_mlp_v5_32k/autoencoders"
     decoder = "decoder.linear.weight" if tied else "decoder.weightᵀ"
     names = {"W_enc": "encoder.weight", "W_dec": decoder, "b_enc": "latent_bias", "b_dec": "pre_bias"}
     tensors: dict[str, Any] = named(sae(F), names) | {"activation": activation, "activation_state_dict": state}
     tensors |= {"stats_last_nonzero": torch.zeros(F, dtype=torch.long), "latents_mean_square": torch.zeros(F)}
     tensors["latents_activation_frequency"] = torch.ones(F)
+    formula = relu(True, "encoder.weightᵀ", decoder, "latent_bias", "pre_bias")
     return Published(
         "openai",
         "user/openai",
         f"{folder}/6.pt",
         f"{folder}/6.pt",
         tensors,
-        relu(True, "encoder.weightᵀ", decoder, "latent_bias", "pre_bias"),
-        "ReluSAE",
+        layer_norm(keeps(state["k"], formula)) if activation == "TopK" else formula,
+        "TopKSAE" if activation == "TopK" else "ReluSAE",
         {"model_name": "gpt2-small", "layer": 6, "hook_name": "blocks.6.hook_resid_post"},
     )
 
@@ -441,6 +534,19 @@ PUBLISHED: dict[str, Published] = {
     "hook_z": hook_z(),
     "openai, relu": openai(),
     "openai, tied": openai(tied=True),
+    "openai, topk": openai("TopK", k=7, postact_fn="ReLU"),
+    "saelens, transcoder": saelens("transcoder", 5),
+    "saelens, skip": saelens("skip_transcoder", 5),
+    "saelens, jumprelu": saelens("jumprelu_transcoder", 5, True),
+    "saelens, jumprelu skip": saelens("jumprelu_skip_transcoder", 5, True),
+    "saelens, layer norm": saelens("standard", formula=layer_norm, normalize_activations="layer_norm"),
+    "saelens, constant norm": saelens(
+        "jumprelu", threshold=True, formula=constant_norm, normalize_activations="constant_norm_rescale"
+    ),
+    "saelens, transcoder of normed": saelens(
+        "transcoder", 5, formula=lambda plain: layer_norm(plain, undo=False), normalize_activations="layer_norm"
+    ),
+    "sparsify, skip": sparsify_skip(),
     "circuit-tracer": circuit_tracer("mntss/gemma-scope-transcoders", True, config=SET),
     "circuit-tracer, skip": circuit_tracer("mntss/transcoder-Llama-3.2-1B", skip=True, config=SET),
     "mwhanna": circuit_tracer(

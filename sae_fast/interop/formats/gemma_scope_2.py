@@ -17,6 +17,7 @@ from sae_fast.files import key, read_json
 from sae_fast.interop._files import read_safetensors
 from sae_fast.interop.formats._common import (
     Loaded,
+    biases,
     build,
     layer_of,
     not_negative,
@@ -53,16 +54,15 @@ def read(path: Path) -> Loaded:
     config = read_json(file) if file.is_file() else {}
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise ValueError(f"{file}: architecture: got {config['architecture']!r}, want 'jump_relu'")
-    b_enc, b_dec = tensors.take("b_enc", None), tensors.take("b_dec", None)
-    W_enc = tensors.take("w_enc", None, len(b_enc)).T
-    F, d = W_enc.shape
+    b_enc, b_dec = biases(tensors, "b_enc", "b_dec")
+    F, d = len(b_enc), len(b_dec)
     values = dict(
-        W_enc=W_enc, b_enc=b_enc, W_dec=tensors.take("w_dec", F, len(b_dec)), b_dec=b_dec,
+        W_enc=tensors.take("w_enc", d, F).T, b_enc=b_enc, W_dec=tensors.take("w_dec", F, d), b_dec=b_dec,
         threshold=not_negative(tensors, "threshold", tensors.take("threshold", F)),
     )  # fmt: skip
     affine = SKIP in tensors
     if affine:
-        values["W_skip"] = tensors.take(SKIP, d, len(b_dec)).T
+        values["W_skip"] = tensors.take(SKIP, d, d).T
     said = config.get("affine_connection")
     if said not in (None, affine):
         raise ValueError(
@@ -79,7 +79,7 @@ def read(path: Path) -> Loaded:
     site = next((site for site in HOOKS if re.search(rf"(?:^|/){site}(?:_all)?/", place)), None)
     about = _about(config, file, place, site)
     sae.metadata |= about
-    if site == "transcoder" or affine or len(b_dec) != d:
+    if site == "transcoder" or affine:
         out = None if about.get("layer") is None else f"blocks.{about['layer']}.hook_mlp_out"
         return Loaded(sae, notes=[transcoder(sae, out)])
     return Loaded(sae)

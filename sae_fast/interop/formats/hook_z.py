@@ -28,11 +28,11 @@ def read(path: Path) -> Loaded:
     tensors, config = Tensors(file, read_state_dict(file)), read_json(_config(file))
     b_enc, b_dec = biases(tensors, "b_enc", "b_dec")
     F, d = len(b_enc), len(b_dec)
+    values = dict(W_enc=tensors.take("W_enc", d, F).T, b_enc=b_enc, W_dec=tensors.take("W_dec", F, d), b_dec=b_dec)
+    tensors.finish()
     for name, got in (("act_size", d), ("dict_size", F)):
         if key(config, _config(file), int, name) != got:
             raise ValueError(f"{_config(file)}: {name}: got {config[name]}, but {file.name} holds {got}")
-    values = dict(W_enc=tensors.take("W_enc", d, F).T, b_enc=b_enc, W_dec=tensors.take("W_dec", F, d), b_dec=b_dec)
-    tensors.finish()
     sae = build(nn.ReluSAE, file, values)
     remember(sae, config, NAME)
     hook = key(config, _config(file), str, "act_name")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast import nn
+from sae_fast.files import key
 from sae_fast.interop._files import Tensors, read_state_dict
-from sae_fast.interop.formats._common import Loaded, build, place_of
+from sae_fast.interop.formats._common import Loaded, build, mapping, place_of
+from sae_fast.nn.normalize import LayerNorm
 
 NAME, ORDER, SIGN = "openai", 15, ""
 FILES, BESIDE, OPTIONS = (), (), ()  # its weights may have any name
@@ -36,7 +38,7 @@ def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
 
 def read(path: Path) -> Loaded:
     state = read_state_dict(path)
-    activation, options = state.pop("activation", "ReLU"), state.pop("activation_state_dict", {})
+    activation, options = state.pop("activation", "ReLU"), mapping(state.pop("activation_state_dict", {}))
     tensors = Tensors(path, state)
     b_dec, b_enc = tensors.take("pre_bias", None), tensors.take("latent_bias", None)
     F, d = len(b_enc), len(b_dec)
@@ -60,7 +62,10 @@ def _layer(activation: Any, options: Any, file: Path) -> tuple[type[nn.SparseAut
     if activation == "ReLU":
         return nn.ReluSAE, {}
     if activation == "TopK":
-        raise ValueError(f"{file}: activation: got 'TopK', which takes a layer norm's output, and no layer here does")
+        k, after = key(options, file, int, "k"), key(options, file, str, "postact_fn")
+        if after != "ReLU":
+            raise ValueError(f"{file}: postact_fn: got {after!r}, want 'ReLU'")
+        return nn.TopKSAE, {"k": k, "normalize": LayerNorm()}
     if activation == "Identity":
         raise ValueError(f"{file}: activation: got 'Identity': every feature is active, and a layer here is sparse")
     raise ValueError(f"{file}: activation: got {activation!r}, want 'ReLU', 'TopK' or 'Identity'")

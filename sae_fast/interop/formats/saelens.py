@@ -32,9 +32,11 @@ from sae_fast.interop.formats._common import (
     refuse_scaling_factor,
     remember,
     to_keep,
+    transcoder,
 )
 from sae_fast.nn import SparseAutoencoder
 from sae_fast.nn.grouped import GroupedSAE
+from sae_fast.nn.normalize import ConstantNorm, LayerNorm, Normalize
 
 NAME, ORDER, UNIT_ROWS = "saelens", 2, False
 FILES_OF, SIGN = NAME, "sae_weights.safetensors (SAELens)"
@@ -49,7 +51,12 @@ ARCHITECTURES = {
     "topk": "topk",
     "batchtopk": "batchtopk",  # checkpoints of a training; what it saves for inference is jumprelu
     "matryoshka_batchtopk": "batchtopk",
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
 }
+NORMALIZE: dict[str, type[Normalize]] = {"layer_norm": LayerNorm, "constant_norm_rescale": ConstantNorm}
 ARCHITECTURES |= {f"sae_fast_{name}": kind for name, kind in ARCHITECTURES.items()}  # of sae_fast.interop.saelens
 METADATA = ("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "dataset_path", "neuronpedia_id")
 
@@ -70,9 +77,9 @@ def read(path: Path) -> Loaded:
     if said not in ARCHITECTURES:
         raise ValueError(f"{file}: architecture: got {said!r}, want one of {sorted(ARCHITECTURES)}")
     _refuse_what_scales(config, file, tensors)
-    sae, notes = _layer(ARCHITECTURES[said], tensors, config, file)
+    sae, notes = _layer(ARCHITECTURES[said], tensors, config, file, said.endswith("transcoder"))
     tensors.finish()
-    for name, want in (("d_in", sae.d_in), ("d_sae", sae.d_sae)):
+    for name, want in (("d_in", sae.d_in), ("d_sae", sae.d_sae), ("d_out", sae.d_out))[: 3 if "d_out" in config else 2]:
         if key(config, file, int, name) != want:
             raise ValueError(f"{file}: {name}: got {config[name]}, but {WEIGHTS} holds {want}")
     metadata = config.get("metadata", {})
@@ -87,7 +94,9 @@ def read(path: Path) -> Loaded:
     if config.get("reshape_activations", "none") != "none":
         notes.append(f"reshape_activations: {config['reshape_activations']!r}: {HEADS}")
     unscaled = config.get("normalize_activations")
-    if unscaled in (None, "none"):
+    if said.endswith("transcoder"):
+        notes.append(transcoder(sae, metadata.get("hook_name_out")))
+    if unscaled in (None, "none", *NORMALIZE):
         return Loaded(sae, notes=notes)
     return Loaded(
         sae, unscaled=f"{file}: normalize_activations: {unscaled!r}", scale=_scaling_factor(path / SCALER), notes=notes
@@ -151,22 +160,33 @@ def _refuse_what_scales(config: dict[str, Any], file: Path, tensors: Tensors) ->
     refuse_scaling_factor(tensors)
     if config.get("finetuning_scaling_factor") not in (None, False):
         raise ValueError(f"{file}: finetuning_scaling_factor: got {config['finetuning_scaling_factor']!r}, want false")
-    known = ("none", None, "expected_average_only_in")
+    known = ("none", None, "expected_average_only_in", *NORMALIZE)
     if config.get("normalize_activations") not in known:
         raise ValueError(
             f"{file}: normalize_activations: got {config['normalize_activations']!r}, which no layer here does; "
-            "want 'none', or 'expected_average_only_in' with activation_scale"
+            f"want one of {', '.join(filter(None, known))}"
         )
 
 
-def _layer(architecture: str, tensors: Tensors, config: dict, file: Path) -> tuple[SparseAutoencoder, list[str]]:
+def _layer(
+    architecture: str, tensors: Tensors, config: dict, file: Path, is_transcoder: bool
+) -> tuple[SparseAutoencoder, list[str]]:
     W_enc = tensors.take("W_enc", None, None).T
     F, d = W_enc.shape
-    values = {"W_enc": W_enc, "W_dec": tensors.take("W_dec", F, d), "b_dec": tensors.take("b_dec", d)}
-    centred = config.get("apply_b_dec_to_input", True)
+    b_dec = tensors.take("b_dec", None if is_transcoder else d)
+    values = {"W_enc": W_enc, "W_dec": tensors.take("W_dec", F, len(b_dec)), "b_dec": b_dec}
+    if "skip" in config.get("architecture", ""):
+        values["W_skip"] = tensors.take("W_skip", len(b_dec), d)
+    centred = config.get("apply_b_dec_to_input", not is_transcoder)
     if not isinstance(centred, bool):
         raise ValueError(f"{file}: apply_b_dec_to_input: got {centred!r}, want true or false")
+    if centred and is_transcoder:
+        raise ValueError(
+            f"{file}: apply_b_dec_to_input: got true, want false of a transcoder, whose b_dec is what it gives"
+        )
     options: dict[str, Any] = {"apply_b_dec_to_input": centred}
+    if normalize := NORMALIZE.get(config.get("normalize_activations") or ""):
+        options["normalize"] = normalize(undo=not is_transcoder)  # a transcoder's output stays as it is
     cls: type[SparseAutoencoder]
     cls, vectors = {
         "gated": (nn.GatedSAE, ("b_gate", "b_mag", "r_mag")),

@@ -30,11 +30,9 @@ def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
 def read(path: Path) -> Loaded:
     file, tensors = path / CONFIG, read_safetensors(path / WEIGHTS)
     config = read_json(file)
-    for name, only in (("activation", "topk"), ("signed", False), ("skip_connection", False)):
+    for name, only in (("activation", "topk"), ("signed", False)):
         if config.get(name, only) != only:
             raise ValueError(f"{file}: {name}: got {config[name]!r}, want {only!r}: no layer here holds it")
-    if "W_skip" in tensors:
-        raise ValueError(f"{tensors.file}: W_skip: no layer here has a linear skip connection")
     W_enc = tensors.take("encoder.weight", None, None)
     F, d = W_enc.shape
     values = dict(
@@ -43,6 +41,11 @@ def read(path: Path) -> Loaded:
         W_dec=tensors.take("W_dec", F, d),
         b_dec=tensors.take("b_dec", d),
     )
+    if config.get("skip_connection", "W_skip" in tensors) is not ("W_skip" in tensors):
+        held = "a" if "W_skip" in tensors else "no"
+        raise ValueError(f"{file}: skip_connection: got {config['skip_connection']!r}, but {WEIGHTS} has {held} W_skip")
+    if "W_skip" in tensors:
+        values["W_skip"] = tensors.take("W_skip", d, d)
     tensors.finish()
     if key(config, file, int, "d_in") != d:
         raise ValueError(f"{file}: d_in: got {config['d_in']}, but {WEIGHTS} holds {d}")
