@@ -116,18 +116,19 @@ def decode(s: Size) -> None:
 
 def decode_loss(s: Size) -> None:
     from sae_fast.kernels.compact import Gapped
-    from sae_fast.kernels.decode_loss import Outputs, StepOutputs, decode_loss
+    from sae_fast.kernels.decode_loss import Ends, Outputs, StepOutputs, decode_loss
     from sae_fast.kernels.fired import fired
     from sae_fast.kernels.jump import jump
 
-    def call(V: int, cost: Tensor | None, step: StepOutputs | None, zeros: bool = False) -> None:
+    def call(V: int, cost: Tensor | None, step: StepOutputs | None, zeros: bool = False, ends: Ends | None = None) -> None:
         values = s.of(V, s.entries)
-        out = Outputs.of(values, s.x())
-        decode_loss((*s.rows(), values), s.W(), s.of(s.d), s.x(), cost, float(s.B), out, step, zeros)
+        out = Outputs.of(values, s.x(), ends)
+        decode_loss((*s.rows(), values), s.W(), s.of(s.d), s.x(), cost, float(s.B), out, step, zeros, ends)
 
     entries, weight, l0 = s.of(s.entries), s.of(s.F), integers(s.B, dtype=torch.int32)
     for V, zeros in ((1, False), (2, False), (1, True), (2, True)):
-        call(V, weight, None, zeros)
+        for ends in (None, Ends(integers(5), s.of(5))):
+            call(V, weight, None, zeros, ends)
     if s.dtype != torch.float32:
         return
     fired(integers(s.entries, dtype=torch.int32), entries, integers(s.F))

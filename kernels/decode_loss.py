@@ -42,6 +42,48 @@ class StepOutputs(NamedTuple):
     norms: Tensor | None = None
 
 
+class Ends(NamedTuple):
+    """The prefixes of features: their ends [G] int64, ascending, the last F, and what each one's square costs [G]."""
+
+    ends: Tensor
+    costs: Tensor
+
+
+@triton.jit
+def _add_entries(
+    r, r_aux, indices_ptr, values_ptr, W_ptr, begin, end, columns, d, stride_v, V: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """The sums of both value sets [COLUMNS] and the entries begin .. end of a row."""
+    for j in range(begin, end, ENTRIES):
+        at = j + tl.arange(0, ENTRIES)
+        W = gather(indices_ptr, W_ptr, at, end, columns, d)
+        r += weighted(values_ptr, at, end, W)
+        if V == 2:
+            r_aux += weighted(values_ptr + stride_v, at, end, W)
+    return r, r_aux
+
+
+@triton.jit
+def _dot_entries(
+    r, r_aux, indices_ptr, W_ptr, partials_ptr, begin, end, columns, d, stride_p, V: tl.constexpr, ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Writes the dots of the entries begin .. end of a row with both residuals [COLUMNS]."""
+    for j in range(begin, end, ENTRIES):
+        at = j + tl.arange(0, ENTRIES)
+        W = gather(indices_ptr, W_ptr, at, end, columns, d)
+        tl.store(partials_ptr + at, row_sums(W * r[None, :], ENTRIES, COLUMNS), mask=at < end)
+        if V == 2:
+            tl.store(partials_ptr + stride_p + at, row_sums(W * r_aux[None, :], ENTRIES, COLUMNS), mask=at < end)
+
+
+@triton.jit
+def _constant(b_dec_ptr, target_ptr, columns, inside):
+    """[COLUMNS]: b_dec − the target."""
+    constant = tl.load(b_dec_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    return constant - tl.load(target_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+
+
 @triton.jit
 def _residuals(
     begin_ptr, end_ptr, indices_ptr, values_ptr, W_ptr, b_dec_ptr, target_ptr, residuals_ptr, partials_ptr, squares_ptr,
@@ -55,14 +97,8 @@ def _residuals(
     begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
     r = tl.zeros((COLUMNS,), tl.float32)
     r_aux = tl.zeros((COLUMNS,), tl.float32)
-    for j in range(begin, end, ENTRIES):
-        at = j + tl.arange(0, ENTRIES)
-        W = gather(indices_ptr, W_ptr, at, end, columns, d)
-        r += weighted(values_ptr, at, end, W)
-        if V == 2:
-            r_aux += weighted(values_ptr + stride_v, at, end, W)
-    constant = tl.load(b_dec_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    constant -= tl.load(target_ptr + b * d + columns, mask=inside, other=0.0).to(tl.float32)
+    r, r_aux = _add_entries(r, r_aux, indices_ptr, values_ptr, W_ptr, begin, end, columns, d, stride_v, V, ENTRIES)
+    constant = _constant(b_dec_ptr, target_ptr + b * d, columns, inside)
     r += constant
     tl.store(residuals_ptr + b * d + columns, r, mask=inside)
     squares_ptr += (b * slices + s) * 2
@@ -71,13 +107,72 @@ def _residuals(
         r_aux += constant
         tl.store(residuals_ptr + (rows + b) * d + columns, r_aux, mask=inside)
         tl.store(squares_ptr + 1 + tl.arange(0, 1), row_sums((r_aux * r_aux)[None, :], 1, COLUMNS))
-    for j in range(begin, end, ENTRIES):
-        at = j + tl.arange(0, ENTRIES)
-        W = gather(indices_ptr, W_ptr, at, end, columns, d)
-        tl.store(partials_ptr + s * stride_s + at, row_sums(W * r[None, :], ENTRIES, COLUMNS), mask=at < end)
+    partials_ptr += s * stride_s
+    _dot_entries(r, r_aux, indices_ptr, W_ptr, partials_ptr, begin, end, columns, d, stride_p, V, ENTRIES, COLUMNS)
+
+
+@triton.jit
+def _border(indices_ptr, begin, end, bound):
+    """The first of a row's entries begin .. end, whose features ascend, that is not below ``bound``."""
+    below = begin
+    for j in range(begin, end, 128):
+        at = j + tl.arange(0, 128)
+        feature = tl.load(indices_ptr + at, mask=at < end, other=2**31 - 1)
+        below += tl.sum((feature < bound).to(tl.int32), axis=0)
+    return below
+
+
+@triton.jit
+def _prefix_residuals(
+    begin_ptr, end_ptr, indices_ptr, values_ptr, W_ptr, b_dec_ptr, target_ptr, residuals_ptr, partials_ptr, squares_ptr,
+    ends_ptr, costs_ptr, slices, d, groups, stride_v, stride_r, stride_g, stride_p, stride_s,
+    V: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # The entries once in their order, for the residual of each prefix; then backwards by groups, with the sum R of the
+    # residuals of all prefixes that a group is in.
+    b, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < d
+    begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
+    constant = _constant(b_dec_ptr, target_ptr + b * d, columns, inside)
+    residuals_ptr += b * d + columns
+    partials_ptr += s * stride_s
+    r = tl.zeros((COLUMNS,), tl.float32)
+    r_aux, square, square_aux = r, tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    first = begin
+    for g in range(groups):
+        last = _border(indices_ptr, first, end, tl.load(ends_ptr + g))
+        r, r_aux = _add_entries(r, r_aux, indices_ptr, values_ptr, W_ptr, first, last, columns, d, stride_v, V, ENTRIES)
+        cost, whole = tl.load(costs_ptr + g).to(tl.float32), r + constant
+        tl.store(residuals_ptr, whole, mask=inside)
+        square += cost * row_sums(tl.where(inside, whole * whole, 0.0)[None, :], 1, COLUMNS)
         if V == 2:
-            dots = row_sums(W * r_aux[None, :], ENTRIES, COLUMNS)
-            tl.store(partials_ptr + stride_p + s * stride_s + at, dots, mask=at < end)
+            whole = r_aux + constant
+            tl.store(residuals_ptr + stride_r, whole, mask=inside)
+            square_aux += cost * row_sums(tl.where(inside, whole * whole, 0.0)[None, :], 1, COLUMNS)
+        first = last
+        residuals_ptr += stride_g
+    squares_ptr += (b * slices + s) * 2 + tl.arange(0, 1)
+    tl.store(squares_ptr, square)
+    if V == 2:
+        tl.store(squares_ptr + 1, square_aux)
+    tl.debug_barrier()  # what is read again may have been written by another thread
+    r = tl.zeros((COLUMNS,), tl.float32)
+    r_aux, last = r, end
+    for k in range(groups):
+        g = groups - 1 - k
+        first = begin
+        if g > 0:
+            first = _border(indices_ptr, begin, last, tl.load(ends_ptr + g - 1))
+        residuals_ptr -= stride_g
+        cost = tl.load(costs_ptr + g).to(tl.float32)
+        r += cost * tl.load(residuals_ptr, mask=inside, other=0.0).to(tl.float32)
+        tl.store(residuals_ptr, r, mask=inside)
+        if V == 2:
+            r_aux += cost * tl.load(residuals_ptr + stride_r, mask=inside, other=0.0).to(tl.float32)
+            tl.store(residuals_ptr + stride_r, r_aux, mask=inside)
+        _dot_entries(r, r_aux, indices_ptr, W_ptr, partials_ptr, first, last, columns, d, stride_p, V, ENTRIES, COLUMNS)
+        last = first
 
 
 @triton.jit
@@ -149,30 +244,31 @@ def _losses(losses_ptr, squares_ptr, penalty, slices, V: tl.constexpr):
 
 
 class Outputs(NamedTuple):
-    """Written by :func:`decode_loss`: residuals [V, B, d], grads [V, C], and in float32 losses [B, 3], whose sum over rows
-    is to be divided by the normaliser."""
+    """Written by :func:`decode_loss`: residuals [V, B, d], of prefixes R [V, G, B, d], grads [V, C], and in float32 losses
+    [B, 3], whose sum over rows is to be divided by the normaliser."""
 
     residuals: Tensor
     grads: Tensor
     losses: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, target: Tensor) -> Outputs:
+    def of(cls, values: Tensor, target: Tensor, prefixes: Ends | None = None) -> Outputs:
         """Memory for them, for a code's values [V, C]; the target may be in 16 bits."""
         V, (B, d) = values.shape[0], target.shape
         losses = torch.empty(B, 3, dtype=torch.float32, device=target.device)
-        return cls(values.new_empty(V, B, d), torch.empty_like(values), losses)
+        groups = () if prefixes is None else prefixes.ends.shape
+        return cls(values.new_empty(V, *groups, B, d), torch.empty_like(values), losses)
 
 
 def decode_loss(
     code: tuple[Tensor, Tensor, Tensor, Tensor], W: Tensor, b_dec: Tensor, target: Tensor, cost: Tensor | None,
-    normaliser: float, out: Outputs, step: StepOutputs | None = None, zeros: bool = False,
+    normaliser: float, out: Outputs, step: StepOutputs | None = None, zeros: bool = False, prefixes: Ends | None = None,
 ) -> None:  # fmt: skip
     """As ops.decode_loss.  ``code``: begin, end, indices and values [V, C].  ``cost`` [F]: the sparsity weight; in a step
     divided by the coefficient, and None for 1."""
-    c, cuda = config("decode_loss"), native.takes("decode_loss")
+    c, cuda = config("decode_loss"), native.takes("decode_loss") and prefixes is None  # of which there is one in Triton
     (residuals, grads, losses), (_, _, indices, values) = out, code
-    (V, rows, d), capacity = residuals.shape, indices.shape[0]
+    (V, *_, rows, d), capacity = residuals.shape, indices.shape[0]
     slices = cdiv(d, native.module.residual_columns if cuda else c["columns"])
     sizes = (V, slices, capacity), (rows, slices, 2)
     partials, squares = (torch.empty(size, dtype=torch.float32, device=W.device) for size in sizes)
@@ -185,11 +281,16 @@ def decode_loss(
                    squares, losses, grads, *given, *written, rows, slices, capacity, float(normaliser), penalty.number,
                    penalty.bandwidth)  # fmt: skip
         return
-    launch(
-        _residuals, (rows, slices), *code, W, b_dec, target, residuals, partials, squares, rows,
-        slices, d, values.stride(0), *partials.stride()[:2], V=V, ENTRIES=c["entries"], COLUMNS=c["columns"],
-        num_warps=max(1, c["columns"] // 256),  # a dot within a warp: no barrier
-    )  # fmt: skip
+    arguments = *code, W, b_dec, target, residuals, partials, squares
+    tile = {"V": V, "ENTRIES": c["entries"], "COLUMNS": c["columns"]}
+    tile["num_warps"] = max(1, c["columns"] // 256)  # a dot within a warp: no barrier
+    if prefixes is None:
+        strides = values.stride(0), *partials.stride()[:2]
+        launch(_residuals, (rows, slices), *arguments, rows, slices, d, *strides, **tile)
+    else:
+        strides = values.stride(0), *residuals.stride()[:2], *partials.stride()[:2]
+        groups = prefixes.ends.shape[0]
+        launch(_prefix_residuals, (rows, slices), *arguments, *prefixes, slices, d, groups, *strides, **tile)
     launch(
         _finish, (rows,), *code, cost, partials, squares, losses, grads,
         *given, *written, 2.0 / normaliser, 1.0 / normaliser, penalty.number, penalty.bandwidth, slices, values.stride(0),

@@ -76,7 +76,7 @@ class Entries(NamedTuple):
     of prefixes, the suffix sums R of MATH.md §8; error [B, d_out] = x̂ − target; delta [nnz], the gradient of u; columns
     [nnz, 2 + P or more]: delta and the gradients of the bias and the activation's parameters; decoder [nnz]: the magnitudes
     times 2/B, the weights of the residuals in W_dec's gradient; constants and norms: a Pull's; along
-    [nnz], where the kernels have it: RowGradient's for W_dec."""
+    [nnz], where the kernels have it: RowGradient's for W_dec; ends: those of the prefixes, if there are any."""
 
     losses: Tensor
     residuals: tuple[Tensor, ...]
@@ -87,6 +87,7 @@ class Entries(NamedTuple):
     constants: Mapping[str, Tensor] = MappingProxyType({})
     norms: Tensor | None = None
     along: Tensor | None = None
+    ends: Sequence[int] | Tensor | None = None
 
 
 class Kernels(Protocol):
@@ -128,7 +129,7 @@ class HostKernels:
         columns = torch.stack([torch.zeros_like(delta) if p is None else p for p in pulled], dim=1)
         error = out.residual if costs is None else out.residual[-1] / costs[-1]
         residuals = tuple(r.reshape(-1, r.shape[-1]) for r in (out.residual, out.residual_aux)[: code.values.shape[0]])
-        return Entries(losses, residuals, error, delta, columns, code.magnitudes * (2 / n), constants, norms)
+        return Entries(losses, residuals, error, delta, columns, code.magnitudes * (2 / n), constants, norms, ends=ends)
 
     def transpose(self, code: SparseCode) -> Transposed:
         return ops.transpose(code)
@@ -168,10 +169,9 @@ def of_step(
     delta, *sums = kernels.sums(csc, entries.columns, also, x_c.shape[0])
     own = None if also is None else objective.norm_cost(decoder.W, sums.pop(), n)
     of_decoder = csc
-    if objective.prefixes is not None:
-        ends = objective.prefixes.ends(decoder.W.shape[0])
-        rows = prefix_rows(csc, ends, n).rows
-        of_decoder = replace(csc, rows=torch.where(csc.rows < n, rows, csc.rows + n * (len(ends) - 1)))
+    if entries.ends is not None:
+        rows = prefix_rows(csc, entries.ends, n).rows
+        of_decoder = replace(csc, rows=torch.where(csc.rows < n, rows, csc.rows + n * (len(entries.ends) - 1)))
     gradients: dict[str, RowGradient | Tensor] = {
         "W_enc": RowGradient(csc, [entries.delta], [x_c]),
         **_of_parameters(layer, objective, sums, entries.constants),

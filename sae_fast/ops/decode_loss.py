@@ -1,7 +1,7 @@
 """decode_loss: decode ∘ loss ∘ sampled_dots, fused, of one reconstruction or of Matryoshka prefixes.
 
 Body ``cpu``: one visit of each example; above the crossover density dense row chunks.  ``triton``, ``cuda``: one visit of
-each slice of an example; for what they have no kernel of, prefixes and values that are 0, decode and sampled_dots.
+each slice of an example; prefixes have a kernel in Triton alone.
 ``reference``: dense.
 """
 
@@ -85,10 +85,12 @@ def decode_loss(
     )
 
 
-def prefix_rows(csc: Transposed, prefixes: Sequence[int], batch: int) -> Transposed:
+def prefix_rows(csc: Transposed, prefixes: Sequence[int] | Tensor, batch: int) -> Transposed:
     """The entries by feature with rows of R.flatten(0, 1) [G·B, d] in the place of examples: with it outer and weight_step
     sum, in one pass, each feature's entries times the residuals of its own group."""
-    starts = csc.colptr[torch.tensor(prefixes[:-1], dtype=torch.int64, device=csc.colptr.device)]
+    if not isinstance(prefixes, Tensor):
+        prefixes = torch.tensor(prefixes, dtype=torch.int64, device=csc.colptr.device)
+    starts = csc.colptr[prefixes[:-1]]
     at = torch.arange(csc.rows.shape[0], device=starts.device)
     return replace(csc, rows=csc.rows + batch * torch.bucketize(at, starts, right=True, out_int32=True))
 
@@ -151,13 +153,12 @@ def _decode_loss(*arguments):
     _check_prefixes(p.prefixes, p.prefix_weights, p.W_dec)
     inputs = (p.W_dec, p.indptr, p.indices)
     dense = crossovers.gpu_rejects(p.indices.shape[0], p.target.shape[0], features)
-    unfused = p.prefixes is not None or p.zeros
     body = pick(
         "decode_loss",
-        {"cpu": _cpu, "cuda": _gpu, "triton": _unfused if unfused else _gpu, "reference": _reference},
+        {"cpu": _cpu, "cuda": _gpu, "triton": _gpu, "reference": _reference},
         {
             "cpu": cpu_rejects(*inputs),
-            "cuda": "it has no kernel of prefixes and zeros" if unfused else cuda_rejects("decode_loss", *inputs) or dense,
+            "cuda": "it has no kernel of prefixes" if p.prefixes else cuda_rejects("decode_loss", *inputs) or dense,
             "triton": triton_rejects(*inputs) or dense,
         },
     )
@@ -236,35 +237,16 @@ def _cpu_dense(p: _Given):
 def _gpu(p: _Given):
     from sae_fast.kernels import decode_loss as kernel
 
-    p = p.contiguous()
-    code, out = (p.indptr[:-1], p.indptr[1:], p.indices, p.values), kernel.Outputs.of(p.values, p.target)
-    kernel.decode_loss(code, p.W_dec, p.b_dec, p.target, p.sparsity_weight, p.normaliser, out)
+    p, prefixes = p.contiguous(), None
+    if p.prefixes is not None:
+        ends = torch.tensor(p.prefixes, device=p.indices.device)
+        prefixes = kernel.Ends(ends, p.W_dec.new_ones(len(p.prefixes)) if p.prefix_weights is None else p.prefix_weights)
+    code, out = (p.indptr[:-1], p.indptr[1:], p.indices, p.values), kernel.Outputs.of(p.values, p.target, prefixes)
+    kernel.decode_loss(
+        code, p.W_dec, p.b_dec, p.target, p.sparsity_weight, p.normaliser, out, zeros=p.zeros, prefixes=prefixes
+    )
     losses = out.losses.sum(0, dtype=torch.float64).div_(p.normaliser).to(p.target.dtype)
-    return losses, *_split(out.residuals[:, None], None), out.grads
-
-
-def _unfused(p: _Given):
-    """By the kernels of decode and sampled_dots, of a code that has a row for each example and group."""
-    from sae_fast.kernels.decode import decode
-    from sae_fast.kernels.sampled_dots import sampled_dots
-
-    p = p.contiguous()
-    (rows, d), V, G = p.target.shape, p.values.shape[0], len(p.groups())
-    keys = row_ids(p.indptr, p.indices.shape[0]) * p.W_dec.shape[0] + p.indices
-    firsts = torch.arange(rows, device=keys.device)[:, None] * p.W_dec.shape[0] + keys.new_tensor(p.bounds()[:-1])
-    indptr = torch.nn.functional.pad(torch.searchsorted(keys, firsts.flatten()), (0, 1), value=keys.shape[0])
-    code = (indptr[:-1], indptr[1:], p.indices)
-    sums = p.target.new_empty(V, 1, rows * G, d, dtype=torch.float32)
-    decode(*code, p.values, p.W_dec, None, sums)
-    sums = sums.view(V, rows, G, d).transpose(1, 2).contiguous()
-
-    def dots(reaching):
-        out = torch.empty_like(p.values)
-        for of_set, to in zip(reaching.to(p.target.dtype), out, strict=True):
-            sampled_dots(*code, of_set.transpose(0, 1).reshape(rows * G, d), p.W_dec, to)
-        return out
-
-    return _finish(p, _prefixes(p, sums), dots)
+    return losses, *_split(out.residuals if prefixes else out.residuals[:, None], p.prefixes), out.grads
 
 
 def _reference(p: _Given):

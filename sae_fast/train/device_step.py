@@ -15,7 +15,7 @@ from sae_fast import gradients
 from sae_fast.code import Decoder, Layer, RowGradient, Rows, Shadow, Transposed
 from sae_fast.gradients import Entries
 from sae_fast.kernels.compact import Gapped
-from sae_fast.kernels.decode_loss import Outputs, StepOutputs, decode_loss
+from sae_fast.kernels.decode_loss import Ends, Outputs, StepOutputs, decode_loss
 from sae_fast.kernels.encode import Screened, candidates, members
 from sae_fast.kernels.flag import NOT_FINITE_LOSS
 from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
@@ -37,8 +37,8 @@ GIVEN = Struct("=q10f")  # to a step: its number from 1, the penalty's coefficie
 class DeviceKernels:
     """The kernels of one step, on a code with gaps of up to ``capacity`` entries: gradients.Kernels."""
 
-    def __init__(self, ones: Tensor, features: int):
-        self.ones, self.features = ones, features
+    def __init__(self, ones: Tensor, features: int, prefixes: Ends | None = None):
+        self.ones, self.features, self.prefixes = ones, features, prefixes
         self.runs: Runs | None = None
 
     def entries(self, code: Gapped, layer: Layer, decoder: Decoder, target: Tensor, objective: Objective) -> Entries:
@@ -55,14 +55,17 @@ class DeviceKernels:
             layer, code.u, penalty, objective.coefficient, delta, columns, weights, along, auxiliary,
             mean if penalty.native == TARGET else l0, norms,
         )  # fmt: skip
-        out = Outputs.of(code.values, target)
+        out = Outputs.of(code.values, target, self.prefixes)
         of_code = code.begin, code.end, code.indices, code.values
         costs = objective.norms(decoder.W)
-        decode_loss(of_code, decoder.W, decoder.b, target, costs, float(B), out, step, objective.zeros)
-        losses, residuals = out.losses.sum(0, dtype=torch.float64) / B, tuple(out.residuals)
+        decode_loss(of_code, decoder.W, decoder.b, target, costs, float(B), out, step, objective.zeros, self.prefixes)
+        losses, residuals = out.losses.sum(0, dtype=torch.float64) / B, tuple(out.residuals.flatten(1, -2))
         norms = code.values[-1] if objective.costs_norm and norms is None else norms
         constants = {} if mean is None else objective.constants(layer, mean)
-        return Entries(losses, residuals, residuals[0], delta, columns, weights, constants, norms, along)
+        error, ends = residuals[0], None
+        if self.prefixes is not None:
+            error, ends = out.residuals[0, -1] / self.prefixes.costs[-1], self.prefixes.ends
+        return Entries(losses, residuals, error, delta, columns, weights, constants, norms, along, ends)
 
     def transpose(self, code: Gapped) -> Transposed:
         csc = Transposed.empty(self.features, code.indices)
