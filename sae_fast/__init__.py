@@ -13,7 +13,7 @@ import torch  # noqa: F401  (before the extension: both must share torch's OpenM
 
 from sae_fast import analysis, interop, metrics, objectives, ops, reference
 from sae_fast.code import RowGradient, SparseCode, Transposed
-from sae_fast.interop import load
+from sae_fast.interop import load, published
 from sae_fast.nn import BatchTopKSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE, normalize
 from sae_fast.ops import use_backend
 from sae_fast.optim import RowAdam
@@ -39,6 +39,7 @@ __all__ = [
     "normalize",
     "objectives",
     "ops",
+    "published",
     "reference",
     "save",
     "use_backend",
