@@ -1,6 +1,7 @@
 """The machine code of a kernel, counted: instructions of each loop and outside them, without a GPU.
 
-`python -m benchmarks.gpu.sass` prints the counts that model.py takes, of the kernels of this tree, as JSON.
+`python -m benchmarks.gpu.sass` prints the counts that model.py takes, of the kernels of this tree, as JSON: into
+kernels.json here, for what is predicted; of kernels that were measured, beside their profile.
 """
 
 from __future__ import annotations

@@ -52,10 +52,13 @@ def test_the_kernels_of_this_tree_are_counted():
         [sys.executable, "-m", "benchmarks.gpu.sass"], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found, known = json.loads(done.stdout), json.loads((cuts.NOW / "kernels.json").read_text("utf-8"))
     assert found.keys() == sass.WANTED.keys() <= COUNTS.keys()
     for name, it in found.items():
         assert it["loops"] and it["outside"] > 0 and (it["epilogue"] > 0) == name.startswith("screen"), name
+        for what in ("registers", "outside", "epilogue"):
+            want = pytest.approx(known[name][what], rel=0.25)
+            assert it[what] == want, f"{name}: python -m benchmarks.gpu.sass > benchmarks/gpu/kernels.json"
     assert found["screen"]["epilogue"] <= 220 and found["screen of wide rows"]["epilogue"] <= 400, "it only compares"
 
 
