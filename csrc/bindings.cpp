@@ -112,9 +112,9 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), py::arg("rows"), py::arg("parts"))
       .def("nnz", &Compactor::nnz);
   py::class_<Largest, Tiles>(m, "Largest")
-      .def(py::init([](int64_t rows, int64_t k, bool whole, int64_t room, int lift) {
-        return std::make_unique<Largest>(*current, rows, k, whole, room, lift);
-      }), py::kw_only(), py::arg("rows"), py::arg("k"), py::arg("whole"), py::arg("room"), py::arg("lift"))
+      .def(py::init([](int64_t rows, int64_t k, int64_t budget, bool signs, int64_t room, int lift) {
+        return std::make_unique<Largest>(*current, rows, k, budget, signs, room, lift);
+      }), py::kw_only(), py::arg("rows"), py::arg("k"), py::arg("budget"), py::arg("signs"), py::arg("room"), py::arg("lift"))
       .def("begin", [](Largest& self, int64_t first, int64_t n, py::handle guess) {
         self.begin(first, n, array<const float>("guess", guess));
       }, py::kw_only(), py::arg("first"), py::arg("n"), py::arg("guess"))

@@ -53,6 +53,9 @@ GROUPS["encode"] = [
     Mutant("no column is an outlier", "sae_fast/ops/encode/screen.py",
            "FAR_MORE * energy.median()", "FAR_MORE * energy.amax()",
            "test_screen.py::test_each_term_of_the_bound_alone_keeps_its_members"),
+    Mutant("rows with few positive ones are not filled up", "sae_fast/ops/encode/largest.py",
+           'if choice.support != "topk_any":', "if True:",
+           "test_topk.py::test_rows_with_few_positive_ones_are_filled_up_and_the_others_stay"),
     Mutant("a tile takes the first features' shadow", "sae_fast/ops/encode/screen.py",
            "(part[first:last] for part in self.shadow)", "(part[: last - first] for part in self.shadow)",
            "test_screen.py::test_routes_chunks_threads_and_shadows_change_no_bit"),
@@ -751,6 +754,12 @@ GROUPS["peers"] = [
 ]  # fmt: skip
 
 GROUPS["native"] = [
+    Mutant("C++ largest: a magnitude's bound forgets what the product is above", "csrc/host/keys.hpp",
+           "difference = excess - bound;", "difference = -bound;",
+           "test_topk.py::test_any_finite_input_has_the_choice_of_the_dots test_topk.py::test_massive_activations"),
+    Mutant("C++ largest: of dots the negative ones are forgotten", "csrc/host/largest.hpp",
+           "if (signs_) take_negative(a, s, u + r * a.width, b + r);", "",
+           "test_topk.py::test_the_largest_are_chosen_whatever_the_way"),
     Mutant("C++ entries: a run ends among entries that are summed together", "csrc/include/sae_fast/entries.hpp",
            "begin) / 4 * 4 : end", "begin) : end", "test_walks.py"),
     Mutant("C++ outer: the sources take turns in each run", "csrc/cpu/outer.cpp",

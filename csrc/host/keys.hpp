@@ -2,6 +2,7 @@
 // bfloat16 bounds that a screen gives of them.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -28,6 +29,19 @@ inline float below(uint32_t floor) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+// Bounds of |pi| from those of pi, which it is below by at most `excess`: what was rounded to `bound` exceeds the bfloat16
+// before it, at most 2^-7 of it away, so -pi is less than `excess` minus that.  A NaN stays one.
+inline const uint16_t* of_magnitudes(const uint16_t* bounds, int64_t n, float excess, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float bound = host::widen(bounds[i]), difference = excess - bound;
+    const float rounded = 0x1.01p-7f * std::fabs(bound) + 0x1p-22f * std::fabs(difference) + 0x1p-132f;
+    const float negated = difference + rounded;
+    const uint16_t upward = static_cast<uint16_t>((host::bits(negated < 0 ? 0.0f : negated) + 0xffffu) >> 16);
+    out[i] = bound >= negated ? bounds[i] : upward;
+  }
+  return out;
 }
 
 // The key that an entry of this bound has at least: what was rounded to `bound` exceeds the bfloat16 before it, and the

@@ -130,10 +130,13 @@ class SparseAutoencoder(nn.Module):
     def check_plain(self, to: str) -> None:
         """``ValueError`` for a layer that is more than x̂ = f W_dec + b_dec of x's own width, with what is wanted ``to`` be
         done."""
-        said = [f"d_out = {self.d_out}"] * (self.d_out != self.d_in) + ["W_skip"] * (self.W_skip is not None)
-        said += [] if self.normalize is None else [f"normalize = {self.normalize}"]
-        if said:
+        if said := self._more():
             raise ValueError(f"sae: got a {type(self).__name__} with {' and '.join(said)}, want one without to {to}")
+
+    def _more(self) -> list[str]:
+        """Words for all in which the layer is more than that."""
+        said = [f"d_out = {self.d_out}"] * (self.d_out != self.d_in) + ["W_skip"] * (self.W_skip is not None)
+        return said if self.normalize is None else [*said, f"normalize = {self.normalize}"]
 
     def not_finite(self) -> dict[str, int]:
         """The number of NaNs and infinities in each parameter and buffer that has any."""

@@ -18,8 +18,8 @@ class BatchTopKSAE(GroupedSAE):
     """π = (x − b_dec) W_encᵀ + b_enc, and f by one of two rules.
 
     With a threshold ≥ 0, which training estimates: f = 1[π > threshold] ⊙ ReLU(π), whatever else is in the batch.  Without:
-    the k · B largest entries of ReLU(π) of all B examples of x together; of equal ones, the first.  k need not be whole
-    where the threshold decides.
+    the k · B largest entries of ReLU(π) of all B examples of x together; of equal ones, the first.  k need not be whole:
+    k · B is rounded down.
 
     The buffer ``threshold`` is a float32 scalar, −1 while it is not set; ``sae.threshold.fill_(value)`` sets it.  It stays
     float32 when the layer is moved to another dtype, and is rounded to the layer's where it is used.  A compiled layer
@@ -66,10 +66,6 @@ class BatchTopKSAE(GroupedSAE):
         elif use_threshold and not self.has_threshold():
             raise ValueError("use_threshold: got True, want a threshold ≥ 0 first (sae.threshold.fill_(value))")
         if not use_threshold:
-            if not isinstance(self.k, int):
-                raise ValueError(
-                    f"k: got {self.k}, want a whole number to take the k · B largest, or a threshold that is set"
-                )
             return {**super()._encoder(), "support": self.support, "k": self.k, "guess": guess}
         return {"activation": "jumprelu", "threshold": self.threshold.to(self.W_enc.dtype).expand(self.d_sae)}
 

@@ -121,7 +121,7 @@ class GroupedSAE(SparseAutoencoder):
         code = self._code(
             x_c, shadow, **self._in_training, guess=self._reach * scale if self._reach > 0 and on_engine else None
         )
-        full = on_engine and code.nnz == self.k * code.batch
+        full = on_engine and 0 < code.nnz == int(self.k * code.batch)
         self._reach = NEARLY * self._reached(code, scale) if full else 0.0
         return code
 

@@ -31,6 +31,8 @@ def scale_input_(sae: SparseAutoencoder, scale: float, out: float | None = None)
     sae.W_enc.mul_(scale)
     sae.W_dec.div_(out or scale)
     sae.b_dec.div_(out or scale)
+    if sae.W_skip is not None:
+        sae.W_skip.mul_(scale / (out or scale))
 
 
 def unscale_(sae: SparseAutoencoder) -> None:

@@ -38,7 +38,7 @@ def plain(sae, x: Tensor, dtype: torch.dtype) -> Tensor:
         f = pi * (pi > sae.threshold)
     else:
         flat = pi if isinstance(sae, sf.TopKSAE) else pi.reshape(1, -1)
-        top = flat.topk(sae.k if isinstance(sae, sf.TopKSAE) else sae.k * x.shape[0], dim=1)
+        top = flat.topk(sae.k if isinstance(sae, sf.TopKSAE) else int(sae.k * x.shape[0]), dim=1)
         f = torch.zeros_like(flat).scatter_(1, top.indices, top.values).view_as(pi)
     f[:, sum((sae.group_sizes or [sae.d_sae])[: sae.active_groups]) :] = 0
     return f
@@ -208,13 +208,13 @@ def test_numpys_numbers_are_numbers_and_come_out_as_pythons(cls):
     assert sae.options() == {"k": 7, "group_sizes": SIZES}
 
 
-def test_k_is_whole_but_for_a_batch_by_its_threshold():
+def test_k_is_whole_but_for_a_batch():
     with pytest.raises(ValueError, match=r"k: got 2\.0, want an int"):
         sf.TopKSAE(19, 130, 2.0)
     assert sf.BatchTopKSAE(19, 130, np.float32(2)).options() == {"k": 2}
     sae, x = make(sf.BatchTopKSAE, 1.5)
-    with pytest.raises(ValueError, match=r"k: got 1\.5, want a whole number to take the k · B largest, or a threshold"):
-        sae.encode(x)
+    assert sae.encode_sparse(x).nnz == 49  # ⌊1.5 · 33⌋
+    assert_close_2x(sae.encode(x), plain(sae, x, torch.float32), plain(sae, x, torch.float64))
     sae.threshold.fill_(0.7)
     assert_close_2x(sae.encode(x), plain(sae, x, torch.float32), plain(sae, x, torch.float64))
 
@@ -333,3 +333,53 @@ def test_gradients_reach_every_parameter(cls):
     sae, x = make(cls)
     sae(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in sae.parameters())
+
+
+# ---- The largest of any sign, and in magnitude --------------------------------------------------------------------------
+
+
+def signed(sae, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """f [B, F] of TopKSAE(largest="any" | "abs"), from the formulas."""
+    pi = (x.to(dtype) - sae.b_dec.detach().to(dtype)) @ sae.W_enc.detach().to(dtype).T + sae.b_enc.detach().to(dtype)
+    top = (pi.abs() if sae.largest == "abs" else pi).topk(sae.k, dim=1).indices
+    return torch.zeros_like(pi).scatter_(1, top, pi.gather(1, top))
+
+
+@pytest.mark.parametrize("largest", ["any", "abs"])
+@pytest.mark.parametrize("shift", [0.0, -3.0, -9.0], ids=["many positive", "few positive", "none positive"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_negative_ones_are_kept(backend, shift, largest):
+    sae, x = make(sf.TopKSAE, largest=largest)
+    with torch.no_grad():
+        sae.b_enc += shift
+    f32, f64 = (signed(sae, x, dtype) for dtype in (torch.float32, torch.float64))
+    assert bool((f64 < 0).any()) or (largest == "any" and shift == 0)
+    with sf.use_backend(backend):
+        f, code, x_hat = sae.encode(x), sae.encode_sparse(x), sae(x)
+    assert torch.equal(f != 0, f64 != 0) and torch.equal(code.l0(), torch.full((33,), 7))
+    assert_close_2x(f, f32, f64, "encode")
+    assert_close_2x(x_hat, decoded(sae, f32), decoded(sae, f64), "forward")
+
+
+@pytest.mark.parametrize("largest", ["any", "abs"])
+def test_such_a_layer_is_saved_and_does_not_train_yet(largest, tmp_path):
+    sae, x = make(sf.TopKSAE, largest=largest, group_sizes=SIZES)
+    sf.save(sae, tmp_path / "own")
+    again = sf.load(tmp_path / "own")
+    assert again.largest == largest and repr(again) == repr(sae) and same_bits(again(x), sae(x))
+    said = f"TopKSAE with largest = '{largest}', want one without to"
+    with pytest.raises(ValueError, match=f"{said} train"):
+        sf.Trainer(sae, objective=sf.objectives.TopK())
+    for format in ("dictionary_learning", "saelens", "sparsify"):
+        with pytest.raises(ValueError, match=f"{said} save it as {format}"):
+            sf.interop.save(sae, tmp_path / format, format)
+    with pytest.raises(ValueError, match="largest: got 'all', want one of positive, any, abs"):
+        make(sf.TopKSAE, largest="all")
+
+
+def test_a_batch_topk_of_a_fractional_k_trains():
+    sae, _ = make(sf.BatchTopKSAE, 2.5)
+    trainer = sf.Trainer(sae, objective=sf.objectives.TopK())
+    for step in range(3):
+        log = trainer.step(randn(33, 19, seed=step))
+        assert log.l0 == pytest.approx(82 / 33)

@@ -1,4 +1,4 @@
-"""The supports ``topk`` and ``batch_topk`` of ops.encode.
+"""The supports ``topk``, ``batch_topk``, ``topk_any`` and ``topk_abs`` of ops.encode.
 
 The truth is a full sort of the pre-activations that the fixed-order dots give for every entry: the engine's code has to be
 that bit for bit by any way to it.  Where a screen's bound decides what is looked at, every part of the argument has a case
@@ -29,7 +29,8 @@ from sae_fast.code import SparseCode
 from sae_fast.ops.dispatch import _C
 from sae_fast.ops.encode import bound, largest, screen
 
-SUPPORTS = ("topk", "batch_topk")
+SUPPORTS = ("topk", "batch_topk", "topk_any", "topk_abs")
+SIGNED = ("topk_any", "topk_abs")
 supports = pytest.mark.parametrize("support", SUPPORTS)
 every_way = pytest.mark.parametrize("way", WAYS)
 
@@ -45,20 +46,31 @@ def every_dot(x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
 
 
 def sorted_choice(pi: Tensor, support: str, k: int) -> Tensor:
-    """[B, F]: the largest positive entries, a NaN before all, and of equal ones the first, by a stable sort of it all."""
-    rank = pi.double()
-    rank[pi.isnan()] = torch.inf
-    rank[pi == torch.inf] = 1e300
-    flat, k = (rank, k) if support == "topk" else (rank.reshape(1, -1), k * pi.shape[0])
+    """[B, F]: the largest entries of those that may be chosen, a NaN before all, and of equal ones the first, by a stable
+    sort of it all."""
+    size = sized(pi, support)
+    rank = size.double()
+    rank[size.isnan()] = torch.inf
+    rank[size == torch.inf] = 1e300
+    flat, k = (rank.reshape(1, -1), int(k * pi.shape[0])) if support == "batch_topk" else (rank, k)
     order = flat.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True).view_as(pi) & ~(pi <= 0)
+    chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True).view_as(pi)
+    return chosen if support == "topk_any" else chosen & ~(size <= 0)
+
+
+def sized(pi: Tensor, support: str) -> Tensor:
+    return pi.abs() if support == "topk_abs" else pi
+
+
+def values_of(pi: Tensor, support: str) -> Tensor:
+    return pi if support in SIGNED else torch.relu(pi)
 
 
 def assert_is_the_sorted_choice(code: SparseCode, u: Tensor, bias: Tensor, support: str, k: int) -> None:
     assert_is_code(code)
     member = sorted_choice(u + bias, support, k)
     assert torch.equal(dense(code, torch.ones(code.nnz)) > 0, member)
-    assert_same_bits([code.u, code.values], [u[member], torch.relu(u + bias)[member][None]])
+    assert_same_bits([code.u, code.values], [u[member], values_of(u + bias, support)[member][None]])
 
 
 def layer(B: int, d: int, F: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +98,10 @@ def test_the_largest_are_chosen_whatever_the_way(shape, way, support, isa):
     assert_is_the_sorted_choice(code, u, bias, support, k)
 
 
-@supports
-@pytest.mark.parametrize("activation", ["gated", "relu", "jumprelu"])
+@pytest.mark.parametrize(
+    "support, activation",
+    [(s, a) for s in ("topk", "batch_topk") for a in ("gated", "relu", "jumprelu")] + [(s, "relu") for s in SIGNED],
+)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_values_are_as_near_to_float64_as_torchs_and_the_choice_is_float64s(backend, activation, support):
     """Where the k-th and the next are further apart than rounding."""
@@ -104,7 +118,8 @@ def test_values_are_as_near_to_float64_as_torchs_and_the_choice_is_float64s(back
         assert_is_code(code)
         us = {dtype: x.to(dtype) @ W.to(dtype).T for dtype in (torch.float32, torch.float64)}
         pi = us[torch.float64] + bias.double()
-        flat, n = (pi, 9) if support == "topk" else (pi.reshape(1, -1), 9 * 57)
+        size = sized(pi, support)
+        flat, n = (size.reshape(1, -1), 9 * 57) if support == "batch_topk" else (size, 9)
         top = flat.topk(n + 1, dim=1).values
         clear = (top[:, -2] - top[:, -1] > 1e-5).expand(57)
         judged += int(clear.sum())
@@ -117,7 +132,7 @@ def test_values_are_as_near_to_float64_as_torchs_and_the_choice_is_float64s(back
                 m, b = (more["gated"][name].to(dtype) for name in ("r_mag", "b_mag"))
                 f[dtype] = torch.relu(torch.exp(m) * u + b) * (pre > 0)
             else:
-                f[dtype] = torch.relu(pre) * (pre > (0.5 if activation == "jumprelu" else 0))
+                f[dtype] = values_of(pre, support) * ((pre > 0.5) | (activation == "relu"))
         trials.add("u", dense(code, code.u), us[torch.float32] * member, us[torch.float64] * member)
         trials.add("f", dense(code, code.magnitudes), f[torch.float32] * member, f[torch.float64] * member)
     assert judged >= 3 * 57
@@ -141,10 +156,9 @@ def test_of_equal_ones_the_first_are_chosen(backend, k, support, isa):
     with use_backend(backend):
         code = encode(x, W, bias, support, k)
     if k == 3:
-        last = (
-            (pi if support == "topk" else pi.reshape(1, -1)).topk(k if support == "topk" else 90 * k, dim=1).values[:, -1:]
-        )
-        assert bool(((pi == last).sum(1) > 1).any()), "ties matter"
+        size, whole = sized(pi, support), support == "batch_topk"
+        last = (size.reshape(1, -1) if whole else size).topk(90 * k if whole else k, dim=1).values[:, -1:]
+        assert bool(((size == last).sum(1) > 1).any()), "ties matter"
     assert_is_the_sorted_choice(code, x @ W.T, bias, support, k)
 
 
@@ -187,6 +201,51 @@ def test_no_row_and_one_row(B, way, support):
         assert_is_the_sorted_choice(code, every_dot(x, W, bias), bias, support, 7)
 
 
+@every_way
+@pytest.mark.parametrize("k", [0.004, 0.5, 1.5, 40.25])
+def test_k_of_a_batch_need_not_be_whole(k, way, isa):
+    x, W, bias = layer(130, 20, 300)
+    u = every_dot(x, W, bias)
+    with forced(way, ROOM=0):
+        assert_is_the_sorted_choice(encode(x, W, bias, "batch_topk", k), u, bias, "batch_topk", k)
+    with use_backend("reference"):
+        assert encode(x, W, bias, "batch_topk", k).nnz == int(k * 130)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
+def test_rows_with_few_positive_ones_are_filled_up_and_the_others_stay(precision, monkeypatch):
+    from sae_fast.ops import crossovers
+
+    x, W, bias = layer(130, 20, 300)
+    x[::3] = 0
+    bias.abs_().neg_()
+    code, positive = (encode(x, W, bias, support, 10, precision=precision) for support in ("topk_any", "topk"))
+    assert torch.equal(code.indptr, torch.arange(0, 1301, 10)) and positive.nnz == 10 * 86
+    if precision == "exact":
+        assert_is_the_sorted_choice(code, every_dot(x, W, bias), bias, "topk_any", 10)
+    whole = (code.row_ids() % 3 != 0).nonzero()[:, 0]
+    assert_same_bits([code.indices[whole], code.values[:, whole]], [positive.indices, positive.values])
+    monkeypatch.setattr(crossovers, "CHUNK", 7 * 300)
+    assert_same_bits(encode(x, W, bias, "topk_any", 10, precision=precision), code)
+
+
+@pytest.mark.parametrize(
+    "support, k, activation, said",
+    [
+        ("topk_any", 1.5, "relu", "k: got 1.5, want a whole number with 1 ≤ k ≤ F = 300"),
+        ("topk_abs", 301, "relu", "k: got 301, want a whole number with 1 ≤ k ≤ F = 300"),
+        ("topk", 0, "relu", "k: got 0, want a whole number with 1 ≤ k ≤ F = 300"),
+        ("batch_topk", 0, "relu", "k: got 0, want 0 < k ≤ F = 300"),
+        ("topk_abs", 3, "jumprelu", "activation: got 'jumprelu' with support 'topk_abs', want 'relu'"),
+    ],
+)
+def test_what_does_not_go_together_is_named(support, k, activation, said):
+    x, W, bias = layer(5, 20, 300)
+    more = {"threshold": bias} if activation == "jumprelu" else {}
+    with pytest.raises(ValueError, match=f"^{said}"):
+        ops.encode(x, W, bias, activation=activation, support=support, k=k, **more)
+
+
 # ---- The same bits by every way ---------------------------------------------------------------------------------------
 
 
@@ -216,8 +275,9 @@ def test_a_guess_changes_no_bit(times, way, support):
     k = 10
     with forced(way):
         code = encode(x, W, bias, support, k)
-        least = torch.segment_reduce(code.magnitudes, "min", offsets=code.indptr, initial=torch.inf)
-        guess = least if support == "topk" else code.magnitudes.amin().expand(130)
+        reached = sized(code.magnitudes, support)
+        least = torch.segment_reduce(reached, "min", offsets=code.indptr, initial=torch.inf)
+        guess = reached.amin().expand(130) if support == "batch_topk" else least
         if times == "mixed":
             guess = guess * (0.5 + torch.arange(130) % 3)
         elif times == "a few too high":
@@ -274,13 +334,14 @@ def test_in_bf16_the_product_decides_and_only_near_the_last_is_it_wrong(support)
     x, W, bias = layer(300, 64, 900)
     pi = x.double() @ W.double().T + bias.double()
     exact = sorted_choice(pi, support, 10)
-    last = pi.masked_fill(~exact, torch.inf).amin(1, keepdim=True) if support == "topk" else pi[exact].min()
+    of_size = sized(pi, support)
+    last = of_size[exact].min() if support == "batch_topk" else of_size.masked_fill(~exact, torch.inf).amin(1, keepdim=True)
     with forced("screen", TILE=2**15, ROOM=0):
         code = encode(x, W, bias, support, 10, precision="bf16")
     assert_is_code(code)
     member = dense(code, torch.ones(code.nnz)) > 0
     size = x.norm(dim=1)[:, None] * W.norm(dim=1)
-    clear = (pi - last).abs() > 2.0**-6 * (size + pi.abs())
+    clear = (of_size - last).abs() > 2.0**-6 * (size + pi.abs())
     assert clear.double().mean() > 0.9 and torch.equal(member[clear], exact[clear])
     assert not torch.equal(member, exact), "some come and go"
     assert bool(((dense(code, code.u) - (x @ W.T) * member).abs() <= 2.0**-7 * (size + pi.abs())).all())
@@ -296,14 +357,15 @@ def test_other_dtypes_take_the_reference(dtype, support):
     assert code.values.dtype == dtype and torch.equal(dense(code, torch.ones(code.nnz)) > 0, member)
 
 
-def test_the_reference_takes_topk_in_chunks_of_rows(monkeypatch):
+@pytest.mark.parametrize("support", ["topk", *SIGNED])
+def test_the_reference_takes_those_of_each_row_in_chunks_of_rows(support, monkeypatch):
     from sae_fast.ops import crossovers
 
     x, W, bias = layer(57, 20, 300)
     with use_backend("reference"):
-        whole = encode(x, W, bias, "topk", 9)
+        whole = encode(x, W, bias, support, 9)
         monkeypatch.setattr(crossovers, "CHUNK", 10 * 300)
-        parts = encode(x, W, bias, "topk", 9)
+        parts = encode(x, W, bias, support, 9)
     assert_same_bits([whole.indptr, whole.indices], [parts.indptr, parts.indices])
     torch.testing.assert_close(whole.values, parts.values)
 
@@ -437,7 +499,7 @@ def test_what_is_out_of_range_passes_any_floor(where, monkeypatch):
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, 1.5])
-@supports
+@pytest.mark.parametrize("support", ["topk", "batch_topk"])
 def test_a_floor_from_bounds_alone_needs_twice_their_margins(support, factor, monkeypatch):
     """A rival's bound is above it by nearly twice its margins; the best, of a later tile, has next to none."""
     d = 768
@@ -451,6 +513,23 @@ def test_a_floor_from_bounds_alone_needs_twice_their_margins(support, factor, mo
         assert_is_the_sorted_choice(encode(x, W, bias, support, 1), u, bias, support, 1)
         monkeypatch.setattr(screen, "EXCESS", factor)
         assert not bool((encode(x, W, bias, support, 1).indices == 300).any()), "the best is lost"
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 1.5])
+def test_a_magnitude_is_bounded_from_below_by_twice_the_margins(factor, monkeypatch):
+    """The best is negative, with a bound that is above it by nearly twice its margins; its rivals, before it, are positive
+    and have next to none."""
+    d = 768
+    x = torch.full((64, d), 1 - HALF_ULP / 2)  # rounded to 1
+    W, bias = torch.zeros(600, d), torch.full((600,), 1e-3)
+    W[300], bias[300] = 1.0, -2 - d * (1 - HALF_ULP / 2)  # π = −2
+    bias[:256] = 1.9
+    u = every_dot(x, W, bias)
+    with forced("screen", TILE=1, ROOM=0):
+        assert_is_the_sorted_choice(encode(x, W, bias, "topk_abs", 1), u, bias, "topk_abs", 1)
+        assert bool((encode(x, W, bias, "topk_abs", 1).indices == 300).all())
+        monkeypatch.setattr(screen, "EXCESS", factor)
+        assert not bool((encode(x, W, bias, "topk_abs", 1).indices == 300).any()), "the best is lost"
 
 
 def test_a_float_product_without_its_margin_loses_the_best():
@@ -506,7 +585,8 @@ def test_gradients_reach_the_chosen_alone(way, support):
     got = torch.autograd.grad((code.magnitudes * weights).sum() + code.u.sum(), (x, W, bias))
     a, b, c = (t.detach().double().requires_grad_() for t in (x, W, bias))
     u64 = (a @ b.T)[code.row_ids(), code.indices.long()]
-    want = torch.autograd.grad((torch.relu(u64 + c[code.indices.long()]) * weights).sum() + u64.sum(), (a, b, c))
+    pi = u64 + c[code.indices.long()]
+    want = torch.autograd.grad((values_of(pi, support) * weights).sum() + u64.sum(), (a, b, c))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=1e-5, atol=1e-5)
 

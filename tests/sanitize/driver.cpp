@@ -448,10 +448,10 @@ const std::map<std::string, Replay> kReplay = [] {
     if (e.compactor->candidates() < 0) fail("candidates", "a negative number");
   };
   all["Largest"] = [](Engine& e, Arguments& a) {
-    const int64_t rows = a.integer(), k = a.integer();
-    const bool whole = a.integer();
+    const int64_t rows = a.integer(), k = a.integer(), budget = a.integer();
+    const bool signs = a.integer();
     const int64_t room = a.integer();
-    e.largest = std::make_unique<Largest>(e.k, rows, k, whole, room, static_cast<int>(a.integer()));
+    e.largest = std::make_unique<Largest>(e.k, rows, k, budget, signs, room, static_cast<int>(a.integer()));
   };
   all["Largest.begin"] = [](Engine& e, Arguments& a) {
     const int64_t first = a.integer(), n = a.integer();

@@ -41,9 +41,7 @@ class _Largest(Step):
         norms = W_dec.norm(dim=1) if self.by_norm else None
         if norms is not None:
             W, bias = W * norms[:, None], bias * norms
-        code = self.encode(x_c, W, bias, support=support, k=ceil(self.k))
-        if self.whole:
-            code = _most(code, int(self.k * x_c.shape[0]))
+        code = self.encode(x_c, W, bias, support=support, k=self.k if self.whole else ceil(self.k))
         if norms is None:
             return code
         at = norms[code.indices]
@@ -99,15 +97,6 @@ class _Largest(Step):
 def _mean_squares(residuals: Tensor) -> list[Tensor]:
     """E‖r‖² of residuals [G, B, d]."""
     return list(residuals.pow(2).sum(-1).mean(-1).unbind())
-
-
-def _most(code: SparseCode, n: int) -> SparseCode:
-    """The n largest entries of a code, or all."""
-    if code.nnz <= n:
-        return code
-    kept = code.magnitudes.topk(n, sorted=False).indices.sort().values
-    indptr = torch.searchsorted(kept, code.indptr)
-    return replace(code, indptr=indptr, indices=code.indices[kept], u=code.u[kept], values=code.values[:, kept])
 
 
 class _KeepsLargest(OnTheEngine):

@@ -1,6 +1,6 @@
 """encode: which features are active, and how strongly.
 
-Body ``cpu``: screened or dotted tile by tile, see cpu.py and, for ``topk`` and ``batch_topk``, largest.py.
+Body ``cpu``: screened or dotted tile by tile, see cpu.py and, for ``topk`` and its relatives, largest.py.
 Bodies ``cuda`` and ``triton``: screened by one kernel that keeps a bit an entry, see gpu.py; they differ in the
 kernel that verifies.
 Body ``reference``: dense, any device and dtype, see dense.py.
@@ -20,9 +20,10 @@ from sae_fast.ops import autograd, checks
 from sae_fast.ops.dispatch import cpu_rejects, cuda_rejects, pick, triton_rejects
 from sae_fast.ops.encode import cpu, dense, gpu, largest
 from sae_fast.ops.encode.cpu import PRECISIONS
+from sae_fast.ops.encode.dense import Choice
 from sae_fast.ops.native import _C, threads
 
-SUPPORTS = ("threshold", "topk", "batch_topk")
+SUPPORTS = ("threshold", "topk", "batch_topk", "topk_any", "topk_abs")
 
 
 def encode(
@@ -32,7 +33,7 @@ def encode(
     *,
     activation: str,
     support: str = "threshold",
-    k: int = 0,
+    k: float = 0,
     slack: float = 0.0,
     precision: str = "exact",
     shadow: Shadow | None = None,
@@ -46,12 +47,15 @@ def encode(
                       just below the threshold, with value 0: the window of a straight-through estimator.
       ``topk``        the k largest π of each row, as far as they are positive; of equal ones, the lower features
       ``batch_topk``  the k · B largest π of the batch, as far as they are positive; of equal ones, the lower rows, and in a
-                      row the lower features
-      The latter two count a NaN as the largest.  For what neither engine takes, and on a GPU for a k above 3 % of F,
-      torch's product decides: ``topk`` in chunks of rows, ``batch_topk`` with B · F values in memory at once.
+                      row the lower features.  k need not be whole; k · B is rounded down.
+      ``topk_any``    the k largest π of each row, whatever their sign; of equal ones, the lower features.  On the C++
+                      engine rows with fewer than k positive ones take a dense pass of their own.
+      ``topk_abs``    the k largest |π| of each row, as far as they are not 0; of equal ones, the lower features
+      All but the first count a NaN as the largest.  For what neither engine takes, on a GPU the latter two among it, and a
+      k above 3 % of F, torch's product decides: in chunks of rows, ``batch_topk`` with B · F values in memory at once.
     The values on it, by ``activation`` and its ``parameters`` [F] by name (sae_fast/activations):
       ``gated``       with r_mag and b_mag: magnitudes 1[π > 0] ReLU(exp(r_mag) u + b_mag) and gates ReLU(π); bias is b_gate
-      ``relu``        ReLU(π); bias is b_enc
+      ``relu``        ReLU(π); bias is b_enc.  Of ``topk_any`` and ``topk_abs``, which take no other, it is π itself.
       ``jumprelu``    with threshold: 1[π > threshold] ReLU(π); bias is b_enc
     ``precision``, of u and of the support on the engines (the reference has that of its arguments):
       ``exact``   every member, and u, by fp32 dots in one fixed order: bitwise the same for any chunking, number of threads
@@ -61,8 +65,8 @@ def encode(
       ``tf32``    the same with TF32 operands, on a GPU that has them
       ``bf16``    a 16-bit product decides and nothing is verified: entries near the threshold come and go, and u is of
                   rounded operands: 8 bits on a CPU, whose product takes bfloat16, 11 on a GPU, where it takes float16.
-    ``guess`` [B], for ``topk`` and ``batch_topk`` on the engines: what the smallest entry kept of each row, or of the
-    batch, is thought to reach.  A good one, a little lower, saves time; none changes the result.
+    ``guess`` [B], for all but ``threshold``, on the engines: what the smallest entry kept of each row, or of the batch, is
+    thought to reach.  A good one, a little lower, saves time; none changes the result.
     ``shadow``: what ``ops.make_shadow(W_enc)`` gave, to save that pass; it must belong to W_enc as it is now.
     Differentiable with respect to x, W_enc, bias, r_mag and b_mag (not the threshold).  MATH.md §1.
     """
@@ -88,7 +92,7 @@ def _in_order(activation: Activation, parameters: Mapping[str, Tensor | None]) -
 @torch.library.custom_op(
     "sae_fast::encode",
     mutates_args=(),
-    schema="(Tensor x, Tensor W_enc, Tensor bias, Tensor? first, Tensor? second, str activation, str support, int k,"
+    schema="(Tensor x, Tensor W_enc, Tensor bias, Tensor? first, Tensor? second, str activation, str support, float k,"
     ' float slack, str precision="exact", Tensor? shadow_rows=None, Tensor? shadow_norms=None, Tensor? guess=None)'
     " -> (Tensor indptr, Tensor indices, Tensor u, Tensor values)",
 )
@@ -107,17 +111,18 @@ def _encode(
         checks.shape("guess", guess, x.shape[0])
         checks.floating("guess", guess, W_enc, "W_enc")
     shadow = checks.shadow(W_enc, shadow_rows, shadow_norms)
-    too_wide = gpu.rejects(x)
+    choice = None if support == "threshold" else Choice(support, k)
+    gpu_other = gpu.rejects(x, choice)
     body = pick(
         "encode",
         {"cpu": _cpu, "cuda": _triton, "triton": _triton, "reference": _reference},
         {
             "cpu": cpu_rejects(x, W_enc),
-            "cuda": cuda_rejects("verify", x, W_enc) or too_wide,
-            "triton": triton_rejects(x, W_enc) or too_wide,
+            "cuda": cuda_rejects("verify", x, W_enc) or gpu_other,
+            "triton": triton_rejects(x, W_enc) or gpu_other,
         },
     )
-    return body(x, Layer.of(W_enc, bias, activation, parameters, slack, shadow), support, k, precision, guess)
+    return body(x, Layer.of(W_enc, bias, activation, parameters, slack, shadow), choice, precision, guess)
 
 
 @_encode.register_fake
@@ -145,22 +150,27 @@ def _check(x, W_enc, bias, parameters, activation, support, k, slack) -> None:
             raise ValueError(f"{name}: got None, want [F] for activation {activation!r}")
         checks.shape(name, vector, features)
         checks.floating(name, vector, W_enc, "W_enc")
-    if support != "threshold" and not 1 <= k <= features:
-        raise ValueError(f"k: got {k}, want 1 ≤ k ≤ F = {features}")
+    if support == "batch_topk" and not 0 < k <= features:
+        raise ValueError(f"k: got {k:g}, want 0 < k ≤ F = {features}")
+    if support not in ("threshold", "batch_topk") and not (1 <= k <= features and k == int(k)):
+        raise ValueError(f"k: got {k:g}, want a whole number with 1 ≤ k ≤ F = {features}")
+    if support in ("topk_any", "topk_abs") and activation != "relu":
+        raise ValueError(f"activation: got {activation!r} with support {support!r}, want 'relu', whose values are π then")
     if support == "threshold" and k != 0:
-        raise ValueError(f"k: got {k} with support 'threshold', which does not use it, want 0")
+        raise ValueError(f"k: got {k:g} with support 'threshold', which does not use it, want 0")
     if not slack >= 0 or (slack > 0 and support != "threshold"):
         raise ValueError(f"slack: got {slack} with support {support!r}, want ≥ 0, and 0 unless support is 'threshold'")
 
 
-def _cpu(x, layer, support, k, precision, guess):
+def _cpu(x, layer, choice, precision, guess):
     x, layer = x.contiguous(), layer.contiguous()
-    if support == "threshold":
+    if choice is None:
         indptr, indices, u = cpu.threshold_support(x, layer, precision)
     else:
-        indptr, indices, u = largest.largest_support(
-            x, layer, k, support == "batch_topk", precision, None if guess is None else guess.contiguous()
-        )
+        guess = None if guess is None else guess.contiguous()
+        indptr, indices, u = largest.largest_support(x, layer, choice, precision, guess)
+        if choice.signed:
+            return indptr, indices, u, (u + layer.bias[indices.long()])[None]
     values = u.new_empty(layer.activation.value_sets, u.shape[0])
     first, second = layer.vector_slots()
     _C.activate(
@@ -170,12 +180,12 @@ def _cpu(x, layer, support, k, precision, guess):
     return indptr, indices, u, values
 
 
-def _triton(x, layer, support, k, precision, guess):
+def _triton(x, layer, choice, precision, guess):
     x, layer = x.contiguous(), layer.contiguous()
-    if support == "threshold":
+    if choice is None:
         return gpu.screened_code(x, layer, precision)
-    return gpu.largest_code(x, layer, k, support == "batch_topk", precision, guess)
+    return gpu.largest_code(x, layer, int(choice.k), choice.whole, precision, guess)
 
 
-def _reference(x, layer, support, k, _precision, _guess):
-    return dense.dense_code(x, layer, support, k)
+def _reference(x, layer, choice, _precision, _guess):
+    return dense.dense_code(x, layer, choice)

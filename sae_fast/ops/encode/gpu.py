@@ -27,7 +27,9 @@ WIDEST = 2**15  # columns for which the float32 sums of squares are as exact as 
 MASK = 2**31  # entries of a block of rows: a bit each, 256 MiB
 
 
-def rejects(x: Tensor) -> str | None:
+def rejects(x: Tensor, choice: dense.Choice | None = None) -> str | None:
+    if choice is not None and (choice.signed or choice.k != int(choice.k)):
+        return f"support {choice.support!r} with k = {choice.k:g} takes the dense route on a GPU"
     if x.shape[1] > WIDEST:
         return f"rows of {x.shape[1]} are wider than {WIDEST}, up to which the bound is proven"
     return None
@@ -83,7 +85,7 @@ def largest_code(
     B, exact, layer = x.shape[0], precision == "exact", layer._replace(cut=None)
     if precision in ("fp32", "tf32") or B == 0 or crossovers.gpu_rejects(k * B, B, layer.W.shape[0]):
         with _tf32(precision == "tf32"):
-            return dense.dense_code(x, layer, "batch_topk" if whole else "topk", k)
+            return dense.dense_code(x, layer, dense.Choice("batch_topk" if whole else "topk", k))
     layer, parts = _with_shadow(layer), []
     floors: list[Floor] = [
         lambda rows: floor_of_sample(rows, layer, k, whole),
