@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers import PATIENCE, same_bits
 from problems.hub_server import COMMIT, Server
-from problems.published import PUBLISHED
+from problems.published import PUBLISHED, D, gemma_scope
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is an optional extra")
 
@@ -134,6 +135,16 @@ def test_published_saes_are_fetched_by_their_places_and_nothing_else_is(server, 
         assert kind == published.kind and metadata.items() >= published.metadata.items()
     fetched = {line.split(" ")[1][1:].replace(f"/resolve/{COMMIT}/", "/") for line in server.log if "/resolve/" in line}
     assert fetched == {f"{p.repo}/{file}" for p in saes.values() for file in (p.file, *p.beside)}
+
+
+def test_the_readmes_line_loads_a_gemma_scope_sae_and_encodes_with_it(server, tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^code = sf\.load\(\"google/.*$", readme, flags=re.M)
+    folder = line.partition('"google/gemma-scope-2b-pt-res/')[2].partition('"')[0]
+    gemma_scope("res", folder, "", F=16384).write(tmp_path / "hub")
+    x = f"x = torch.randn(5, {D}, generator=torch.Generator().manual_seed(0))"
+    l0 = client(server, tmp_path, f"{x}\n{line}\nprint(json.dumps(code.l0().tolist()))")
+    assert len(l0) == 5 and sum(l0) > 0
 
 
 SEVERAL = """

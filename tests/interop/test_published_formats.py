@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,7 +24,9 @@ from problems.published import PUBLISHED, D, Published, inputs, llamascopium, op
 from torch import Tensor
 
 import sae_fast as sf
-from sae_fast.interop.formats import READERS
+from sae_fast.interop._refused import REFUSED
+from sae_fast.interop.formats import FORMATS, READERS
+from sae_fast.interop.formats.llama_scope import RECIPES
 
 
 def load(place: Path | str, published: Published, **options: Any) -> sf.nn.SparseAutoencoder:
@@ -396,3 +398,24 @@ def test_an_activation_that_no_layer_has_is_named(activation, tmp_path):
 def test_what_of_llamascopium_no_layer_holds_is_named(config, message, tmp_path):
     with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
         sf.load(llamascopium("relu", **config).write(tmp_path))
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"sae_fast", "saelens", "sparsify", "saebench", "llama_scope", "llamascopium"}  # whose folders are named
+
+
+def test_the_table_of_formats_is_the_readers():
+    page = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("\n## ")[0], flags=re.M))
+    assert list(rows) == [*list(FORMATS), *(name for name in READERS if name not in FORMATS)]
+    for name, row in rows.items():
+        format = READERS[name]
+        assert all(f"`{pattern}`" in row for pattern in format.FILES), name
+        assert all(f"`{PurePath(p).name}`" in row for p in format.BESIDE[:1] if "{" not in p), name
+        kinds = {p.kind for p in PUBLISHED.values() if p.format == name}
+        assert "| any |" in row or all(kind in row for kind in kinds), name
+        assert ("(file)" in row) == (name not in FOLDERS), name
+    assert [refused.what for refused in REFUSED if refused.what not in page.replace("\n", " ")] == []
+    assert all(f'`"{recipe}"`' in page for recipe in RECIPES)

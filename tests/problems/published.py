@@ -119,9 +119,9 @@ def embedding(t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gemma_scope(
-    site: str, folder: str, hook: str, note: str | None = None, formula: Formula = gemma, **more: Any
+    site: str, folder: str, hook: str, note: str | None = None, formula: Formula = gemma, F: int = WIDE, **more: Any
 ) -> Published:
-    tensors = sae(WIDE, closed=0.3 if formula is embedding else 4, threshold=thresholds(WIDE))
+    tensors = sae(F, closed=0.3 if formula is embedding else 4, threshold=thresholds(F))
     return Published(
         "gemma_scope",
         f"google/gemma-scope-2b-pt-{site}",
