@@ -671,7 +671,7 @@ GROUPS["gpu runner"] = [
         "benchmarks/gpu/__main__.py",
         "bad |= {part} if failed else set()",
         "bad |= set()",
-        "test_gpu_rehearsal.py",
+        "test_gpu_runner.py::test_the_summary_and_the_exit_code",
     ),
     Mutant(
         "the first part that fails is the last",

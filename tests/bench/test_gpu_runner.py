@@ -143,6 +143,7 @@ def test_tests_that_are_interrupted_leave_what_they_had(tmp_path):
         ({"tests": command.STOPPED, "bench": command.NOTHING}, 0, False, 0),
         ({"tests": "", "bench": "exit code 1"}, 0, False, 1),
         ({"tests": "exit code 1", "bench": ""}, 2, False, 1),
+        ({"tests": command.STOPPED, "bench": ""}, 2, False, 1),
         ({"tests": "", "bench": ""}, 0, True, 1),
         ({"tests": "", "run": "interrupted"}, 0, False, 1),
     ],
