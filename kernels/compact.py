@@ -1,8 +1,8 @@
 """compact and verify: from a mask to the entries of a code.
 
-count → (a scan of the counts) → compact lists each row's candidates in ascending order → verify computes u of each by
-a float32 dot in a fixed order, drops those that are not members and writes u and the activation's values.  What verify
-leaves is a code with gaps: row b's entries start where its candidates started.
+count → compact adds up the counts before each row and lists its candidates in ascending order → verify computes u of
+each by a float32 dot in a fixed order, drops those that are not members and writes u and the activation's values.  What
+verify leaves is a code with gaps: row b's entries start where its candidates started.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sae_fast.code import Layer
 from sae_fast.kernels import native
 from sae_fast.kernels._activation import gate_of, magnitude_of
 from sae_fast.kernels._config import config
-from sae_fast.kernels._launch import launch
+from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels._mask import load_words
 from sae_fast.kernels.flag import overflow
 from sae_fast.kernels.sampled_dots import partial_dots, sum_over_slices
@@ -45,26 +45,64 @@ def popcount(word):
     return ((word * 0x01010101) >> 24).to(tl.int32)
 
 
+class Counted(NamedTuple):
+    """Bits of a mask: of each row [B], and of each run of RUN rows, int64."""
+
+    rows: Tensor
+    runs: Tensor
+
+
+RUN = 8  # rows that a program counts
+RUNS = 512  # whose counts are added up at once
+
+
 @triton.jit
-def _count(mask_ptr, counts_ptr, F, stride, WORDS: tl.constexpr):
-    b = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((WORDS,), tl.int32)
-    for first in range(0, F, 32 * WORDS):
-        total += popcount(load_words(mask_ptr + b * stride, first // 32 + tl.arange(0, WORDS), F))
-    tl.store(counts_ptr + b, tl.sum(total).to(tl.int64))
+def _count(mask_ptr, rows_ptr, runs_ptr, B, F, stride, RUN: tl.constexpr, WORDS: tl.constexpr):
+    n = tl.program_id(0)
+    of_run = tl.zeros((WORDS,), tl.int32)
+    words_ptr = mask_ptr + n.to(tl.int64) * RUN * stride
+    for b in range(n * RUN, tl.minimum((n + 1) * RUN, B)):
+        of_row = tl.zeros((WORDS,), tl.int32)
+        for first in range(0, F, 32 * WORDS):
+            of_row += popcount(load_words(words_ptr, first // 32 + tl.arange(0, WORDS), F))
+        words_ptr += stride
+        tl.store(rows_ptr + b, tl.sum(of_row).to(tl.int64))
+        of_run += of_row
+    tl.store(runs_ptr + n, tl.sum(of_run).to(tl.int64))
 
 
-def count(mask: Tensor, features: int, counts: Tensor) -> None:
-    """counts [B] int64: bits set in each row of mask [B, words]."""
-    c = config("compact")
+def count(mask: Tensor, features: int) -> Counted:
+    """The bits set in mask [B, words]."""
+    c, B = config("compact"), mask.shape[0]
+    counted = Counted(*(torch.empty(n, dtype=torch.int64, device=mask.device) for n in (B, cdiv(B, RUN))))
     mask = mask.view(torch.uint8)
-    launch(_count, (mask.shape[0],), mask, counts, features, mask.shape[1], WORDS=c["words"], num_warps=c["warps"])
+    launch(
+        _count, counted.runs.shape, mask, *counted, B, features, mask.shape[1], RUN=RUN, WORDS=c["words"],
+        num_warps=c["warps"],
+    )  # fmt: skip
+    return counted
 
 
 @triton.jit
-def _compact(mask_ptr, begin_ptr, end_ptr, candidates_ptr, flag_ptr, F, stride, capacity, WORDS: tl.constexpr):
-    b = tl.program_id(0).to(tl.int64)
-    begin, end = tl.load(begin_ptr + b), tl.load(end_ptr + b)
+def _sum(ptr, begin, end, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.int64)
+    for j in range(begin, end, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        total += tl.load(ptr + at, mask=at < end, other=0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _compact(
+    mask_ptr, rows_ptr, runs_ptr, begin_ptr, end_ptr, candidates_ptr, flag_ptr, F, stride, capacity,
+    RUN: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    b = n.to(tl.int64)
+    begin = _sum(runs_ptr, 0, n // RUN, RUNS) + _sum(rows_ptr, n // RUN * RUN, n, RUN)
+    end = begin + tl.load(rows_ptr + b)
+    tl.store(begin_ptr + b, begin)
+    tl.store(end_ptr + b, end)
     if end > capacity:
         tl.atomic_or(flag_ptr, overflow)
     else:
@@ -82,14 +120,16 @@ def _compact(mask_ptr, begin_ptr, end_ptr, candidates_ptr, flag_ptr, F, stride, 
             begin += tl.sum(size, 0)
 
 
-def compact(mask: Tensor, features: int, begin: Tensor, end: Tensor, candidates: Tensor, flag: Tensor) -> None:
-    """candidates [C] int32: row b's at begin[b] .. end[b], ascending.  A row that would end past C is left out and sets
-    OVERFLOW in ``flag`` (int32)."""
+def compact(
+    mask: Tensor, features: int, counted: Counted, begin: Tensor, end: Tensor, candidates: Tensor, flag: Tensor
+) -> None:  # fmt: skip
+    """candidates [C] int32, one row's after another's, ascending in each: row b's at begin[b] .. end[b], which are filled
+    too.  A row that would end past C is left out and sets OVERFLOW in ``flag`` (int32)."""
     c = config("compact")
     mask = mask.view(torch.uint8)
     launch(
-        _compact, (mask.shape[0],), mask, begin, end, candidates, flag, features, mask.shape[1], candidates.shape[0],
-        WORDS=c["words"], num_warps=c["warps"],
+        _compact, (mask.shape[0],), mask, *counted, begin, end, candidates, flag, features, mask.shape[1],
+        candidates.shape[0], RUN=RUN, RUNS=RUNS, WORDS=c["words"], num_warps=c["warps"],
     )  # fmt: skip
 
 

@@ -11,20 +11,26 @@ from sae_fast import activations
 from sae_fast.code import Layer
 from sae_fast.kernels import compact
 from sae_fast.kernels._mask import words
-from sae_fast.kernels.compact import Gapped
+from sae_fast.kernels.compact import Counted, Gapped
 from sae_fast.kernels.largest import Largest, largest
 from sae_fast.kernels.round import BOUND, COLUMNS, feature_terms, norm_columns, padded, round_rows, row_terms
 from sae_fast.kernels.screen import screen
 
 
 class Screened(NamedTuple):
-    """mask [B, words]; row b's candidates are to take begin[b] .. end[b]; x's 16-bit copy and its norms."""
+    """mask [B, words] and how many bits are set in it; begin and end [B], which :func:`members` fills: row b's candidates
+    take begin[b] .. end[b]; x's 16-bit copy and its norms."""
 
     mask: Tensor
+    counted: Counted
     begin: Tensor
     end: Tensor
     x: Tensor
     norms: Tensor
+
+    def total(self) -> int:
+        """The number of candidates.  Waits for the device."""
+        return int(self.counted.runs.sum())
 
 
 def candidates(
@@ -46,10 +52,8 @@ def candidates(
     feature_terms(shadow.norms, layer.bias, layer.cut, K, of_features, margins, exact)
     mask = torch.empty(B, words(features), dtype=torch.int32, device=device)
     screen(x16, shadow.rows, of_rows, of_features, mask)
-    counts = torch.empty(B, dtype=torch.int64, device=device)
-    compact.count(mask, features, counts)
-    end = counts.cumsum(0)
-    return Screened(mask, end - counts, end, x16, norms)
+    counted = compact.count(mask, features)
+    return Screened(mask, counted, *(torch.empty_like(counted.rows) for _ in range(2)), x16, norms)
 
 
 def members(
@@ -59,7 +63,7 @@ def members(
     OVERFLOW in ``flag`` and stay empty; rows whose floor hid some of the largest set SHORT and stay empty."""
     device, dtype, kind = x.device, x.dtype, layer.activation
     found = torch.empty(capacity, dtype=torch.int32, device=device)
-    compact.compact(screened.mask, layer.W.shape[0], screened.begin, screened.end, found, flag)
+    compact.compact(screened.mask, layer.W.shape[0], *screened[1:4], found, flag)
     of_members = layer
     if which is not None:  # π itself is what the choice is made by
         dtype, kind = torch.float32, activations.named("relu")

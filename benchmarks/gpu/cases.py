@@ -207,9 +207,7 @@ def screen(how: str) -> Callable[[World], Running]:
             code = sae.encode_sparse(here.batches[0])
             word, bit = places(code.indices)
             missed = int(((mask[code.row_ids(), word.long()] >> bit) & 1 == 0).sum())
-            counts = torch.empty(B, dtype=torch.int64, device=W.device)
-            compact.count(mask, sae.d_sae, counts)
-            found = int(counts.sum())
+            found = int(compact.count(mask, sae.d_sae).rows.sum())
             if missed or found > 2 * code.nnz:
                 return [f"mask: misses {missed} of {code.nnz} members, and lets {found} pass"]
             return []

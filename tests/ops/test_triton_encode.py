@@ -219,6 +219,12 @@ def terms(x_norms, w_norms, bias, cut, d: int, margins: bool = True, accumulatio
     return of_rows, of_features
 
 
+def assert_counts(counted: compact.Counted, found: Tensor) -> None:
+    """Bits past the last feature are not counted."""
+    assert torch.equal(counted.rows.cpu(), found.sum(1))
+    assert counted.runs.tolist() == [int(run.sum()) for run in found.split(compact.RUN)]
+
+
 def candidates(
     x: Tensor, W: Tensor, bias: Tensor, cut: Tensor | None = None, *, way: str = "plain", shadow: Shadow | None = None,
     without: str = "",
@@ -236,10 +242,8 @@ def candidates(
         of[1][:, PIECES[without]] = 0
     mask = torch.full((x.shape[0], _mask.words(W.shape[0])), -1, dtype=torch.int32, device=DEVICE)
     MAKERS[way](x16, w16, *of, mask)
-    counts = torch.empty(x.shape[0], dtype=torch.int64, device=DEVICE)
-    compact.count(mask, W.shape[0], counts)
     found = bits(mask, W.shape[0])
-    assert torch.equal(counts.cpu(), found.sum(1)), "bits past the last feature are not counted"
+    assert_counts(compact.count(mask, W.shape[0]), found)
     return found
 
 
@@ -702,15 +706,16 @@ def mask_of(member: Tensor) -> Tensor:
 @pytest.mark.parametrize("capacity", ["enough", "more", "last row", "first row", "none"])
 def test_compaction_is_ascending_and_what_does_not_fit_is_flagged(capacity):
     member = some_members()
-    mask, counts = mask_of(member), torch.empty(7, dtype=torch.int64, device=DEVICE)
-    compact.count(mask, 300, counts)
-    assert torch.equal(counts.cpu(), member.sum(1))
-    end = counts.cumsum(0)
+    mask, counts = mask_of(member), member.sum(1)
+    end, counted = counts.cumsum(0), compact.count(mask, 300)
+    assert_counts(counted, member)
     total = int(end[-1])
     size = {"enough": total, "more": total + 3, "last row": total - 1, "first row": int(counts[0]) - 1, "none": 0}[capacity]
     memory = torch.full((size + 600,), GUARD, dtype=torch.int32, device=DEVICE)
     flag = on(torch.zeros((), dtype=torch.int32))
-    compact.compact(mask, 300, end - counts, end, memory[300 : 300 + size], flag)
+    rows = [torch.full((7,), GUARD, dtype=torch.int64, device=DEVICE) for _ in range(2)]
+    compact.compact(mask, 300, counted, *rows, memory[300 : 300 + size], flag)
+    assert torch.equal(rows[0].cpu(), end - counts) and torch.equal(rows[1].cpu(), end)
     assert int(flag) == (flag_bits.OVERFLOW if size < total else 0)
     want = torch.full((size + 600,), GUARD)
     for b in range(7):
@@ -719,16 +724,27 @@ def test_compaction_is_ascending_and_what_does_not_fit_is_flagged(capacity):
     assert torch.equal(memory.cpu().long(), want), "rows that do not fit are left out whole, and nothing else is written"
 
 
+def test_rows_of_many_runs_are_one_after_the_other(monkeypatch):
+    """More runs than are added up at once."""
+    monkeypatch.setattr(compact, "RUNS", 4)
+    member = torch.rand(8 * 9 + 3, 20, generator=torch.Generator().manual_seed(0)) < 0.2
+    counted, flag = compact.count(mask_of(member), 20), on(torch.zeros((), dtype=torch.int32))
+    assert_counts(counted, member)
+    out, begin, end = on(torch.empty(int(member.sum()), dtype=torch.int32)), *map(torch.empty_like, [counted.rows] * 2)
+    compact.compact(mask_of(member), 20, counted, begin, end, out, flag)
+    assert torch.equal(out.cpu().long(), member.nonzero()[:, 1]) and torch.equal(end.cpu(), member.sum(1).cumsum(0))
+
+
 @pytest.mark.parametrize("features, words", [(1, 1), (31, 1), (32, 2), (33, 1), (70, 1), (128, 4), (257, 2), (300, 1024)])
 def test_compaction_of_any_width(features, words, monkeypatch):
     set_tiles(monkeypatch, {"compact": {"words": words}})
     member = some_members()[:, :features]
-    mask, counts = mask_of(member), torch.empty(7, dtype=torch.int64, device=DEVICE)
-    compact.count(mask, features, counts)
-    end = counts.cumsum(0)
-    out, flag = on(torch.empty(int(end[-1]), dtype=torch.int32)), on(torch.zeros((), dtype=torch.int32))
-    compact.compact(mask, features, end - counts, end, out, flag)
-    assert torch.equal(counts.cpu(), member.sum(1)) and int(flag) == 0
+    mask = mask_of(member)
+    counted = compact.count(mask, features)
+    out, flag = on(torch.empty(int(member.sum()), dtype=torch.int32)), on(torch.zeros((), dtype=torch.int32))
+    compact.compact(mask, features, counted, *map(torch.empty_like, (counted.rows, counted.rows)), out, flag)
+    assert_counts(counted, member)
+    assert int(flag) == 0
     assert torch.equal(out.cpu().long(), member.nonzero()[:, 1])
 
 
@@ -772,7 +788,7 @@ def test_a_code_with_gaps_is_packed_whole_or_flagged(spare):
     kwargs["bias"] -= 2
     x, layer = on(kwargs["x"]), layer_of(kwargs)
     screened = pipeline.candidates(x, layer, True)
-    total = int(screened.end[-1])
+    total = screened.total()
     capacity, flag = max(0, total + spare), on(torch.zeros((), dtype=torch.int32))
     code = pipeline.members(x, layer, screened, capacity, flag, True)
     assert int(flag) == (flag_bits.OVERFLOW if spare < 0 else 0)
@@ -810,7 +826,7 @@ def test_without_the_bound_every_candidate_stays():
     kwargs = arguments(make_inputs(9, 63, 100, density=0.3), "relu")
     x, layer = on(kwargs["x"]), layer_of(kwargs)
     screened = pipeline.candidates(x, layer, False)
-    code = pipeline.members(x, layer, screened, int(screened.end[-1]), on(torch.zeros((), dtype=torch.int32)), False)
+    code = pipeline.members(x, layer, screened, screened.total(), on(torch.zeros((), dtype=torch.int32)), False)
     assert torch.equal(code.end, screened.end)
     copies = [(a.double() / n[:, :1].double()).cpu() for a, n in ((screened.x, screened.norms), layer.shadow)]
     u = (copies[0] @ copies[1].T)[bits(screened.mask, 100)]

@@ -47,7 +47,7 @@ def screened_code(x: Tensor, layer: Layer, precision: str) -> dense.Found:
     parts = []
     for rows in _blocks(x, layer):
         screened = candidates(rows, layer, exact)
-        total = int(screened.end[-1])
+        total = screened.total()
         if crossovers.gpu_rejects(total, rows.shape[0], layer.W.shape[0]):
             with _tf32(False):
                 parts.append(dense.dense_code(rows, layer, chunked=True))
@@ -107,7 +107,7 @@ def _above_floors(x: Tensor, layer: Layer, which: Any, exact: bool, floors: list
     floor, *others = floors
     which = which._replace(floor=floor(x))
     screened = candidates(x, layer, exact, floor=which.floor)
-    total = int(screened.end[-1])
+    total = screened.total()
     if len(others) > 1 and total > EXCESS * which.k * x.shape[0]:
         return _above_floors(x, layer, which, exact, others)
     flag = torch.zeros((), dtype=torch.int32, device=x.device)
