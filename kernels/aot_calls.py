@@ -171,9 +171,6 @@ def outer(s: Size) -> None:
         for accumulate in (False, True):
             outer(s.gradient(sources), s.W(), accumulate=accumulate)
     outer(s.gradient(), s.of(4096, s.d), features=integers(4096), accumulate=False)  # touched rows
-    if s.dtype == torch.float32:  # a Trainer's sums of entries
-        by_entry = RowGradient.of(*s.by_feature(), [s.of(s.entries)], [meta(s.entries, 4)])
-        outer(by_entry, meta(s.F, 4), accumulate=False)
 
 
 def grad_sqnorm(s: Size) -> None:
@@ -206,8 +203,30 @@ def weight_step(s: Size) -> None:
         row_step(Rows(meta(s.F, 1), meta(s.F, 1), last_step, None, m), meta(s.F, 1), update, colptr=s.by_feature()[0])
 
 
+def vectors(s: Size) -> None:
+    from sae_fast.kernels.round import norm_columns
+    from sae_fast.kernels.vectors import check_finite, step_vectors, sums
+    from sae_fast.kernels.weight_step import Update, new_adam
+
+    if s.dtype != torch.float32:
+        return
+    flag, losses, norms = integers(dtype=torch.int32), meta(3, dtype=torch.float64), meta(s.B, norm_columns(s.d))
+    csc, own = Transposed(*s.by_feature()), s.of(s.F)
+    sums(csc, meta(s.entries, 4))
+    sums(csc, meta(s.entries, 4), s.of(s.entries))
+    gradients = [s.of(n) for n in (s.F, s.F, s.F, s.d)]  # of a Gated SAE; of a ReLU one
+    for of_decoder in (s.gradient(), s.gradient(2, own)):
+        for some in (gradients, gradients[2:]):
+            check_finite(losses, norms, dict(zip("abcdef", (s.gradient(), of_decoder, *some), strict=False)), flag)
+    for m, some in ((None, gradients), (None, gradients[2:]), (s.W(), gradients)):
+        given = [(Rows(g, g, integers(*g.shape), None, None if m is None else g), g) for g in some]
+        rows = Rows(s.W(), s.W(), integers(s.F), None, m)
+        for scale in (None, meta()):
+            step_vectors(given, 2 * [(rows, csc.colptr)], Update(new_adam("meta"), False, scale, flag))
+
+
 CALLS: list[Callable[[Size], None]] = [
-    encode, decode, decode_loss, sampled_dots, transpose, outer, grad_sqnorm, weight_step,
+    encode, decode, decode_loss, sampled_dots, transpose, outer, grad_sqnorm, weight_step, vectors,
 ]  # fmt: skip
 
 

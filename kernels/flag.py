@@ -10,3 +10,4 @@ SHORT = 16  # a floor hid entries that are among the largest
 
 # What a kernel can read of this module.
 overflow, not_finite, stale, short = map(tl.constexpr, (OVERFLOW, NOT_FINITE, STALE, SHORT))
+not_finite_loss = tl.constexpr(NOT_FINITE_LOSS)

@@ -82,18 +82,19 @@ def update_of(adam: Adam, device: torch.device) -> Update:
 
 
 @triton.jit
-def _advance(
-    last_step_ptr, decay_ptr, colptr_ptr, m_ptr, constants_ptr, step_ptr, skip_ptr, n, d, first_feature,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """decay [n]: what v is to be multiplied with, or −1 for a row that rests."""
-    if skip_ptr is not None and tl.load(skip_ptr) != 0:
-        return
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def decay_after(idle, constants_ptr):
+    """β2^idle."""
+    rate = tl.load(constants_ptr + 5).to(tl.float64) + tl.load(constants_ptr + 6).to(tl.float64)
+    return tl.where(idle == 1, tl.load(constants_ptr + 2), tl.exp2(rate * idle.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit
+def note_visit(last_step_ptr, decay_ptr, colptr_ptr, m_ptr, i, n, d, constants_ptr, step, COLUMNS: tl.constexpr):
+    """decay [n] of the rows i: what v is to be multiplied with, or −1 for a row that rests."""
     inside = i < n
     rests = i < 0
     if colptr_ptr is not None:
-        at = colptr_ptr + first_feature + i
+        at = colptr_ptr + i
         rests = inside & (tl.load(at + 1, mask=inside, other=0) == tl.load(at, mask=inside, other=0))
     if m_ptr is not None:
         k = 0
@@ -103,12 +104,22 @@ def _advance(
             rests = rests & (tl.max((moment != 0).to(tl.int32), axis=1) == 0)
             k += COLUMNS
     moves = inside & ~rests
-    step = tl.load(step_ptr)
     idle = step - tl.load(last_step_ptr + i, mask=moves, other=0)
-    rate = tl.load(constants_ptr + 5).to(tl.float64) + tl.load(constants_ptr + 6).to(tl.float64)
-    decay = tl.where(idle == 1, tl.load(constants_ptr + 2), tl.exp2(rate * idle.to(tl.float64)).to(tl.float32))
-    tl.store(decay_ptr + i, tl.where(moves, decay, -1.0), mask=inside)
-    tl.store(last_step_ptr + i, tl.zeros((BLOCK,), tl.int64) + step, mask=moves)
+    tl.store(decay_ptr + i, tl.where(moves, decay_after(idle, constants_ptr), -1.0), mask=inside)
+    tl.store(last_step_ptr + i, (i * 0 + step).to(tl.int64), mask=moves)
+
+
+@triton.jit
+def _advance(
+    last_step_ptr, decay_ptr, colptr_ptr, m_ptr, constants_ptr, step_ptr, skip_ptr, n, d, first_feature,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    if skip_ptr is not None and tl.load(skip_ptr) != 0:
+        return
+    if colptr_ptr is not None:
+        colptr_ptr += first_feature
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    note_visit(last_step_ptr, decay_ptr, colptr_ptr, m_ptr, i, n, d, constants_ptr, tl.load(step_ptr), COLUMNS)
 
 
 @triton.jit
@@ -132,6 +143,19 @@ def _lerp(m, g, constants_ptr):
     start = tl.where(near, m, g)
     first = start + part * (tl.where(near, g, m) - start)
     return tl.where(tl.abs(first) < 2.0**-126, 0.0, first)
+
+
+@triton.jit
+def adam_change(g, m_ptr, v_ptr, at, inside, decay, constants_ptr):
+    """The change of the elements ``at`` by a gradient g; their moments are brought up to date."""
+    size, eps = tl.load(constants_ptr), tl.load(constants_ptr + 1)
+    fresh, correction = tl.load(constants_ptr + 3), tl.load(constants_ptr + 4)
+    v = decay * tl.load(v_ptr + at, mask=inside, other=0.0) + fresh * g * g
+    tl.store(v_ptr + at, v, mask=inside)
+    if m_ptr is not None:
+        g = _lerp(tl.load(m_ptr + at, mask=inside, other=0.0), g, constants_ptr)
+        tl.store(m_ptr + at, g, mask=inside)
+    return tl.div_rn(size * g, tl.sqrt_rn(v) * correction + eps)
 
 
 @triton.jit
@@ -184,14 +208,7 @@ def _step(
     if UNIT:
         g = project(g, W, 1)
 
-    size, eps = tl.load(constants_ptr), tl.load(constants_ptr + 1)
-    fresh, correction = tl.load(constants_ptr + 3), tl.load(constants_ptr + 4)
-    v = decay * tl.load(v_ptr + element, mask=inside, other=0.0) + fresh * g * g
-    tl.store(v_ptr + element, v, mask=inside)
-    if m_ptr is not None:
-        g = _lerp(tl.load(m_ptr + element, mask=inside, other=0.0), g, constants_ptr)
-        tl.store(m_ptr + element, g, mask=inside)
-    W = tl.where(inside, W - tl.div_rn(size * g, tl.sqrt_rn(v) * correction + eps), 0.0)
+    W = tl.where(inside, W - adam_change(g, m_ptr, v_ptr, element, inside, decay, constants_ptr), 0.0)
     if UNIT:
         norm2 = tl.sum(W * W, axis=1, keep_dims=True)
         W *= tl.where(norm2 > 0, tl.div_rn(1.0, tl.sqrt_rn(norm2)), 1.0)
@@ -220,23 +237,25 @@ def _normalise(W_ptr, squares_ptr, decay_ptr, skip_ptr, d, slices, SLICES: tl.co
 
 
 def weight_step(
-    rows: Rows, gradient: RowGradient, update: Update, first_feature: int = 0, runs: Runs | None = None
-) -> None:
+    rows: Rows, gradient: RowGradient, update: Update, first_feature: int = 0, runs: Runs | None = None,
+    decay: Tensor | None = None,
+) -> None:  # fmt: skip
     """A step of the float32 rows whose features ``first_feature`` .. + n have entries, and of those that have momentum.
-    Their Shadow is brought up to date with the rows that change; unit rows have none."""
+    Their Shadow is brought up to date with the rows that change; unit rows have none.  ``decay`` [n]: of visits that are
+    noted already."""
     W, n, d = rows.W, *rows.W.shape
     if len(gradient.values) > 2:
         grad = torch.empty(n, d, dtype=torch.float32, device=W.device)
         outer(gradient, grad, first_feature=first_feature, runs=runs, accumulate=False)
         walked = (gradient.csc.colptr, *6 * [None], None, None, gradient.self_coefficient)
-        return _launch_step(rows, update, grad, walked, first_feature)
+        return _launch_step(rows, update, grad, walked, first_feature, None, decay)
     entries = sources(gradient)
     cuda = native.takes("weight_step") and _cuda_steps(rows, gradient, update.unit_rows)
     split = partials(entries, d, runs_for(gradient, runs), first_feature, first_feature + n, cuda)
     walked = (*entries, *split, gradient.self_coefficient)
     if cuda:
-        return _cuda_step(rows, update, walked, first_feature, gradient.along)
-    _launch_step(rows, update, None, walked, first_feature, gradient.along)
+        return _cuda_step(rows, update, walked, first_feature, gradient.along, decay)
+    _launch_step(rows, update, None, walked, first_feature, gradient.along, decay)
 
 
 def row_step(rows: Rows, grad: Tensor, update: Update, colptr: Tensor | None = None) -> None:
@@ -245,8 +264,9 @@ def row_step(rows: Rows, grad: Tensor, update: Update, colptr: Tensor | None = N
 
 
 def _launch_step(
-    rows: Rows, update: Update, grad: Tensor | None, walked: tuple, first_feature: int, along: Tensor | None = None
-) -> None:
+    rows: Rows, update: Update, grad: Tensor | None, walked: tuple, first_feature: int, along: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> None:  # fmt: skip
     """``walked``: a gradient's sources, partial rows and coefficients, as the kernel takes them."""
     (n, d), shadow, unit_rows = rows.W.shape, rows.shadow, update.unit_rows
     _check(unit_rows, shadow)
@@ -261,7 +281,7 @@ def _launch_step(
     else:
         of_rows = max(1, 512 // columns)
         tile = {"ENTRIES": 1, "COLUMNS": columns, "num_warps": min(16, max(1, of_rows * columns // 128))}
-    decay = _decay(rows, walked[0], update, first_feature)
+    decay = _decay(rows, walked[0], update, first_feature) if decay is None else decay
     launch(
         _step, (cdiv(n, of_rows), cdiv(d, columns)), rows.W, rows.m, rows.v, decay, grad, *walked, update.adam.constants,
         update.grad_scale, update.skip, *(shadow or (None, None)), None if squares is None else along, squares, n, d,
@@ -292,10 +312,13 @@ def _cuda_steps(rows: Rows, gradient: RowGradient, unit_rows: bool) -> bool:
     return fits and {t.dtype for t in gradient.values} == {torch.float32} and len({t.dtype for t in gradient.A}) == 1
 
 
-def _cuda_step(rows: Rows, update: Update, walked: tuple, first_feature: int, along: Tensor | None) -> None:
+def _cuda_step(
+    rows: Rows, update: Update, walked: tuple, first_feature: int, along: Tensor | None, decay: Tensor | None
+) -> None:
     _check(update.unit_rows, rows.shadow)
     scale, skip = None if update.grad_scale is None else update.grad_scale.float(), update.skip
-    decay, squares = _decay(rows, walked[0], update, first_feature), _squares(rows.W, SLICE, update, along)
+    decay = _decay(rows, walked[0], update, first_feature) if decay is None else decay
+    squares = _squares(rows.W, SLICE, update, along)
     native.call(
         "weight_step", walked[4].dtype, rows.W, rows.m, rows.v, decay, *walked, update.adam.constants, scale, skip,
         0 if skip is None else skip.element_size(), *(rows.shadow or (None, None)), None if squares is None else along,

@@ -16,14 +16,14 @@ from sae_fast.code import Decoder, Layer, RowGradient, Rows, Shadow, Transposed
 from sae_fast.gradients import Entries
 from sae_fast.kernels.compact import Gapped
 from sae_fast.kernels.decode_loss import Ends, Outputs, StepOutputs, decode_loss
-from sae_fast.kernels.encode import Screened, candidates, members
-from sae_fast.kernels.flag import NOT_FINITE_LOSS
+from sae_fast.kernels.encode import candidates, members
 from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
 from sae_fast.kernels.jump import jump
-from sae_fast.kernels.outer import Runs, outer, runs
+from sae_fast.kernels.outer import Runs, runs
 from sae_fast.kernels.round import watch
 from sae_fast.kernels.transpose import transpose
-from sae_fast.kernels.weight_step import Constants, Update, adam_constants, row_step, weight_step
+from sae_fast.kernels.vectors import check_finite, step_vectors, sums
+from sae_fast.kernels.weight_step import Constants, Update, adam_constants, weight_step
 from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast
 from sae_fast.penalty import OF_F, TANH, TARGET
@@ -74,13 +74,7 @@ class DeviceKernels:
         return csc
 
     def sums(self, csc: Transposed, columns: Tensor, also: Tensor | None, rows: int) -> list[Tensor]:
-        found: list[Tensor] = []
-        for A in (columns, *(() if also is None else (also[:, None].contiguous(),))):
-            out = self.ones.new_empty(self.features, A.shape[1])
-            by_entry = RowGradient.of(csc.colptr, csc.perm.int(), csc.perm, [self.ones], [A])
-            outer(by_entry, out, runs=self.runs, accumulate=False)
-            found += out.T.contiguous()
-        return found
+        return list(sums(csc, columns, also))
 
 
 class DeviceStep:
@@ -118,30 +112,19 @@ class DeviceStep:
         kernels, decoder = DeviceKernels(self.ones, sae.d_sae), Decoder(sae.W_dec, sae.b_dec, shift is not None)
         objective = self.objective.now(self.l1, 0, sae.d_sae)
         step = gradients.of_step(code, x_c, x, layer, decoder, objective, kernels)
+        check_finite(step.losses, screened.norms, step.by_name, self.flag)
         by_name = {name: g for name, g in step.by_name.items() if sae.get_parameter(name).requires_grad}
-        step = step._replace(by_name=by_name)
-        self._flag_unless_finite(step, screened, x.shape[0])
-        self._update(step.by_name, kernels.runs)
+        self._update(by_name, kernels.runs)
         dead = follow(self.state, code, silent_after(self.state, code), self.adam.step, self.flag)
         fired = (code.values[0] != 0).sum()  # the gaps hold zeros
         counts = fired, screened.end[-1], self.none if dead is None else dead, self.flag
         self.report.copy_(torch.stack([*step.losses.double(), *(count.double() for count in counts)]))
 
-    def _flag_unless_finite(self, step: gradients.StepGradients, screened: Screened, n: int) -> None:
-        # No element of a weight's gradient is larger than B times the largest value times the longest row.
-        longest = {
-            "W_enc": (screened.norms[:, 1::2].sum(1).sqrt() / screened.norms[:, 0]).amax().double(),
-            "W_dec": (step.losses[::2] * n).amax().sqrt(),
-        }
-
-        def bound(name: str, gradient: RowGradient) -> Tensor:
-            parts = [values.abs().amax() * longest[name] * n for values in gradient.values]
-            own = [] if gradient.self_coefficient is None else [gradient.self_coefficient]
-            return torch.cat([*(part.double().view(-1) for part in parts + own)])
-
-        parts = gradients.finite(step.losses, step.by_name, bound).values()
-        finite = torch.stack([torch.isfinite(part.float()).all() for part in parts]).all()
-        self.flag.bitwise_or_(torch.where(finite, 0, NOT_FINITE_LOSS).to(torch.int32))
+    def _rows(self, name: str) -> Rows:
+        """A parameter and its state; of a vector [n]."""
+        W = self.sae.get_parameter(name)
+        state, shadow = self.state.optimizer.state[W], self.shadow if name == "W_enc" else None
+        return Rows(W.detach(), state["exp_avg_sq"], state["last_step"], shadow, state.get("exp_avg"))
 
     def _update(self, by_name: dict[str, RowGradient | Tensor], split: Runs | None) -> None:
         def sqnorm(name: str, g: RowGradient) -> Tensor:
@@ -152,13 +135,12 @@ class DeviceStep:
 
         scale = gradients.clip(self.settings.grad_clip, by_name, sqnorm)
         scale = None if scale is None else scale.float()
-        for name, g in by_name.items():
-            W = self.sae.get_parameter(name)
-            held = self.state.optimizer.state[W]
-            v, last, m = held["exp_avg_sq"], held["last_step"], held.get("exp_avg")
-            if isinstance(g, Tensor):
-                vector = Rows(W.detach().view(-1, 1), v.view(-1, 1), last, m=None if m is None else m.view(-1, 1))
-                row_step(vector, g.view(-1, 1), Update(self.adam, False, scale, self.flag))
-                continue
-            unit, shadow = (False, self.shadow) if name == "W_enc" else (self.objective.unit_rows, None)
-            weight_step(Rows(W.detach(), v, last, shadow, m), g, Update(self.adam, unit, scale, self.flag), runs=split)
+        rows = {name: self._rows(name) for name in by_name}
+        vectors = [(rows[name], g) for name, g in by_name.items() if isinstance(g, Tensor)]
+        weights = {name: g for name, g in by_name.items() if isinstance(g, RowGradient)}
+        decays = step_vectors(
+            vectors, [(rows[name], g.csc.colptr) for name, g in weights.items()], Update(self.adam, False, scale, self.flag)
+        )
+        for (name, g), decay in zip(weights.items(), decays, strict=True):
+            unit = name == "W_dec" and self.objective.unit_rows
+            weight_step(rows[name], g, Update(self.adam, unit, scale, self.flag), runs=split, decay=decay)

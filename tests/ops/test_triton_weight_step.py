@@ -267,7 +267,7 @@ def test_whole_steps_of_the_trainer(dialect, cuda_calls):
         wanted = [twin.step(x.cpu()) for x in data]
     trainer = sf.Trainer(make(), **settings)
     logs = [trainer.step(x) for x in data]
-    assert trainer._device.graphs is not None and {"outer", "weight_step"} <= set(cuda_calls)
+    assert trainer._device.graphs is not None and "weight_step" in cuda_calls
     for got, want in zip(fields(logs), fields(wanted), strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-7)
     assert max(assert_within_the_spread(trainer.sae, data, start, logs, **settings)) > 0.5
