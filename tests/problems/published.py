@@ -371,11 +371,12 @@ def constant_norm(formula: Formula) -> Formula:
     return normed
 
 
-def keeps(k: int, formula: Formula) -> Formula:
-    """A ReLU's formula of the k largest features; its x̂ again from the tensors decoder.weight and pre_bias."""
+def keeps(k: int, formula: Formula, any_sign: bool) -> Formula:
+    """The formula of the k largest features, of ReLU or of any sign; x̂ from OpenAI's decoder.weight and pre_bias."""
 
     def kept(t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        f = topk(formula(t, x)[0], k)
+        pi = (x - t["pre_bias"]) @ t["encoder.weight"].T + t["latent_bias"]
+        f = topk(pi if any_sign else formula(t, x)[0], k)
         return f, f @ t["decoder.weight"].T + t["pre_bias"]
 
     return kept
@@ -410,11 +411,22 @@ def saelens(architecture: str, d_out: int = D, threshold: bool = False, formula:
         f"{architecture}-{len(config)}/sae_weights.safetensors",
         tensors,
         formula(plain) if formula else plain,
-        "JumpReluSAE" if threshold else "ReluSAE",
+        "JumpReluSAE" if threshold else "TopKSAE" if "k" in config else "ReluSAE",
         {"layer": 3, "model_name": "gpt2"} | ({"hook_name_out": "blocks.3.hook_mlp_out"} if across else {}),
         {f"{architecture}-{len(config)}/cfg.json": about | config},
         "this is a transcoder" if across else None,
     )
+
+
+def abs_topk(k: int) -> Formula:
+    """SAELens' AbsTopK: the k largest |π|, with their signs."""
+
+    def formula(t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        pi = (x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
+        f = pi * (topk(pi.abs(), k) > 0)
+        return f, f @ t["W_dec"] + t["b_dec"]
+
+    return formula
 
 
 def sparsify_skip() -> Published:
@@ -455,7 +467,7 @@ def openai(activation: Any = "ReLU", tied: bool = False, **state: Any) -> Publis
         f"{folder}/6.pt",
         f"{folder}/6.pt",
         tensors,
-        layer_norm(keeps(state["k"], formula)) if activation == "TopK" else formula,
+        layer_norm(keeps(state["k"], formula, state["postact_fn"] == "Identity")) if activation == "TopK" else formula,
         "TopKSAE" if activation == "TopK" else "ReluSAE",
         {"model_name": "gpt2-small", "layer": 6, "hook_name": "blocks.6.hook_resid_post"},
     )
@@ -470,10 +482,11 @@ def circuit_tracer(repo: str, threshold: bool = False, skip: bool = False, confi
 
     def formula(t: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         pi = x @ t["W_enc"].T + t["b_enc"]
-        f = jump(pi, t["activation_function.threshold"]) if threshold else pi.relu()
+        f = jump(pi, t["activation_function.threshold"]) if threshold else topk(pi, k) if k else pi.relu()
         x_hat = f @ t["W_dec"] + t["b_dec"]
         return f, x_hat + x @ t["W_skip"].T if skip else x_hat
 
+    k = (config or {}).get("k", 0)
     files = {"config.yaml": config} if config else {}
     return Published(
         "circuit_tracer",
@@ -482,7 +495,7 @@ def circuit_tracer(repo: str, threshold: bool = False, skip: bool = False, confi
         "layer_4.safetensors",
         tensors,
         formula,
-        "JumpReluSAE" if threshold else "ReluSAE",
+        "JumpReluSAE" if threshold else "TopKSAE" if k else "ReluSAE",
         {"layer": 4, "hook_name_out": "blocks.4.hook_mlp_out"},
         files | beside,
         "this is a transcoder",
@@ -535,7 +548,10 @@ PUBLISHED: dict[str, Published] = {
     "openai, relu": openai(),
     "openai, tied": openai(tied=True),
     "openai, topk": openai("TopK", k=7, postact_fn="ReLU"),
+    "openai, topk, identity": openai("TopK", k=40, postact_fn="Identity"),
+    "circuit-tracer, topk": circuit_tracer("facebook/crv-8b", config=SET | {"activation": "topk", "k": 40}),
     "saelens, transcoder": saelens("transcoder", 5),
+    "saelens, abstopk": saelens("abstopk", formula=lambda plain: abs_topk(7), k=7),
     "saelens, skip": saelens("skip_transcoder", 5),
     "saelens, jumprelu": saelens("jumprelu_transcoder", 5, True),
     "saelens, jumprelu skip": saelens("jumprelu_skip_transcoder", 5, True),

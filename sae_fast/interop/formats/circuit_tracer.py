@@ -1,7 +1,7 @@
 """circuit-tracer's per-layer transcoders: ``layer_{i}.safetensors``, and ``config.yaml`` that says for all of a folder
 which model, places and activation they are of.  mwhanna's of Qwen3, whose ``wandb-config.yaml`` has the sizes, are such.
 
-b_dec is never subtracted; W_skip is used as x @ W_skip.T.
+b_dec is never subtracted; W_skip is used as x @ W_skip.T; a TopK keeps the k largest, negative ones too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_fast import nn
+from sae_fast import arguments, nn
 from sae_fast.interop._files import Tensors, read_safetensors, read_yaml
 from sae_fast.interop.formats._common import (
     Loaded,
@@ -72,7 +72,9 @@ def _layer(tensors: Tensors, values: dict[str, Tensor], config: dict[str, Any], 
     if k is not None and activation != "topk":
         raise ValueError(f"k: got {k}, but {tensors.file} is of no TopK transcoder")
     if activation == "topk":
-        raise ValueError(f"{tensors.file}: activation 'topk' keeps negative pre-activations, and no layer here does")
+        said = int(tensors.take("k")) if "k" in tensors else config.get("k")
+        k = arguments.whole(f"{tensors.file}: k", said if k is None else k, 1, F, f"an int with 1 ≤ k ≤ d_sae = {F}")
+        return build(nn.TopKSAE, tensors.file, values, k=k, largest="any", apply_b_dec_to_input=False)
     if THRESHOLD in tensors and activation is None:
         values["threshold"] = not_negative(tensors, THRESHOLD, tensors.take(THRESHOLD, F))
         return build(nn.JumpReluSAE, tensors.file, values, apply_b_dec_to_input=False)

@@ -63,9 +63,9 @@ def _layer(activation: Any, options: Any, file: Path) -> tuple[type[nn.SparseAut
         return nn.ReluSAE, {}
     if activation == "TopK":
         k, after = key(options, file, int, "k"), key(options, file, str, "postact_fn")
-        if after != "ReLU":
-            raise ValueError(f"{file}: postact_fn: got {after!r}, want 'ReLU'")
-        return nn.TopKSAE, {"k": k, "normalize": LayerNorm()}
+        if after not in ("ReLU", "Identity"):
+            raise ValueError(f"{file}: postact_fn: got {after!r}, want 'ReLU' or 'Identity'")
+        return nn.TopKSAE, {"k": k, "normalize": LayerNorm(), "largest": "positive" if after == "ReLU" else "any"}
     if activation == "Identity":
         raise ValueError(f"{file}: activation: got 'Identity': every feature is active, and a layer here is sparse")
     raise ValueError(f"{file}: activation: got {activation!r}, want 'ReLU', 'TopK' or 'Identity'")

@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "topk": "topk",
     "batchtopk": "batchtopk",  # checkpoints of a training; what it saves for inference is jumprelu
     "matryoshka_batchtopk": "batchtopk",
+    "abstopk": "abstopk",
     "transcoder": "standard",
     "skip_transcoder": "standard",
     "jumprelu_transcoder": "jumprelu",
@@ -193,13 +194,16 @@ def _layer(
         "standard": (nn.ReluSAE, ("b_enc",)),
         "jumprelu": (nn.JumpReluSAE, ("b_enc", "threshold")),
         "topk": (nn.TopKSAE, ("b_enc",)),
+        "abstopk": (nn.TopKSAE, ("b_enc",)),
         "batchtopk": (nn.BatchTopKSAE, ("b_enc",)),
     }[architecture]
     if architecture == "jumprelu" and "log_threshold" in tensors:  # of a training before 6.48
         values["threshold"] = tensors.take("log_threshold", F).exp()
         vectors = ("b_enc",)
     values |= {name: tensors.take(name, F) for name in vectors}
-    if architecture in ("topk", "batchtopk"):
+    if architecture == "abstopk":
+        options["largest"] = "abs"
+    if architecture in ("topk", "abstopk", "batchtopk"):
         k = arguments.average(f"{file}: k", config.get("k"), F, f"a number with 0 < k ≤ d_sae = {F}")
         options["k"] = k if architecture == "batchtopk" else arguments.whole(f"{file}: k", k, wanted="a whole number")
     if architecture == "batchtopk":
