@@ -11,7 +11,6 @@ import torch
 from helpers import assert_is_code, assert_same_bits, dense, grid, randn
 from problems import bodies
 from problems.bodies import Body
-from test_topk import sorted_choice
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -34,6 +33,14 @@ whole_or_not = pytest.mark.parametrize("whole", [False, True], ids=["rows", "bat
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     set_tiles(monkeypatch, SMALL)
+
+
+def sorted_choice(pi: Tensor, support: str, k: int) -> Tensor:
+    """[B, F]: the largest positive entries, a NaN before all, and of equal ones the first, by a stable sort of it all."""
+    rank = pi.double().masked_fill(pi == INF, 1e300).masked_fill(pi.isnan(), INF)
+    flat, n = (rank, k) if support == "topk" else (rank.reshape(1, -1), k * pi.shape[0])
+    order = flat.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True).view_as(pi) & ~(pi <= 0)
 
 
 def flag(value: int = 0) -> Tensor:
