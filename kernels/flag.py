@@ -7,6 +7,7 @@ NOT_FINITE = 2  # in x
 STALE = 4  # W is not what its 16-bit copy was made from
 NOT_FINITE_LOSS = 8
 SHORT = 16  # a floor hid entries that are among the largest
+DEAD = 32  # features that an aid is to revive
 
 # What a kernel can read of this module.
 overflow, not_finite, stale, short = map(tl.constexpr, (OVERFLOW, NOT_FINITE, STALE, SHORT))

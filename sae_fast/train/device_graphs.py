@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.code import Shadow
+from sae_fast.train.device_floors import Floors
 from sae_fast.train.device_report import REPORT
 from sae_fast.train.device_step import DeviceStep
 from sae_fast.train.state import Rates, TrainState
@@ -20,9 +21,9 @@ class DeviceGraphs:
 
     def __init__(
         self, state: TrainState, shadow: Shadow, x: Tensor, capacity: int, ahead: int, key: tuple,
-        before: DeviceGraphs | None,
+        before: DeviceGraphs | None, floors: Floors | None = None,
     ):  # fmt: skip
-        self.state, self.key, self.step = state, key, DeviceStep(state, shadow, capacity, ahead)
+        self.state, self.key, self.step = state, key, DeviceStep(state, shadow, capacity, ahead, floors)
         self.trained = [p for p in state.sae.parameters() if p.requires_grad]
         self._slots: list[Tensor]
         self._reports: list[Tensor]

@@ -11,14 +11,16 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from sae_fast import gradients
+from sae_fast import gradients, nn
 from sae_fast.code import Decoder, Layer, RowGradient, Rows, Shadow, Transposed
 from sae_fast.gradients import Entries
 from sae_fast.kernels.compact import Gapped
 from sae_fast.kernels.decode_loss import Ends, Outputs, StepOutputs, decode_loss
 from sae_fast.kernels.encode import candidates, members
+from sae_fast.kernels.flag import DEAD, SHORT
 from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
 from sae_fast.kernels.jump import jump
+from sae_fast.kernels.largest import Largest
 from sae_fast.kernels.outer import Runs, runs
 from sae_fast.kernels.round import watch
 from sae_fast.kernels.transpose import transpose
@@ -28,10 +30,11 @@ from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast
 from sae_fast.penalty import OF_F, TANH, TARGET
 from sae_fast.train.device_after import follow, silent_after
+from sae_fast.train.device_floors import Floors
 from sae_fast.train.device_report import REPORT
 from sae_fast.train.state import TrainState
 
-GIVEN = Struct("=q10f")  # to a step: its number from 1, the penalty's coefficient and Adam's constants
+GIVEN = Struct("=q11f")  # to a step: its number from 1, the penalty's coefficient, Floors.margin and Adam's constants
 
 
 class DeviceKernels:
@@ -78,14 +81,16 @@ class DeviceKernels:
 
 
 class DeviceStep:
-    """The step of one SAE, with a code of up to ``capacity`` candidates; ``ahead`` of them may be enqueued."""
+    """The step of one SAE, with a code of up to ``capacity`` candidates; ``ahead`` of them may be enqueued.  ``floors``:
+    those of an SAE that keeps the largest."""
 
-    def __init__(self, state: TrainState, shadow: Shadow, capacity: int, ahead: int):
+    def __init__(self, state: TrainState, shadow: Shadow, capacity: int, ahead: int, floors: Floors | None = None):
         self.state, self.sae, self.shadow, self.capacity = state, state.sae, shadow, capacity
         self.settings, self.objective, device = state.settings, state.objective, state.sae.W_enc.device
         self._given = torch.zeros(GIVEN.size, dtype=torch.uint8, device=device)
         floats = self._given[8:].view(torch.float32)
-        self.adam, self.l1 = Constants(floats[1:], self._given[:8].view(torch.int64)[0]), floats[0]
+        self.adam = Constants(floats[2:], self._given[:8].view(torch.int64)[0])
+        self.l1, self.margin, self.floors = floats[0], floats[1], floors
         on_host = [torch.zeros(GIVEN.size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(ahead)]
         self._on_host = [(t, t.numpy().data) for t in on_host]
         self.flag = torch.zeros((), dtype=torch.int32, device=device)
@@ -95,7 +100,8 @@ class DeviceStep:
     def set(self, step: int, lr: float, l1: float) -> None:
         """Sets the constants of the next run, by one copy; ``step`` counts from 1."""
         given, memory = self._on_host[step % len(self._on_host)]
-        GIVEN.pack_into(memory, 0, step, l1, *adam_constants(step, lr, *self.settings.betas, self.settings.eps))
+        margin = 0.0 if self.floors is None else self.floors.margin
+        GIVEN.pack_into(memory, 0, step, l1, margin, *adam_constants(step, lr, *self.settings.betas, self.settings.eps))
         self._given.copy_(given, non_blocking=True)
 
     @torch.no_grad()
@@ -107,18 +113,42 @@ class DeviceStep:
         watch(sae.W_enc, *self.shadow, self.adam.step, self.flag)
         shift = sae.b_dec if sae.apply_b_dec_to_input else None
         x_c = x if shift is None and x.dtype == sae.W_enc.dtype else self.ones.new_empty(x.shape)
-        screened = candidates(x, layer, exact, shift, None if x_c is x else x_c, self.flag)
-        code = members(x_c, layer, screened, self.capacity, self.flag, exact)
+        which = self._largest(x, shift)
+        floor = None if which is None else which.floor
+        screened = candidates(x, layer, exact, shift, None if x_c is x else x_c, self.flag, floor)
+        found = members(x_c, layer, screened, self.capacity, self.flag, exact, which)
+        code = self._active(found)
         kernels, decoder = DeviceKernels(self.ones, sae.d_sae), Decoder(sae.W_dec, sae.b_dec, shift is not None)
         objective = self.objective.now(self.l1, 0, sae.d_sae)
         step = gradients.of_step(code, x_c, x, layer, decoder, objective, kernels)
         check_finite(step.losses, screened.norms, step.by_name, self.flag)
         by_name = {name: g for name, g in step.by_name.items() if sae.get_parameter(name).requires_grad}
+        since = silent_after(self.state, code)
+        if objective.aux is not None:
+            assert since is not None and self.settings.dead_after is not None  # as the settings have it
+            self.flag.bitwise_or_(torch.where((since >= self.settings.dead_after).any(), DEAD, 0).to(torch.int32))
         self._update(by_name, kernels.runs)
-        dead = follow(self.state, code, silent_after(self.state, code), self.adam.step, self.flag)
+        if self.floors is not None:
+            self.floors.follow(found, x_c, self.flag)
+        dead = follow(self.state, code, since, self.adam.step, self.flag)
         fired = (code.values[0] != 0).sum()  # the gaps hold zeros
         counts = fired, screened.end[-1], self.none if dead is None else dead, self.flag
         self.report.copy_(torch.stack([*step.losses.double(), *(count.double() for count in counts)]))
+
+    def _largest(self, x: Tensor, shift: Tensor | None) -> Largest | None:
+        """The choice among the candidates of x [B, d], if one is made; SHORT where no floor is known."""
+        if self.floors is None:
+            return None
+        self.flag.bitwise_or_(torch.where(self.floors.least > 0, 0, SHORT).to(torch.int32))
+        floor = self.margin * self.floors.least * self.floors.scale(x if shift is None else x - shift)
+        return Largest(self.floors.k, self.floors.whole, floor)
+
+    def _active(self, code: Gapped) -> Gapped:
+        """The code without the values of groups that are off."""
+        sae = self.sae
+        if not isinstance(sae, nn.GroupedSAE) or sae.all_active:
+            return code
+        return code._replace(values=torch.where(code.indices < sae.active_features, code.values, 0))
 
     def _rows(self, name: str) -> Rows:
         """A parameter and its state; of a vector [n]."""

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_fast import backend, ops
+from sae_fast import backend, nn, ops
 from sae_fast.devices import on_device
-from sae_fast.objectives import L1, Gated
 from sae_fast.ops import checks, crossovers
 from sae_fast.ops.dispatch import cuda_rejects, may_run, triton_rejects
 from sae_fast.ops.encode import gpu
@@ -27,6 +26,7 @@ from sae_fast.train.state import Rates, TrainState
 from sae_fast.train.steps import beginning, check_size, naming, stale_message, update
 
 if TYPE_CHECKING:
+    from sae_fast.train.device_floors import Floors
     from sae_fast.train.device_graphs import DeviceGraphs
 
 AHEAD = 4  # steps, each of which keeps its batch
@@ -80,6 +80,7 @@ class DeviceSteps:
         self.capacity = 0
         self.dense = False  # the last step went the dense way: wait for each, as the next will probably too
         self.graphs: DeviceGraphs | None = None
+        self.floors: Floors | None = None
         self._saw: tuple = ()  # by the last step
         self._version = 0  # of W_enc after it
         self._steady = False  # nothing that graphs hang on but the batch's shape has changed since
@@ -91,8 +92,10 @@ class DeviceSteps:
     def refuses(self) -> str | None:
         settings, optimizer, sae = self.state.settings, self.state.optimizer, self.state.sae
         W, objective, (beta1, _) = sae.W_enc, self.state.objective, settings.betas
-        if not (isinstance(objective, Gated | L1) and objective.plain):
+        if objective.prefixes is not None:
             return f"it has no step of its own for {objective}"
+        if isinstance(sae, nn.GroupedSAE) and not isinstance(sae.k, int):
+            return f"k = {sae.k} is no whole number"
         if W.dtype != torch.float32:
             return f"the weights are {W.dtype}"
         if settings.eps == 0:
@@ -221,7 +224,11 @@ class DeviceSteps:
         if before is not None:
             before.captured.clear()  # their memory first; it may not suffice
         self.graphs = None
-        self.graphs = DeviceGraphs(state, shadow, x, capacity, AHEAD, key, before)
+        if self.floors is None and isinstance(sae, nn.GroupedSAE):
+            from sae_fast.train.device_floors import Floors
+
+            self.floors = Floors(sae)
+        self.graphs = DeviceGraphs(state, shadow, x, capacity, AHEAD, key, before, self.floors)
         sae.settle_by(self.wait)
         return self.graphs
 
@@ -271,7 +278,15 @@ class DeviceSteps:
             warnings.warn(stale_message(step.index), stacklevel=5)
         shadow = step.graphs.step.shadow
         ops.refresh_shadow(self.state.sae.W_enc, shadow)  # a scale may have become too large
-        if flag & bits.OVERFLOW:
+        if flag & bits.SHORT and self.floors is not None:
+            if self.floors.least > 0:
+                self.floors.lower()
+            self._by_ops(step, shadow)
+            self.dense = True
+        elif flag & bits.DEAD:
+            self._by_ops(step, shadow)
+            self.dense = True
+        elif flag & bits.OVERFLOW:
             if crossovers.gpu_rejects(candidates, step.x.shape[0], self.state.sae.d_sae):
                 self._by_ops(step, shadow)
                 self.dense = True
@@ -283,7 +298,11 @@ class DeviceSteps:
     def _by_ops(self, step: DeviceResult, shadow: ops.Shadow) -> None:
         """Takes the first step under way with the host in between, which goes the dense way or says what is not finite."""
         rows = step.x.to(self.state.sae.W_enc.dtype)
+        sae = self.state.sae
+        x_c, bias = sae.centred(rows).detach(), sae.encoder_bias.detach().clone()
         result = update(self.state, rows, step.index, step.rates, shadow)
+        if self.floors is not None:
+            self.floors.restart(result.code, bias, x_c)
         numbers = *result.losses.tolist(), result.fired, result.code.nnz, result.dead or 0, 0
         self._happened(step, Report(numbers, rows.shape[0], by_ops=True))
 
