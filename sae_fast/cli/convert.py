@@ -23,6 +23,10 @@ def convert(
         bool | None, typer.Option(help="Make decoder rows unit; by default as the format's own SAEs are.")
     ] = None,
     activation_scale: Annotated[float | None, typer.Option(help="The SAE was trained on this times x.")] = None,
+    k: Annotated[int | None, typer.Option(help="Features an example, where SRC does not say.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="What opens a gate of Llama Scope: openmoss, plain or saelens.")
+    ] = None,
     model_name: Annotated[str | None, typer.Option(help="The language model's name, where SRC does not say.")] = None,
     layer: Annotated[int | None, typer.Option(help="The block, counted from 0, where SRC does not say.")] = None,
     hook_name: Annotated[str | None, typer.Option(help="The hook's name, where SRC does not say.")] = None,
@@ -38,6 +42,7 @@ def convert(
 
         sae = interop.convert(
             src, dst, to, as_jumprelu=as_jumprelu, fold_decoder_norm=fold_decoder_norm, activation_scale=activation_scale,
+            k=k, recipe=recipe,
             model_name=model_name, layer=layer, hook_name=hook_name, overwrite=overwrite,
         )  # fmt: skip
     what = f"{type(sae).__name__}, {sae.d_sae:,} features of {sae.d_in} dimensions"

@@ -22,8 +22,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems.published import PUBLISHED, D, Published, inputs, llamascopium, openai, openmoss, write
 from torch import Tensor
+from typer.testing import CliRunner
 
 import sae_fast as sf
+from sae_fast.cli import app
 from sae_fast.interop._refused import REFUSED
 from sae_fast.interop.formats import FORMATS, READERS
 from sae_fast.interop.formats.llama_scope import RECIPES
@@ -326,6 +328,19 @@ def test_a_k_that_no_name_says_is_asked_for_and_one_that_contradicts_is_refused(
     for name in ("gemma scope", "goodfire"):
         with pytest.raises(ValueError, match="k: got 5, but the files of"):
             sf.load(PUBLISHED[name].write(tmp_path), k=5)
+
+
+def test_the_command_converts_with_a_k_and_a_recipe(tmp_path):
+    write(tmp_path / "renamed.pt", PUBLISHED["qwen scope"].tensors)
+    place = PUBLISHED["llama scope, plain"].write(tmp_path)
+    for source, options, kind in (
+        (tmp_path / "renamed.pt", ["--k", "50"], "topk"),
+        (place, ["--recipe", "plain"], "jumprelu"),
+    ):
+        arguments = ["convert", str(source), str(tmp_path / kind), "--to", "saelens", *options]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.stderr
+        assert json.loads((tmp_path / kind / "cfg.json").read_text())["architecture"] == kind
 
 
 def test_the_scale_and_the_recipe_of_llama_scope_are_choices(tmp_path):
