@@ -159,14 +159,18 @@ def sampled_dots(s: Size) -> None:
 
 
 def transpose(s: Size) -> None:
+    from sae_fast.kernels.outer import Runs
     from sae_fast.kernels.transpose import transpose
 
-    transpose(*s.rows(), Transposed(*s.by_feature()))
+    csc = Transposed(*s.by_feature())
+    for split in (None, Runs.of(csc.colptr, s.entries)):
+        transpose(*s.rows(), csc, split)
 
 
 def outer(s: Size) -> None:
-    from sae_fast.kernels.outer import outer
+    from sae_fast.kernels.outer import outer, runs
 
+    runs(integers(s.F + 1), s.entries)
     for sources in (1, 2):
         for accumulate in (False, True):
             outer(s.gradient(sources), s.W(), accumulate=accumulate)

@@ -17,6 +17,7 @@ from sae_fast.code import RowGradient
 from sae_fast.kernels import native
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
+from sae_fast.kernels.offsets import offsets
 
 
 class Runs(NamedTuple):
@@ -26,16 +27,18 @@ class Runs(NamedTuple):
     first: Tensor  # [F + 1] int64
     owner: Tensor  # [M] int64
 
+    @classmethod
+    def of(cls, colptr: Tensor, capacity: int) -> Runs:
+        """Memory for those of a code with at most ``capacity`` entries."""
+        # More than `run` entries make fewer than 2 · entries / run runs.
+        return cls(torch.empty_like(colptr), colptr.new_empty(2 * capacity // config("outer")["run"] + 1))
+
 
 def runs(colptr: Tensor, capacity: int) -> Runs:
     """The runs of a code with at most ``capacity`` entries: features with more than ``run`` are cut into several."""
-    length = config("outer")["run"]
-    entries = colptr.diff()
-    first = torch.zeros_like(colptr)
-    torch.cumsum(torch.where(entries > length, (entries + (length - 1)) // length, 0), 0, out=first[1:])
-    # More than `length` entries make fewer than 2 · entries / length runs.
-    p = torch.arange(2 * capacity // length + 1, device=colptr.device)
-    return Runs(first, torch.searchsorted(first, p, right=True) - 1)
+    found = Runs.of(colptr, capacity)
+    offsets(colptr, *found, config("outer")["run"])
+    return found
 
 
 @triton.jit

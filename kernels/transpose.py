@@ -17,6 +17,8 @@ from sae_fast.kernels import native
 from sae_fast.kernels._config import config
 from sae_fast.kernels._launch import cdiv, launch
 from sae_fast.kernels.compact import popcount
+from sae_fast.kernels.offsets import offsets
+from sae_fast.kernels.outer import Runs
 
 
 @triton.jit
@@ -70,27 +72,28 @@ def _place(
         tl.store(perm_ptr + to, at, mask=live)
 
 
-def transpose(begin: Tensor, end: Tensor, indices: Tensor, csc: Transposed) -> None:
+def transpose(begin: Tensor, end: Tensor, indices: Tensor, csc: Transposed, split: Runs | None = None) -> None:
     """Fills csc with a code's indices [C], row b's at begin[b] .. end[b]: all of colptr [F + 1], and the first colptr[F] of
-    rows and perm [C], which are positions in indices."""
+    rows and perm [C], which are positions in indices; and the runs of its long features, if memory is given for them."""
     (colptr, rows, perm), c, cuda = csc.parts(), config("transpose"), native.takes("transpose")
     B, features = begin.shape[0], colptr.shape[0] - 1
+    first, owner = (None, None) if split is None else split
+    run = config("outer")["run"]
     chunks = cdiv(B, native.module.counted_rows if cuda else 32)
     marks = torch.empty(chunks, features, dtype=torch.int32, device=indices.device)  # the CUDA kernel's counts
     if cuda:
         code, sizes = (begin, end, indices, marks, colptr), (B, features, chunks)
         native.call("transpose_count", *code, *sizes)
-        colptr.cumsum_(0)
+        offsets(colptr, first, owner, run, counts=True)
         native.call("transpose_place", *code, rows, perm, *sizes)
         return
     bases = torch.empty_like(marks)
     by_row = {"ENTRIES": c["entries"], "num_warps": c["warps"]}
     marks.zero_()
-    colptr.zero_()
     launch(_mark, (B,), begin, end, indices, marks, features, **by_row)
     launch(
         _scan, (cdiv(features, c["features"]),), marks, bases, colptr, chunks, features,
         CHUNKS=c["chunks"], FEATURES=c["features"], num_warps=c["warps"],
     )  # fmt: skip
-    colptr.cumsum_(0)
+    offsets(colptr, first, owner, run, counts=True)
     launch(_place, (B,), begin, end, indices, marks, bases, colptr, rows, perm, features, **by_row)

@@ -21,7 +21,7 @@ from sae_fast.kernels.flag import DEAD, SHORT
 from sae_fast.kernels.grad_sqnorm import grad_sqnorm, slices
 from sae_fast.kernels.jump import jump
 from sae_fast.kernels.largest import Largest
-from sae_fast.kernels.outer import Runs, runs
+from sae_fast.kernels.outer import Runs
 from sae_fast.kernels.round import watch
 from sae_fast.kernels.transpose import transpose
 from sae_fast.kernels.vectors import check_finite, step_vectors, sums
@@ -72,8 +72,8 @@ class DeviceKernels:
 
     def transpose(self, code: Gapped) -> Transposed:
         csc = Transposed.empty(self.features, code.indices)
-        transpose(code.begin, code.end, code.indices, csc)
-        self.runs = runs(csc.colptr, code.indices.shape[0])
+        self.runs = Runs.of(csc.colptr, code.indices.shape[0])
+        transpose(code.begin, code.end, code.indices, csc, self.runs)
         return csc
 
     def sums(self, csc: Transposed, columns: Tensor, also: Tensor | None, rows: int) -> list[Tensor]:
