@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sae_fast import activations, arguments, functional, gradients, ops
 from sae_fast.code import Affine, Decoder, Layer, SparseCode
 from sae_fast.nn import normalize as normalizations
+from sae_fast.nn._memory import of_their_own
 from sae_fast.nn._random import unit_rows
 from sae_fast.objectives import Objective, Revived
 from sae_fast.ops import checks
@@ -94,11 +95,12 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def of_state(
-        cls, where: str, d_in: int, d_sae: int, dtype: torch.dtype, state: Mapping[str, Tensor], **options: Any
-    ) -> Any:
-        """A layer of copies of these tensors, its parameters and buffers.  None is drawn, and nothing is allocated before
-        all fit: ``ValueError`` names ``where`` they are from and the one that is missing, of another shape or dtype, or
-        unknown."""
+        cls, where: str, d_in: int, d_sae: int, dtype: torch.dtype, state: Mapping[str, Tensor], copy: bool = True,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """A layer of copies of these tensors, its parameters and buffers; without ``copy`` of those themselves that are in
+        memory of their own.  None is drawn, and nothing is allocated before all fit: ``ValueError`` names ``where`` they
+        are from and the one that is missing, of another shape or dtype, or unknown."""
 
         def fits(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
             if name not in state:
@@ -116,8 +118,7 @@ class SparseAutoencoder(nn.Module):
             fits(name, t.dtype, tuple(t.shape))
         if extra := set(state) - set(wanted):
             raise ValueError(f"{where}: unknown tensors {sorted(extra)}")
-        copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
-        sae.load_state_dict(copies, assign=True)
+        sae.load_state_dict(of_their_own(state, copy), assign=True)
         return sae
 
     def check_dtypes(self) -> None:
@@ -140,8 +141,9 @@ class SparseAutoencoder(nn.Module):
 
     def not_finite(self) -> dict[str, int]:
         """The number of NaNs and infinities in each parameter and buffer that has any."""
-        bad = {name: t.numel() - int(torch.isfinite(t).sum()) for name, t in self.state_dict().items()}
-        return {name: n for name, n in bad.items() if n}
+        odd = {name: t for name, t in self.state_dict().items() if not bool(t.sum().isfinite())}
+        bad = {name: t.numel() - int(torch.isfinite(t).sum()) for name, t in odd.items()}
+        return {name: n for name, n in bad.items() if n}  # a sum may overflow
 
     def extra_repr(self) -> str:
         exact = {} if self.precision == "exact" else {"precision": self.precision}

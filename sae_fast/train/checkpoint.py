@@ -78,7 +78,7 @@ def rebuild(manifest: dict[str, Any], weights: dict[str, Tensor]) -> nn.SparseAu
     )
     precision = entry(manifest, str, "sae", "precision") if "precision" in manifest["sae"] else "exact"
     try:
-        sae = nn.KINDS[name].of_state("weights", d_in, d_sae, dtype, weights, **{"precision": precision, **options})
+        sae = nn.KINDS[name].of_state("weights", d_in, d_sae, dtype, weights, False, **{"precision": precision, **options})
     except TypeError as error:
         raise ValueError(f"{MANIFEST}: sae.options: got {sorted(options)}: {error}") from error
     sae.metadata = metadata

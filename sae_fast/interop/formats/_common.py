@@ -125,7 +125,7 @@ def build(cls: type[SparseAutoencoder], file: Path, values: Mapping[str, Tensor]
     free = {*cls.any_dtype, *(name for name, t in values.items() if t.dim() == 0)}  # a scalar has the layer's own dtype
     dtype = dtype_of(file, free, values)
     try:
-        return cls.of_state(str(file), d, F, dtype, values, **options)
+        return cls.of_state(str(file), d, F, dtype, values, copy=False, **options)
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
