@@ -171,7 +171,7 @@ FAULTS = [
           "k < kColumns / 2; k += kWarp * kPacket", "NaN"),
     Fault("a wrong lane in a tree", "decode_loss", "device", r"__shfl_xor_sync\(kAll, send, bit\)",
           "__shfl_xor_sync(kAll, send, bit / 2)", "wrong"),
-    Fault("a lane too many writes", "decode_loss", "decode_loss", r"j < end; j \+= kWarp", "j < end + 1; j += kWarp"),
+    Fault("a lane too many writes", "decode_loss", "decode_loss", r"j < end; j \+= kWarp", "j < end + 1; j += kWarp", nth=1),
     Fault("columns past the row's end are written", "decode_loss", "decode_loss", r"if \(inside\) (a\.residuals)", r"\1"),
     Fault("columns past the buffer's end are written", "one_row", "decode_loss", r"if \(inside\) (a\.residuals)", r"\1",
           "heap-buffer-overflow", address=True),
