@@ -27,7 +27,7 @@ NOT_FOR_THE_SDIST = {".ci/run", ".gitignore"}
 MADE_FOR_THE_SDIST = r"PKG-INFO|setup\.cfg|sae_fast\.egg-info/.+"
 # What needs a package that is no dependency, by module.
 EXTRAS = {
-    r"sae_fast\.(kernels(\..+)?|train\.device_(step|graphs))": "gpu",
+    r"sae_fast\.(kernels(\..+)?|train\.device_(step|graphs|after|floors))": "gpu",
     r"sae_fast\.interop\.dictionary_learning(\..+)?": "dictionary-learning",
     r"sae_fast\.interop\.saelens(\..+)?": "saelens",
     r"sae_fast\.interop\.saebench": "saebench",
