@@ -13,7 +13,7 @@ from sae_fast.kernels import compact
 from sae_fast.kernels._mask import words
 from sae_fast.kernels.compact import Counted, Gapped
 from sae_fast.kernels.largest import Largest, largest
-from sae_fast.kernels.round import BOUND, COLUMNS, feature_terms, norm_columns, padded, round_rows, row_terms
+from sae_fast.kernels.round import bound_terms, norm_columns, padded, round_rows
 from sae_fast.kernels.screen import screen
 
 
@@ -46,12 +46,9 @@ def candidates(
     x16 = torch.empty(B, K, dtype=torch.float16, device=device)
     norms = torch.empty(B, norm_columns(d), dtype=torch.float32, device=device)
     round_rows(x, x16, norms, shift, centred, flag)
-    of_rows, of_features = (norms.new_empty(n, COLUMNS, dtype=BOUND) for n in (B, features))
-    margins = exact or floor is not None
-    row_terms(norms, K, of_rows, margins, exact, floor)
-    feature_terms(shadow.norms, layer.bias, layer.cut, K, of_features, margins, exact)
+    terms = bound_terms(norms, shadow.norms, layer.bias, layer.cut, K, exact or floor is not None, exact, floor)
     mask = torch.empty(B, words(features), dtype=torch.int32, device=device)
-    screen(x16, shadow.rows, of_rows, of_features, mask)
+    screen(x16, shadow.rows, *terms, mask)
     counted = compact.count(mask, features)
     return Screened(mask, counted, *(torch.empty_like(counted.rows) for _ in range(2)), x16, norms)
 

@@ -4,7 +4,7 @@ float16 keeps 11 bits of a value where bfloat16 keeps 8, at the same rate of the
 brings it into range.  A row's ``norms``, float32 [1 + 2·S]: that scale, then for each slice of 512 columns the squared
 norms of the scaled row and of what rounding took from it.
 
-The bias and the bound are a product too, of COLUMNS more columns, bfloat16 for its range: row_terms and feature_terms.
+The bias and the bound are a product too, of COLUMNS more columns, bfloat16 for its range: bound_terms.
 """
 
 from __future__ import annotations
@@ -176,12 +176,12 @@ def _above(v):
 
 
 @triton.jit
-def _terms(
-    norms_ptr, bias_ptr, cut_ptr, floor_ptr, out_ptr, n, norm_columns, gamma,
+def _terms_of(
+    block, norms_ptr, bias_ptr, cut_ptr, floor_ptr, out_ptr, n, norm_columns, gamma,
     FEATURES: tl.constexpr, HAS_CUT: tl.constexpr, HAS_FLOOR: tl.constexpr, MARGINS: tl.constexpr, LOST: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     scale = tl.load(norms_ptr + i * norm_columns, mask=inside, other=1.0)
     norm = _norm(norms_ptr, i, inside, norm_columns, 1, BLOCK)
@@ -226,20 +226,23 @@ def _terms(
     tl.store(out_ptr + i[:, None] * COLUMNS + column, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-def row_terms(
-    norms: Tensor, K: int, out: Tensor, margins: bool = True, lost: bool = True, floor: Tensor | None = None
-) -> None:  # fmt: skip
-    """out [B, COLUMNS] BOUND: each row's factors of the bias, three times, of the features' norms, of what rounding took
-    from the features, and of each row's ``floor`` [B] float32, twice: what π has to reach, where that is above 0.  The two
-    in the middle are 0 without ``margins``, and of the operands as they are rounded without ``lost``."""
-    _launch_terms(norms, None, None, floor, out, K, False, margins, lost)
-
-
-def feature_terms(
-    norms: Tensor, bias: Tensor, cut: Tensor | None, K: int, out: Tensor, margins: bool = True, lost: bool = True
-) -> None:  # fmt: skip
-    """out [F, COLUMNS] BOUND: each feature's factors, in the same order; ``bias`` and ``cut`` [F]."""
-    _launch_terms(norms, bias, cut, None, out, K, True, margins, lost)
+@triton.jit
+def _terms(
+    x_norms_ptr, W_norms_ptr, bias_ptr, cut_ptr, floor_ptr, of_rows_ptr, of_features_ptr, B, F, norm_columns, gamma,
+    HAS_CUT: tl.constexpr, HAS_FLOOR: tl.constexpr, MARGINS: tl.constexpr, LOST: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    n, blocks = tl.program_id(0), tl.cdiv(B, BLOCK)
+    if n < blocks:
+        _terms_of(
+            n, x_norms_ptr, bias_ptr, cut_ptr, floor_ptr, of_rows_ptr, B, norm_columns, gamma,
+            False, HAS_CUT, HAS_FLOOR, MARGINS, LOST, BLOCK, COLUMNS,
+        )  # fmt: skip
+    else:
+        _terms_of(
+            n - blocks, W_norms_ptr, bias_ptr, cut_ptr, floor_ptr, of_features_ptr, F, norm_columns, gamma,
+            True, HAS_CUT, HAS_FLOOR, MARGINS, LOST, BLOCK, COLUMNS,
+        )  # fmt: skip
 
 
 def accumulation(K: int) -> float:
@@ -247,10 +250,19 @@ def accumulation(K: int) -> float:
     return (K + K // 32 + 80) * 2.0**-23
 
 
-def _launch_terms(norms, bias, cut, floor, out, K, features, margins, lost) -> None:
-    n = norms.shape[0]
+def bound_terms(
+    x_norms: Tensor, W_norms: Tensor, bias: Tensor, cut: Tensor | None, K: int, margins: bool = True, lost: bool = True,
+    floor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(of the rows [B, COLUMNS], of the features [F, COLUMNS]), BOUND: the factors of ``bias`` less ``cut`` [F], three times,
+    of the features' norms, of what rounding took from the features, and of each row's ``floor`` [B] float32, twice: what π
+    has to reach, where that is above 0.  The two in the middle are 0 without ``margins``, and of the operands as they are
+    rounded without ``lost``."""
+    B, F, block = x_norms.shape[0], W_norms.shape[0], 256
+    of_rows, of_features = (x_norms.new_empty(n, COLUMNS, dtype=BOUND) for n in (B, F))
     launch(
-        _terms, (cdiv(n, 256),), norms, bias, cut, floor, out, n, norms.shape[1], accumulation(K),
-        FEATURES=features, HAS_CUT=cut is not None, HAS_FLOOR=floor is not None, MARGINS=margins, LOST=lost, BLOCK=256,
-        COLUMNS=COLUMNS, num_warps=4,
+        _terms, (cdiv(B, block) + cdiv(F, block),), x_norms, W_norms, bias, cut, floor, of_rows, of_features, B, F,
+        x_norms.shape[1], accumulation(K), HAS_CUT=cut is not None, HAS_FLOOR=floor is not None, MARGINS=margins, LOST=lost,
+        BLOCK=block, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
+    return of_rows, of_features

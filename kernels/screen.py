@@ -2,7 +2,7 @@
 
 A feature's bit in a row's mask says that it could be active: that the product, the bias and the bound of the error do not
 stay at or below 0.  The [B, F] pre-activations never reach memory.  docs/screen.md derives the bound; it and the bias are
-a product of their own, of few columns (round.row_terms and round.feature_terms), onto the same accumulators.
+a product of their own, of few columns (round.bound_terms), onto the same accumulators.
 
 Two kernels give the same mask: one of plain pointers for every GPU since Ampere, and a persistent one that lets Hopper's
 copy engine fetch the tiles.  The library's product in chunks, each scanned for its signs, gives it too: what they have to

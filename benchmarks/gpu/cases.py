@@ -181,24 +181,22 @@ def screen(how: str) -> Callable[[World], Running]:
         from sae_fast.kernels import compact
         from sae_fast.kernels import screen as kernels
         from sae_fast.kernels._mask import places, words
-        from sae_fast.kernels.round import BOUND, COLUMNS, feature_terms, padded, rounded, row_terms
+        from sae_fast.kernels.round import bound_terms, padded, rounded
 
         sae, B = here.sae, here.shape.B
         (W, norms), K = rounded(sae.W_enc.detach()), padded(sae.d_in)
-        new = partial(torch.empty, device=W.device)
-        features, mask = new(sae.d_sae, COLUMNS, dtype=BOUND), new(B, words(sae.d_sae), dtype=torch.int32)
-        feature_terms(norms, sae.b_gate.detach(), None, K, features)
+        mask = torch.empty(B, words(sae.d_sae), dtype=torch.int32, device=W.device)
         inputs = []
         for x in here.batches:
-            rows, of_rows = rounded((x - sae.b_dec).detach()), new(B, COLUMNS, dtype=BOUND)
-            row_terms(rows[1], K, of_rows)
-            inputs.append((rows[0], of_rows))
+            rows, x_norms = rounded((x - sae.b_dec).detach())
+            inputs.append((rows, *bound_terms(x_norms, norms, sae.b_gate.detach(), None, K)))
 
-        def run(it: tuple[Tensor, Tensor]) -> None:
+        def run(it: tuple[Tensor, Tensor, Tensor]) -> None:
+            rows, *terms = it
             if how == "library":
-                kernels.screen_by_library(it[0], W, it[1], features, mask)
+                kernels.screen_by_library(rows, W, *terms, mask)
             else:
-                kernels.screen(it[0], W, it[1], features, mask, persistent=how == "persistent")
+                kernels.screen(rows, W, *terms, mask, persistent=how == "persistent")
 
         @torch.no_grad()
         def check() -> list[str]:

@@ -207,16 +207,10 @@ def bits(mask: Tensor, features: int) -> Tensor:
 
 
 def terms(x_norms, w_norms, bias, cut, d: int, margins: bool = True, accumulation: bool = True) -> tuple[Tensor, Tensor]:
-    of_rows, of_features = (
-        torch.full((n.shape[0], rounding.COLUMNS), NAN, dtype=rounding.BOUND, device=DEVICE) for n in (x_norms, w_norms)
-    )
-    K = rounding.padded(d)
     with pytest.MonkeyPatch.context() as patch:
         if not accumulation:
             patch.setattr(rounding, "accumulation", lambda K: 0.0)
-        rounding.row_terms(x_norms, K, of_rows, margins=margins)
-    rounding.feature_terms(w_norms, on(bias), on(cut), K, of_features, margins=margins)
-    return of_rows, of_features
+        return rounding.bound_terms(x_norms, w_norms, on(bias), on(cut), rounding.padded(d), margins)
 
 
 def assert_counts(counted: compact.Counted, found: Tensor) -> None:

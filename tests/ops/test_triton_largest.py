@@ -231,13 +231,10 @@ def test_a_floor_is_lowered_for_what_its_sum_with_the_bias_loses(monkeypatch):
 def test_in_bf16_the_margins_are_those_of_the_sums_alone():
     """π is of the 16-bit copies there: rounding took nothing from it."""
     x, W, bias = randn(20, 700), randn(80, 700, seed=1) / 700**0.5, 0.3 * randn(80, seed=2)
-    norms = round.rounded(on(x))[1]
-    terms = [torch.empty(20, round.COLUMNS, dtype=round.BOUND, device=DEVICE) for _ in range(2)]
-    for lost, out in zip((True, False), terms, strict=True):
-        round.row_terms(norms, 704, out, True, lost)
-    assert bool((terms[1][:, 3] < terms[0][:, 3]).all()) and bool((terms[1][:, 3] > 0).all())
-    of_features = torch.empty(80, round.COLUMNS, dtype=round.BOUND, device=DEVICE)
-    round.feature_terms(round.rounded(on(W))[1], on(bias), None, 704, of_features, True, False)
+    norms = [round.rounded(on(rows))[1] for rows in (x, W)]
+    exact, _ = round.bound_terms(*norms, on(bias), None, 704)
+    of_rows, of_features = round.bound_terms(*norms, on(bias), None, 704, lost=False)
+    assert bool((of_rows[:, 3] < exact[:, 3]).all()) and bool((of_rows[:, 3] > 0).all())
     assert not of_features[:, 4].any()
 
 
