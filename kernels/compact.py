@@ -1,8 +1,8 @@
 """compact and verify: from a mask to the entries of a code.
 
-count → compact adds up the counts before each row and lists its candidates in ascending order → verify computes u of
-each by a float32 dot in a fixed order, drops those that are not members and writes u and the activation's values.  What
-verify leaves is a code with gaps: row b's entries start where its candidates started.
+count → compact adds up the counts before each row, lists its candidates in ascending order and zeroes all values →
+verify computes u of each by a float32 dot in a fixed order, drops those that are not members and writes u and the
+activation's values.  What verify leaves is a code with gaps: row b's entries start where its candidates started.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Counted(NamedTuple):
 
 RUN = 8  # rows that a program counts
 RUNS = 512  # whose counts are added up at once
+ZEROS = 512  # values that are zeroed at once
 
 
 @triton.jit
@@ -94,11 +95,17 @@ def _sum(ptr, begin, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _compact(
-    mask_ptr, rows_ptr, runs_ptr, begin_ptr, end_ptr, candidates_ptr, flag_ptr, F, stride, capacity,
-    RUN: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.constexpr,
+    mask_ptr, rows_ptr, runs_ptr, begin_ptr, end_ptr, candidates_ptr, values_ptr, flag_ptr, F, stride, capacity,
+    V: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     b = n.to(tl.int64)
+    share = tl.cdiv(capacity, tl.num_programs(0))
+    for j in range(0, share, ZEROS):
+        at = j + tl.arange(0, ZEROS)
+        inside = (at < share) & (b * share + at < capacity)
+        for v in tl.static_range(V):
+            tl.store(values_ptr + v * capacity + b * share + at, 0.0, mask=inside)
     begin = _sum(runs_ptr, 0, n // RUN, RUNS) + _sum(rows_ptr, n // RUN * RUN, n, RUN)
     end = begin + tl.load(rows_ptr + b)
     tl.store(begin_ptr + b, begin)
@@ -121,15 +128,16 @@ def _compact(
 
 
 def compact(
-    mask: Tensor, features: int, counted: Counted, begin: Tensor, end: Tensor, candidates: Tensor, flag: Tensor
+    mask: Tensor, features: int, counted: Counted, begin: Tensor, end: Tensor, candidates: Tensor, values: Tensor,
+    flag: Tensor,
 ) -> None:  # fmt: skip
     """candidates [C] int32, one row's after another's, ascending in each: row b's at begin[b] .. end[b], which are filled
-    too.  A row that would end past C is left out and sets OVERFLOW in ``flag`` (int32)."""
+    too.  A row that would end past C is left out and sets OVERFLOW in ``flag`` (int32).  ``values`` [V, C] become 0."""
     c = config("compact")
     mask = mask.view(torch.uint8)
     launch(
-        _compact, (mask.shape[0],), mask, *counted, begin, end, candidates, flag, features, mask.shape[1],
-        candidates.shape[0], RUN=RUN, RUNS=RUNS, WORDS=c["words"], num_warps=c["warps"],
+        _compact, (mask.shape[0],), mask, *counted, begin, end, candidates, values, flag, features, mask.shape[1],
+        candidates.shape[0], V=values.shape[0], RUN=RUN, RUNS=RUNS, WORDS=c["words"], ZEROS=ZEROS, num_warps=c["warps"],
     )  # fmt: skip
 
 

@@ -59,14 +59,13 @@ def members(
     """The code of centred rows x [B, d]; with ``which`` of the largest members alone.  Rows whose candidates do not fit set
     OVERFLOW in ``flag`` and stay empty; rows whose floor hid some of the largest set SHORT and stay empty."""
     device, dtype, kind = x.device, x.dtype, layer.activation
-    found = torch.empty(capacity, dtype=torch.int32, device=device)
-    compact.compact(screened.mask, layer.W.shape[0], *screened[1:4], found, flag)
     of_members = layer
     if which is not None:  # π itself is what the choice is made by
         dtype, kind = torch.float32, activations.named("relu")
         of_members = layer._replace(activation=kind, vectors=(), cut=None)
-    indices, u = torch.empty_like(found), torch.empty(capacity, dtype=dtype, device=device)
-    values = torch.zeros(kind.value_sets, capacity, dtype=dtype, device=device)
+    found, indices = (torch.empty(capacity, dtype=torch.int32, device=device) for _ in range(2))
+    u, values = (torch.empty(*shape, capacity, dtype=dtype, device=device) for shape in ((), (kind.value_sets,)))
+    compact.compact(screened.mask, layer.W.shape[0], *screened[1:4], found, values, flag)
     code = Gapped(screened.begin, torch.empty_like(screened.end), indices, u, values)
     if exact:
         compact.verify(x, of_members, screened.end, found, code)

@@ -254,8 +254,8 @@ def bound_terms(
     x_norms: Tensor, W_norms: Tensor, bias: Tensor, cut: Tensor | None, K: int, margins: bool = True, lost: bool = True,
     floor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(of the rows [B, COLUMNS], of the features [F, COLUMNS]), BOUND: the factors of ``bias`` less ``cut`` [F], three times,
-    of the features' norms, of what rounding took from the features, and of each row's ``floor`` [B] float32, twice: what π
+    """(of the rows [B, COLUMNS], of the features [F, COLUMNS]), BOUND: factors of bias less ``cut`` [F], three times, of
+    the features' norms, of what rounding took from the features, and of each row's ``floor`` [B] float32, twice: what π
     has to reach, where that is above 0.  The two in the middle are 0 without ``margins``, and of the operands as they are
     rounded without ``lost``."""
     B, F, block = x_norms.shape[0], W_norms.shape[0], 256

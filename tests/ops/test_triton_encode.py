@@ -708,7 +708,9 @@ def test_compaction_is_ascending_and_what_does_not_fit_is_flagged(capacity):
     memory = torch.full((size + 600,), GUARD, dtype=torch.int32, device=DEVICE)
     flag = on(torch.zeros((), dtype=torch.int32))
     rows = [torch.full((7,), GUARD, dtype=torch.int64, device=DEVICE) for _ in range(2)]
-    compact.compact(mask, 300, counted, *rows, memory[300 : 300 + size], flag)
+    of_values = torch.full((2 * size + 9,), NAN, device=DEVICE)
+    compact.compact(mask, 300, counted, *rows, memory[300 : 300 + size], of_values[2:-7].view(2, size), flag)
+    assert not of_values[2:-7].any() and of_values[:2].isnan().all() and of_values[-7:].isnan().all()
     assert torch.equal(rows[0].cpu(), end - counts) and torch.equal(rows[1].cpu(), end)
     assert int(flag) == (flag_bits.OVERFLOW if size < total else 0)
     want = torch.full((size + 600,), GUARD)
@@ -725,7 +727,7 @@ def test_rows_of_many_runs_are_one_after_the_other(monkeypatch):
     counted, flag = compact.count(mask_of(member), 20), on(torch.zeros((), dtype=torch.int32))
     assert_counts(counted, member)
     out, begin, end = on(torch.empty(int(member.sum()), dtype=torch.int32)), *map(torch.empty_like, [counted.rows] * 2)
-    compact.compact(mask_of(member), 20, counted, begin, end, out, flag)
+    compact.compact(mask_of(member), 20, counted, begin, end, out, torch.empty_like(out)[None], flag)
     assert torch.equal(out.cpu().long(), member.nonzero()[:, 1]) and torch.equal(end.cpu(), member.sum(1).cumsum(0))
 
 
@@ -736,7 +738,8 @@ def test_compaction_of_any_width(features, words, monkeypatch):
     mask = mask_of(member)
     counted = compact.count(mask, features)
     out, flag = on(torch.empty(int(member.sum()), dtype=torch.int32)), on(torch.zeros((), dtype=torch.int32))
-    compact.compact(mask, features, counted, *map(torch.empty_like, (counted.rows, counted.rows)), out, flag)
+    begin, end, values = map(torch.empty_like, (counted.rows, counted.rows, out))
+    compact.compact(mask, features, counted, begin, end, out, values[None], flag)
     assert_counts(counted, member)
     assert int(flag) == 0
     assert torch.equal(out.cpu().long(), member.nonzero()[:, 1])

@@ -375,11 +375,12 @@ def test_what_is_not_finite_is_chosen_first(bad, support, body):
 
 
 def test_a_sample_s_floor_is_seldom_too_high_and_lets_few_too_many_through():
-    x, W, bias = randn(64, 40), randn(8192, 40, seed=1) / 40**0.5, 0.1 * randn(8192, seed=2)
+    """Of a batch it is by an eighth of the rows too, so there are many."""
+    x, W, bias = randn(512, 40), randn(8192, 40, seed=1) / 40**0.5, 0.1 * randn(8192, seed=2)
     layer, pi = Layer.of(W, bias, "relu", {}), x @ W.T + bias
-    floor = gpu.floor_of_sample(x, layer, 64, False)
-    counts = (pi >= floor[:, None]).sum(1)
+    floor = gpu.floor_of_sample(x[:64], layer, 64, False)
+    counts = (pi[:64] >= floor[:, None]).sum(1)
     assert (counts < 64).sum() <= 1 and counts.float().mean() < 3.5 * 64
     floor = gpu.floor_of_sample(x, layer, 64, True)
-    assert 64 * 64 <= int((pi >= floor[:, None]).sum()) < 2 * 64 * 64
+    assert 512 * 64 <= int((pi >= floor[:, None]).sum()) < 1.5 * 512 * 64
     assert not gpu.floor_of_sample(x[:, :40], layer, 8000, False).any(), "of a sample with too few there is none"

@@ -27,7 +27,7 @@ def test_a_step_is_so_many_launches():
     """Lower ones are welcome."""
     B, d, F = SMALL
     found = cost(sf.GatedSAE(d, F, device="meta"), torch.empty(B, d, device="meta"), 128 * B, l1_coefficient=1.0)
-    assert (len(found.kernels), len(found.torch)) <= (22, 23), (found.kernels, found.torch)
+    assert (len(found.kernels), len(found.torch)) <= (22, 22), (found.kernels, found.torch)
 
 
 @pytest.fixture
