@@ -82,7 +82,8 @@ print(json.dumps(found))
 def test_what_is_pushed_is_loaded_from_another_process(server, tmp_path):
     urls = client(server, tmp_path, PUSH)
     assert all(url.startswith(f"{server.url}/user/saes/commit/") for url in urls)
-    assert sorted(p.name for p in (tmp_path / "hub/user/saes/saelens").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    files = sorted(p.name for p in (tmp_path / "hub/user/saes/saelens").iterdir())
+    assert files == ["README.md", "cfg.json", "sae_weights.safetensors"]
     (tmp_path / "hub/user/saes/README.bin").write_text("not an SAE")
     below = tmp_path / "hub/user/saes/saelens/checkpoints"
     below.mkdir()
@@ -97,6 +98,45 @@ def test_what_is_pushed_is_loaded_from_another_process(server, tmp_path):
     assert repo.startswith("FileNotFoundError: path: there is no 'user/none' here, and the Hub gave no 'user/none'")
     assert folder.startswith("FileNotFoundError: path: user/saes on the Hub holds no SAE in 'nowhere'")
     assert "there are weights in sae_fast, saebench, saelens, v5_32k_layer_0.pt: name one of them" in several
+
+
+CARDS = """
+import warnings
+from pathlib import Path
+sae, repo = sf.TopKSAE(8, 20, k=3, seed=0), Path(HUB) / "user/cards"
+sae.metadata = {"model_name": "user/model", "layer": 2, "hook_name": "a|b"}
+push = lambda **k: interop.push_to_hub(sae, "user/cards", "saelens", folder="a", **k)
+push(card=False)
+found = [(repo / "a/README.md").exists()]
+push(metrics={"fvu": 0.25, "name": "left out"})
+found.append((repo / "a/README.md").read_text())
+push(layer=3)
+found.append((repo / "a/README.md").read_text())
+(repo / "a/README.md").write_text(found[-1].replace("features", "wonders"))
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    push()
+found += [(repo / "a/README.md").read_text(), [str(w.message) for w in said if "README" in str(w.message)]]
+push(card=True)
+found.append((repo / "a/README.md").read_text())
+print(json.dumps(found))
+"""
+
+
+def test_a_model_card_goes_along_and_one_of_others_stays(server, tmp_path):
+    first_is, first, second, others, said, asked = client(
+        server, tmp_path, CARDS.replace("HUB", repr(str(tmp_path / "hub")))
+    )
+    assert not first_is
+    for line in (
+        'base_model: "user/model"', "# TopKSAE, 20 features", "| d_in | 8 |", "| k | 3 |", "| layer | 2 |",
+        "| takes the activations of | a\\|b |", "| fvu | 0.25 |", 'sae = sf.load("user/cards/a")',
+        'sae = SAE.load_from_disk(snapshot_download("user/cards") + "/a")',
+    ):  # fmt: skip
+        assert line in first.splitlines(), line
+    assert "left out" not in first and "| layer | 3 |" in second and "Metrics" not in second, "ours is replaced"
+    assert "20 wonders" in others and "user/cards/a/README.md is not this package's" in said[0]
+    assert "20 features" in asked and "wonders" not in asked
 
 
 def test_what_is_refused_is_named_by_the_names_on_the_hub(server, tmp_path):
