@@ -8,6 +8,7 @@ from helpers import assert_close_2x, assert_repeats, randn, same_bits
 from torch import Tensor
 
 import sae_fast as sf
+from sae_fast.nn.scale import scale_input_
 
 KINDS = [sf.GatedSAE, sf.ReluSAE, sf.JumpReluSAE, sf.TopKSAE, sf.BatchTopKSAE]
 D, F, BATCH = 19, 130, 60
@@ -145,3 +146,13 @@ def test_training_and_the_formats_that_hold_none_refuse_it(cls, options, said, t
     if cls in (sf.GatedSAE, sf.ReluSAE):
         with pytest.raises(ValueError, match=f"with {said}, want one without to train"):
             sae.loss(randn(BATCH, D), 1.0)
+
+
+@kinds
+@widths
+@pytest.mark.parametrize("out", [None, 2.0])
+def test_a_scale_of_its_input_is_one_of_the_path_around_the_features_too(cls, d_out, out):
+    sae, scaled, x = make(cls, d_out), make(cls, d_out), randn(BATCH, D, seed=9)
+    scale_input_(scaled, 4.0, out)
+    assert same_bits(scaled.encode(x), sae.encode(4 * x)), "a power of two rounds nothing"
+    assert same_bits(scaled(x), sae(4 * x) / (out or 4.0))
