@@ -1,6 +1,7 @@
 """Floors for the candidates of SAEs that keep the largest entries: a little below what the last batches kept.
 
-Where a floor hides an entry that is among the largest, the step says so by SHORT, and is repeated by the ops.
+Where a floor hides an entry that is among the largest, the step says so by SHORT, and is repeated above floors that
+cannot fail.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sae_fast import nn
-from sae_fast.code import SparseCode
 from sae_fast.kernels.compact import Gapped
 
 MARGIN, LEAST_MARGIN = 0.9, 0.6  # of the least that has been kept, at first and at last
@@ -40,14 +40,6 @@ class Floors:
     def lower(self) -> None:
         """For the steps after one whose largest a floor had hidden."""
         self.margin = max(LEAST_MARGIN, 0.95 * self.margin)
-
-    def restart(self, code: SparseCode, bias: Tensor, x_c: Tensor) -> None:
-        """From a code of x_c [B, d] that the ops have found, whose largest a floor had hidden; bias [F]."""
-        self.least.zero_()
-        if code.nnz > 0:
-            kept = (code.u + bias[code.indices.long()])[None]  # the code's own values may be of groups that are off
-            gapped = Gapped(code.indptr[:-1], code.indptr[1:], code.indices, code.u, kept)
-            self.follow(gapped, x_c, torch.zeros_like(self.least))
 
     def _reached(self, code: Gapped, scale: Tensor) -> Tensor:
         """The smallest of rows that keep k, ∞ without any."""

@@ -28,6 +28,7 @@ from sae_fast.kernels.vectors import check_finite, step_vectors, sums
 from sae_fast.kernels.weight_step import Constants, Update, adam_constants, weight_step
 from sae_fast.objectives import Objective
 from sae_fast.ops.dispatch import without_autocast
+from sae_fast.ops.encode.gpu import sure_floor
 from sae_fast.penalty import OF_F, TANH, TARGET
 from sae_fast.train.device_after import follow, silent_after
 from sae_fast.train.device_floors import Floors
@@ -91,6 +92,8 @@ class DeviceStep:
         floats = self._given[8:].view(torch.float32)
         self.adam = Constants(floats[2:], self._given[:8].view(torch.int64)[0])
         self.l1, self.margin, self.floors = floats[0], floats[1], floors
+        self.sure: Tensor | None = None  # floors [B]
+        self.sure_of = -1  # the step that they are of
         on_host = [torch.zeros(GIVEN.size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(ahead)]
         self._on_host = [(t, t.numpy().data) for t in on_host]
         self.flag = torch.zeros((), dtype=torch.int32, device=device)
@@ -100,9 +103,18 @@ class DeviceStep:
     def set(self, step: int, lr: float, l1: float) -> None:
         """Sets the constants of the next run, by one copy; ``step`` counts from 1."""
         given, memory = self._on_host[step % len(self._on_host)]
-        margin = 0.0 if self.floors is None else self.floors.margin
+        margin = 0.0 if self.floors is None or self.sure_of == step - 1 else self.floors.margin
         GIVEN.pack_into(memory, 0, step, l1, margin, *adam_constants(step, lr, *self.settings.betas, self.settings.eps))
         self._given.copy_(given, non_blocking=True)
+
+    @torch.no_grad()
+    @without_autocast()
+    def make_sure(self, index: int, x: Tensor) -> None:
+        """Gives the repetition of step ``index`` on x [B, d] floors that hide nothing, whatever was kept before."""
+        assert self.floors is not None and self.sure is not None  # as it has run
+        x_c, exact = self.sae.centred(x.to(self.sae.W_enc.dtype)), self.sae.precision == "exact"
+        self.sure.copy_(sure_floor(x_c, self.sae.layer(self.shadow), self.floors.k, self.floors.whole, exact))
+        self.sure_of = index
 
     @torch.no_grad()
     @without_autocast()
@@ -136,11 +148,16 @@ class DeviceStep:
         self.report.copy_(torch.stack([*step.losses.double(), *(count.double() for count in counts)]))
 
     def _largest(self, x: Tensor, shift: Tensor | None) -> Largest | None:
-        """The choice among the candidates of x [B, d], if one is made; SHORT where no floor is known."""
+        """The choice among the candidates of x [B, d], if one is made; SHORT where no floor is known.  No margin stands for
+        the floors that are sure."""
         if self.floors is None:
             return None
-        self.flag.bitwise_or_(torch.where(self.floors.least > 0, 0, SHORT).to(torch.int32))
-        floor = self.margin * self.floors.least * self.floors.scale(x if shift is None else x - shift)
+        if self.sure is None:
+            self.sure = torch.zeros(x.shape[0], device=x.device)
+        known = self.margin * self.floors.least
+        self.flag.bitwise_or_(torch.where((known > 0) | (self.margin == 0), 0, SHORT).to(torch.int32))
+        guessed = known * self.floors.scale(x if shift is None else x - shift)
+        floor = torch.where(self.margin == 0, self.sure, guessed)
         return Largest(self.floors.k, self.floors.whole, floor)
 
     def _active(self, code: Gapped) -> Gapped:

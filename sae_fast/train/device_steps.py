@@ -278,10 +278,11 @@ class DeviceSteps:
             warnings.warn(stale_message(step.index), stacklevel=5)
         shadow = step.graphs.step.shadow
         ops.refresh_shadow(self.state.sae.W_enc, shadow)  # a scale may have become too large
-        if flag & bits.SHORT and self.floors is not None:
-            if self.floors.least > 0:
+        again = step.graphs.step
+        if flag & (bits.SHORT | bits.OVERFLOW) and self.floors is not None and again.sure_of != step.index:
+            if flag & bits.SHORT and self.floors.least > 0:
                 self.floors.lower()
-            self._by_ops(step, shadow)
+            again.make_sure(step.index, step.x)
             self.dense = True
         elif flag & bits.DEAD:
             self._by_ops(step, shadow)
@@ -298,11 +299,7 @@ class DeviceSteps:
     def _by_ops(self, step: DeviceResult, shadow: ops.Shadow) -> None:
         """Takes the first step under way with the host in between, which goes the dense way or says what is not finite."""
         rows = step.x.to(self.state.sae.W_enc.dtype)
-        sae = self.state.sae
-        x_c, bias = sae.centred(rows).detach(), sae.encoder_bias.detach().clone()
         result = update(self.state, rows, step.index, step.rates, shadow)
-        if self.floors is not None:
-            self.floors.restart(result.code, bias, x_c)
         numbers = *result.losses.tolist(), result.fired, result.code.nnz, result.dead or 0, 0
         self._happened(step, Report(numbers, rows.shape[0], by_ops=True))
 

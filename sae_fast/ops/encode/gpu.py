@@ -89,7 +89,7 @@ def largest_code(
     layer, parts = _with_shadow(layer), []
     floors: list[Floor] = [
         lambda rows: floor_of_sample(rows, layer, k, whole),
-        lambda rows: _reached(rows, layer, k, whole, exact),
+        lambda rows: sure_floor(rows, layer, k, whole, exact),
         lambda rows: rows.new_zeros(rows.shape[0], dtype=torch.float32),
     ]
     first = 0
@@ -145,7 +145,7 @@ def _nth(pi: Tensor, n: int) -> Tensor:
     return pi.topk(n, sorted=False).values.amin(-1) if n <= pi.shape[-1] else pi.new_zeros(pi.shape[:-1])
 
 
-def _reached(x: Tensor, layer: Layer, k: int, whole: bool, exact: bool) -> Tensor:
+def sure_floor(x: Tensor, layer: Layer, k: int, whole: bool, exact: bool) -> Tensor:
     """[B] float32: a floor that k entries of each row reach, or, if ``whole``, k · B of all: by torch's product, less all
     by which the dots that decide may differ from it."""
     W, bias = layer.W.float(), layer.bias.float()
