@@ -21,6 +21,7 @@ from sae_fast.analysis.store import _sorting, writer
 from sae_fast.data.activations import VERSION, ActivationStore
 from sae_fast.extras import MissingExtra
 from sae_fast.nn.identity import fingerprint
+from sae_fast.nn.normalize import ConstantNorm, LayerNorm
 
 pytest.importorskip("pyarrow")
 duckdb = pytest.importorskip("duckdb")
@@ -355,7 +356,7 @@ def test_a_folder_whose_name_duckdb_would_read_as_a_pattern(tmp_path, dense, nam
 # ---- Which SAE ------------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_of_the_weights_alone():
+def test_the_fingerprint_is_of_the_weights_and_of_what_is_done_before_and_after_them():
     assert fingerprint(gated()) == fingerprint(gated())
     assert len(fingerprint(gated())) == 16 and int(fingerprint(gated()), 16) >= 0
     others = [gated(seed=1), gated(dtype=torch.bfloat16), sf.ReluSAE(D, F, seed=0), gated().to_jumprelu()]
@@ -365,6 +366,14 @@ def test_the_fingerprint_is_of_the_weights_alone():
         one_bit.b_dec[3] += 1e-7
     assert fingerprint(one_bit) != fingerprint(gated())
     assert fingerprint(sf.ReluSAE(1, 1, seed=0)) != fingerprint(sf.TopKSAE(1, 1, k=1, seed=0))
+    norms = [None, LayerNorm(), LayerNorm(eps=0.1), ConstantNorm(), LayerNorm(undo=False)]
+    options = [*({"normalize": norm} for norm in norms), {"largest": "any"}, {"largest": "abs"}]
+    assert len({fingerprint(sf.TopKSAE(D, F, k=3, seed=0, **option)) for option in options}) == len(options)
+    flat = sf.ReluSAE(1, 1, seed=0)
+    with torch.no_grad():
+        for p in flat.parameters():
+            p.fill_(1)
+    assert fingerprint(flat) == "a8171e018d1ac54e", "stores that were written before are still this SAE's"
 
 
 def test_a_saved_sae_is_still_the_stores(store, tmp_path):
