@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOM = ".sae_fast-{}.tmp"
+TURNED = 64  # rows of a matrix that are read before they are turned
 LFS = b"version https://git-lfs.github.com/spec/"
 Writer = Callable[[Path], None]  # writes a file to the path that it is given
 
@@ -243,21 +244,32 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors in a file, in memory of their own: what is loaded outlives the file.  Errors as of :func:`read_json`."""
+def read_safetensors(file: Path, turned: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors in a file, in memory of their own: what is loaded outlives the file.  Of the matrices named in ``turned``
+    it is their transpose's memory.  Errors as of :func:`read_json`."""
     with _named(file), safe_open(file, "pt") as header, file.open("rb") as stream:  # which has checked it
         start = 8 + int.from_bytes(stream.read(8), "little")
         about = json.loads(stream.read(start - 8))
         found = {}
         for name in sorted(header.keys()):
-            empty = torch.empty_like(header.get_tensor(name), memory_format=torch.contiguous_format)
-            found[name] = _read_into(stream, start + about[name]["data_offsets"][0], empty)
+            like = header.get_tensor(name)
+            stream.seek(start + about[name]["data_offsets"][0])
+            found[name] = (_read_turned if name in turned and like.dim() == 2 else _read_like)(stream, like)
         return found
 
 
-def _read_into(stream: BinaryIO, at: int, tensor: Tensor) -> Tensor:
-    """The tensor, filled from there; a map of the file would stand beside it in memory."""
-    stream.seek(at)
+def _read_turned(stream: BinaryIO, like: Tensor) -> Tensor:
+    """The matrix that comes next, turned a few rows at a time."""
+    transpose = like.new_empty(like.shape[::-1])
+    for first in range(0, like.shape[0], TURNED):
+        rows = like[first : first + TURNED]
+        transpose[:, first : first + TURNED] = _read_like(stream, rows).T
+    return transpose.T
+
+
+def _read_like(stream: BinaryIO, like: Tensor) -> Tensor:
+    """The numbers that come next, of that shape and dtype; a map of the file would stand beside them in memory."""
+    tensor = torch.empty_like(like, memory_format=torch.contiguous_format)
     numbers = tensor.reshape(-1).view(torch.uint8).numpy()
     if stream.readinto(numbers) != numbers.size:  # type: ignore[attr-defined]
         raise SafetensorError("it ends before its tensors do")

@@ -58,9 +58,9 @@ class Tensors:
             raise ValueError(f"{self.file}: unknown tensors {sorted(self._left)}: nothing is known to hold them")
 
 
-def read_safetensors(file: Path) -> Tensors:
-    """The tensors of a safetensors file.  Errors as of :func:`sae_fast.files.read_safetensors`."""
-    return Tensors(file, files.read_safetensors(file))
+def read_safetensors(file: Path, *turned: str) -> Tensors:
+    """The tensors of a safetensors file; ``turned`` and errors as of :func:`sae_fast.files.read_safetensors`."""
+    return Tensors(file, files.read_safetensors(file, turned))
 
 
 def read_npz(file: Path) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers import randn, same_bits
 from safetensors.torch import save_file
@@ -40,6 +41,29 @@ def test_tensors_of_a_file_are_in_memory_of_their_own(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"")
     assert found.keys() == wanted.keys()
     assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in wanted.items())
+
+
+@pytest.mark.parametrize("shape", [(2 * files.TURNED + 3, 5), (5, 7), (0, 4), (4, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_turned_matrix_has_the_memory_of_its_transpose(tmp_path, shape, dtype):
+    wanted = {"before": randn(3), "matrix": randn(*shape).to(dtype), "vector": randn(6), "weight": randn(4, 2)}
+    save_file(wanted, tmp_path / "x.safetensors")
+    found = files.read_safetensors(tmp_path / "x.safetensors", ("matrix", "vector", "absent"))
+    assert found.keys() == wanted.keys()
+    assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in wanted.items())
+    assert found["matrix"].T.is_contiguous() and found["weight"].is_contiguous()
+
+
+def test_an_encoder_that_a_file_has_as_columns_is_not_copied(tmp_path, monkeypatch):
+    sae = sf.JumpReluSAE(6, 9, seed=0)
+    sf.interop.save(sae, tmp_path / "sae", "saelens")
+    of_file, read = {}, files.read_safetensors
+    monkeypatch.setattr(files, "read_safetensors", lambda *given: of_file.update(read(*given)) or of_file)
+    loaded = sf.load(tmp_path / "sae")
+    assert same_bits(loaded.W_enc, sae.W_enc)
+    assert {name: of_file[name].data_ptr() for name in ("W_enc", "W_dec")} == {
+        name: loaded.get_parameter(name).data_ptr() for name in ("W_enc", "W_dec")
+    }
 
 
 def test_what_is_not_finite_is_counted_where_sums_overflow_too():

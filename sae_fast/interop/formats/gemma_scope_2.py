@@ -50,7 +50,7 @@ def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
 
 def read(path: Path) -> Loaded:
     weights = the_weights(path, FILES)
-    file, tensors = weights.parent / CONFIG, read_safetensors(weights)
+    file, tensors = weights.parent / CONFIG, read_safetensors(weights, "w_enc", SKIP)
     config = read_json(file) if file.is_file() else {}
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise ValueError(f"{file}: architecture: got {config['architecture']!r}, want 'jump_relu'")

@@ -43,7 +43,7 @@ def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
 def read(path: Path, recipe: str | None = None) -> Loaded:
     weights = the_weights(path, FILES)
     first, file = weights.parent.name == "checkpoints", _config(weights)
-    config, tensors = read_json(file), read_safetensors(weights)
+    config, tensors = read_json(file), read_safetensors(weights, "decoder.weight")
     if recipe not in (*RECIPES, None):
         raise ValueError(f"recipe: got {recipe!r}, want one of {RECIPES}")
     b_enc, b_dec = biases(tensors, "encoder.bias", "decoder.bias")

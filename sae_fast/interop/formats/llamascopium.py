@@ -42,7 +42,7 @@ def read(path: Path) -> Loaded:
     for name, only in (("sae_type", "sae"), ("use_glu_encoder", False)):
         if config.get(name, only) != only:
             raise ValueError(f"{file}: {name}: got {config[name]!r}, want {only!r}: no layer here holds it")
-    tensors = read_safetensors(weights) if weights.suffix == ".safetensors" else Tensors(
+    tensors = read_safetensors(weights, "W_E") if weights.suffix == ".safetensors" else Tensors(
         weights, mapping(read_state_dict(weights).get("sae"))
     )  # fmt: skip
     norms = _openmoss.norm_of(config) | _openmoss.take_norms(tensors)

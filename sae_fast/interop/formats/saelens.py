@@ -71,7 +71,7 @@ def holds(shapes: Mapping[str, tuple[int, ...]], file: Path) -> bool:
 
 
 def read(path: Path) -> Loaded:
-    file, tensors = path / CONFIG, read_safetensors(path / WEIGHTS)
+    file, tensors = path / CONFIG, read_safetensors(path / WEIGHTS, "W_enc")
     stored = read_json(file)
     config = _of_version_6(stored, file)
     said = key(config, file, str, "architecture") if "architecture" in config else "standard"
