@@ -139,7 +139,7 @@ void screen_w(const args::screen_w& a) {
       always_candidate(s, row, tail);
       return;
     }
-    ::memcpy(row, a.rounded + i * s.d, s.d * sizeof(uint16_t));
+    if (a.rounded != nullptr) ::memcpy(row, a.rounded + i * s.d, s.d * sizeof(uint16_t));
     double outlier2 = 0;
     for (int64_t o = 0; o < s.m; ++o) {
       row[s.d + o] = row[s.outliers[o]];

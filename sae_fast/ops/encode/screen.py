@@ -74,8 +74,11 @@ class Operands:
     def weights(self, first: int, last: int, out: Tensor) -> Tensor:
         """Rows [last − first, K] of W's operand, in the memory of ``out``."""
         W = self.W[first:last]
-        rows, norms = round_rows(W, W.shape[1]) if self.shadow is None else (part[first:last] for part in self.shadow)
         out = out[: last - first]
+        if self.shadow is None:
+            rows, norms = None, round_rows(W, out.shape[1], out)[1]
+        else:
+            rows, norms = (part[first:last] for part in self.shadow)
         cut = None if self.cut is None else self.cut[first:last]
         _C.screen_w(
             screen=self.screen, rounded=rows, W=W, n=last - first, norms=norms, bias=self.bias[first:last], cut=cut,
@@ -103,10 +106,11 @@ def outlier_columns(x: Tensor, rounded: Tensor) -> Tensor:
     return top.indices[top.values > FAR_MORE * energy.median()].sort().values
 
 
-def round_rows(A: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Rows of A [n, d] float32 as bfloat16 [n, K], zeros in the columns past d, and their norms, as a Shadow has them."""
+def round_rows(A: Tensor, K: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of A [n, d] float32 as bfloat16 [n, K], zeros in the columns past d, and their norms, as a Shadow has them; the
+    rows in the memory of ``out``, if given."""
     n, d = A.shape
-    rows, norms = A.new_empty(n, K, dtype=torch.bfloat16), A.new_empty(n, 2, dtype=torch.float64)
+    rows, norms = A.new_empty(n, K, dtype=torch.bfloat16) if out is None else out, A.new_empty(n, 2, dtype=torch.float64)
     _C.round_rows(A=A, n=n, d=d, K=K, out=rows, norms=norms, threads=threads())
     return rows, norms
 
