@@ -129,6 +129,10 @@ class DeviceSteps:
     def _sees(self) -> tuple:
         state, sae, states = self.state, self.state.sae, self.state.optimizer.state
         seen = [state.settings, state.objective, sae.precision, sae.options(), backend.forced[-1:], id(state.kept.shadow)]
+        if backend.forced[-1:] == ["cuda"]:
+            from sae_fast.kernels import native
+
+            seen.append(id(native.module))
         seen += [t.data_ptr() for t in (*sae.buffers(), state.since_fired) if t is not None]
         seen.append(self.capacity)
         for group in state.optimizer.param_groups:
