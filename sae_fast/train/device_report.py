@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-REPORT = ("reconstruction", "sparsity", "auxiliary", "fired", "candidates", "dead", "flag")
+REPORT = ("reconstruction", "sparsity", "auxiliary", "squared", "fired", "candidates", "dead", "flag")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Report:
 
     @property
     def squared_error(self) -> float:
-        return float(self.losses[0])
+        return self.of("squared")
 
     @property
     def l0(self) -> float:

@@ -35,7 +35,7 @@ from sae_fast.train.device_floors import Floors
 from sae_fast.train.device_report import REPORT
 from sae_fast.train.state import TrainState
 
-GIVEN = Struct("=q11f")  # to a step: its number from 1, the penalty's coefficient, Floors.margin and Adam's constants
+GIVEN = "={}q11f"  # a step's number from 1, its prefixes' ends, the penalty's coefficient, Floors.margin, Adam's constants
 
 
 class DeviceKernels:
@@ -88,24 +88,36 @@ class DeviceStep:
     def __init__(self, state: TrainState, shadow: Shadow, capacity: int, ahead: int, floors: Floors | None = None):
         self.state, self.sae, self.shadow, self.capacity = state, state.sae, shadow, capacity
         self.settings, self.objective, device = state.settings, state.objective, state.sae.W_enc.device
-        self._given = torch.zeros(GIVEN.size, dtype=torch.uint8, device=device)
-        floats = self._given[8:].view(torch.float32)
-        self.adam = Constants(floats[2:], self._given[:8].view(torch.int64)[0])
+        self.ones, self.none = torch.ones(capacity, device=device), torch.zeros((), dtype=torch.float64, device=device)
+        ints = 1 + len(self._ends(0))
+        self._layout = Struct(GIVEN.format(ints))
+        self._given = torch.zeros(self._layout.size, dtype=torch.uint8, device=device)
+        step, floats = self._given[: 8 * ints].view(torch.int64), self._given[8 * ints :].view(torch.float32)
+        prefixes, self.prefixes = self.objective.prefixes, None
+        if prefixes is not None:
+            self.prefixes = Ends(step[1:], prefixes.costs(self.ones))
+        self.adam = Constants(floats[2:], step[0])
         self.l1, self.margin, self.floors = floats[0], floats[1], floors
         self.sure: Tensor | None = None  # floors [B]
         self.sure_of = -1  # the step that they are of
-        on_host = [torch.zeros(GIVEN.size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(ahead)]
+        pin, size = device.type == "cuda", self._layout.size
+        on_host = [torch.zeros(size, dtype=torch.uint8, pin_memory=pin) for _ in range(ahead)]
         self._on_host = [(t, t.numpy().data) for t in on_host]
         self.flag = torch.zeros((), dtype=torch.int32, device=device)
         self.report = torch.zeros(len(REPORT), dtype=torch.float64, device=device)
-        self.ones, self.none = torch.ones(capacity, device=device), torch.zeros((), dtype=torch.float64, device=device)
 
     def set(self, step: int, lr: float, l1: float) -> None:
         """Sets the constants of the next run, by one copy; ``step`` counts from 1."""
         given, memory = self._on_host[step % len(self._on_host)]
         margin = 0.0 if self.floors is None or self.sure_of == step - 1 else self.floors.margin
-        GIVEN.pack_into(memory, 0, step, l1, margin, *adam_constants(step, lr, *self.settings.betas, self.settings.eps))
+        adam = adam_constants(step, lr, *self.settings.betas, self.settings.eps)
+        self._layout.pack_into(memory, 0, step, *self._ends(step - 1), l1, margin, *adam)
         self._given.copy_(given, non_blocking=True)
+
+    def _ends(self, index: int) -> tuple[int, ...]:
+        """Those of the prefixes of step ``index``, from 0."""
+        prefixes, features = self.objective.prefixes, self.sae.d_sae
+        return () if prefixes is None else prefixes.drawn(features, index).ends(features)
 
     @torch.no_grad()
     @without_autocast()
@@ -130,7 +142,8 @@ class DeviceStep:
         screened = candidates(x, layer, exact, shift, None if x_c is x else x_c, self.flag, floor)
         found = members(x_c, layer, screened, self.capacity, self.flag, exact, which)
         code = self._active(found)
-        kernels, decoder = DeviceKernels(self.ones, sae.d_sae), Decoder(sae.W_dec, sae.b_dec, shift is not None)
+        kernels = DeviceKernels(self.ones, sae.d_sae, self.prefixes)
+        decoder = Decoder(sae.W_dec, sae.b_dec, shift is not None)
         objective = self.objective.now(self.l1, 0, sae.d_sae)
         step = gradients.of_step(code, x_c, x, layer, decoder, objective, kernels)
         check_finite(step.losses, screened.norms, step.by_name, self.flag)
@@ -144,7 +157,8 @@ class DeviceStep:
             self.floors.follow(found, x_c, self.flag)
         dead = follow(self.state, code, since, self.adam.step, self.flag)
         fired = (code.values[0] != 0).sum()  # the gaps hold zeros
-        counts = fired, screened.end[-1], self.none if dead is None else dead, self.flag
+        squared = step.losses[0] if self.prefixes is None else step.residual.pow(2).sum(1, dtype=torch.float64).mean()
+        counts = squared, fired, screened.end[-1], self.none if dead is None else dead, self.flag
         self.report.copy_(torch.stack([*step.losses.double(), *(count.double() for count in counts)]))
 
     def _largest(self, x: Tensor, shift: Tensor | None) -> Largest | None:

@@ -91,9 +91,7 @@ class DeviceSteps:
 
     def refuses(self) -> str | None:
         settings, optimizer, sae = self.state.settings, self.state.optimizer, self.state.sae
-        W, objective, (beta1, _) = sae.W_enc, self.state.objective, settings.betas
-        if objective.prefixes is not None:
-            return f"it has no step of its own for {objective}"
+        W, (beta1, _) = sae.W_enc, settings.betas
         if isinstance(sae, nn.GroupedSAE) and not isinstance(sae.k, int):
             return f"k = {sae.k} is no whole number"
         if W.dtype != torch.float32:
@@ -304,7 +302,8 @@ class DeviceSteps:
         """Takes the first step under way with the host in between, which goes the dense way or says what is not finite."""
         rows = step.x.to(self.state.sae.W_enc.dtype)
         result = update(self.state, rows, step.index, step.rates, shadow)
-        numbers = *result.losses.tolist(), result.fired, result.code.nnz, result.dead or 0, 0
+        losses = *result.losses.tolist(), result.squared_error
+        numbers = *losses, result.fired, result.code.nnz, result.dead or 0, 0
         self._happened(step, Report(numbers, rows.shape[0], by_ops=True))
 
     @staticmethod

@@ -30,6 +30,18 @@ def test_a_step_is_so_many_launches():
     assert (len(found.kernels), len(found.torch)) <= (22, 22), (found.kernels, found.torch)
 
 
+def test_random_prefixes_are_so_many_launches_more():
+    """And the host waits for none: this device has no numbers to wait for."""
+    B, d, F = SMALL
+    x, plain = torch.empty(B, d, device="meta"), sf.objectives.L1(1.0)
+    one, several = (
+        cost(sf.ReluSAE(d, F, device="meta"), x, 128 * B, objective=objective)
+        for objective in (plain, sf.objectives.Matryoshka(plain, random=5))
+    )
+    assert several.kernels == [name.replace("_residuals", "_prefix_residuals") for name in one.kernels]
+    assert len(several.torch) - len(one.torch) <= 12, several.torch
+
+
 @pytest.fixture
 def replayed(monkeypatch):
     """A trainer whose next steps are replays on a device that does nothing, and a batch."""

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import sae_fast as sf
 from sae_fast import use_backend
-from sae_fast.objectives import L0, L1, AuxK, Gated, Objective, TopK
+from sae_fast.objectives import L0, L1, AuxK, Gated, Matryoshka, Objective, TopK
 
 pytest.importorskip("triton")
 
@@ -33,6 +33,15 @@ KINDS = {
     "p": (sf.GatedSAE, Gated(0.3, p=0.7), {}, {}),
     "p rooted": (sf.ReluSAE, L1(0.3, p=0.5, rooted=True), {}, MOMENTUM),
     "norms, b_dec not subtracted": (sf.ReluSAE, L1(0.3, decoder_norms=True), {"apply_b_dec_to_input": False}, {}),
+    "prefixes": (
+        sf.BatchTopKSAE,
+        Matryoshka(TopK(threshold_start=1, threshold_beta=0.5), group_sizes=(5, 15)),
+        {"k": 3},
+        MOMENTUM,
+    ),
+    "random prefixes": (sf.TopKSAE, Matryoshka(random=3, weights=(1, 0.5, 2)), {"k": 3}, MOMENTUM),
+    "prefixes of L1": (sf.ReluSAE, Matryoshka(random=2, over=L1(0.3)), {}, MOMENTUM),
+    "prefixes of gates": (sf.GatedSAE, Matryoshka(fractions=(0.3, 0.7), over=Gated(0.3)), {}, {}),
     "aux": (sf.TopKSAE, TopK(aux=AuxK()), {"k": 3}, dict(MOMENTUM, dead_after=3 * B + 2)),
 }
 
@@ -107,11 +116,12 @@ def test_every_kind_trains_as_close_to_float64_as_on_the_cpu_engine(kind, recove
     for log, want in zip(logs, told, strict=True):
         assert (log.l0, log.dead, log.step) == (want.l0, want.dead, want.step)
         assert log.losses.tolist() == pytest.approx(want.losses.tolist(), rel=1e-5, abs=1e-6)
+        assert log.squared_error == pytest.approx(want.squared_error, rel=1e-5)
     assert torch.equal(trainer.state.since_fired.cpu(), engine.state.since_fired)
 
 
 @pytest.mark.slow(but=1)
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "l0"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "l0", "random prefixes"])
 def test_a_step_of_a_kind_that_found_too_little_room_leaves_nothing_behind(kind, recoveries):
     """Neither thresholds, nor counts, nor floors."""
     data = batches(6)
