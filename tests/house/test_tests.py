@@ -6,6 +6,7 @@ import ast
 import threading
 from pathlib import Path
 
+import mutants
 import pytest
 import torch
 from helpers import randn, random_code
@@ -40,6 +41,13 @@ def test_every_test_is_in_a_room_under_a_name_of_its_own():
     tests = [file for file in FILES if file.name.startswith("test_")]
     assert all(len(file.relative_to(TESTS).parts) == 2 for file in tests)
     assert len({file.name for file in tests}) == len(tests)
+
+
+def test_every_planted_fault_has_its_place():
+    """What moves takes its faults along (tests/mutants.py)."""
+    faults = [mutant for group in mutants.GROUPS.values() for mutant in group]
+    lost = [it.name for it in faults if (TESTS.parent / it.file).read_text("utf-8").count(it.old) != 1]
+    assert len(faults) > 200 and not lost
 
 
 # Besides wait_until: how long a write takes, which is killed in its midst; a page's goal, ten times over; what took long; a
