@@ -83,3 +83,20 @@ def test_every_loader_of_saelens_list_is_a_format_here_or_refused():
     assert {sae.release for sae in saes if sae.format is None} == {
         sae.release for sae in saes if "clt" in sae.release or "temporal" in sae.release.lower()
     }
+
+
+def test_gemma_scope_goes_through_saelens_and_back(tmp_path):
+    """Ours, saved in SAELens' format, loaded and saved by SAELens, and ours again: the same SAE to the bit."""
+    mine, x = sf.load(PUBLISHED["gemma scope"].write(tmp_path)), inputs()
+    sf.interop.save(mine, tmp_path / "ours", "saelens")
+    theirs = SAE.load_from_disk(tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(theirs.encode(x) != 0, mine.encode(x) != 0)
+    theirs.save_model(tmp_path / "theirs")
+    back = sf.load(tmp_path / "theirs")
+    assert type(back) is type(mine) and back.options() == mine.options()
+    for (name, a), (other, b) in zip(mine.state_dict().items(), back.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b), name
+    assert {key: back.metadata.get(key) for key in ("model_name", "hook_name")} == {
+        key: mine.metadata.get(key) for key in ("model_name", "hook_name")
+    }
