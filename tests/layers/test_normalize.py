@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 from helpers import assert_close_2x, assert_repeats, randn, same_bits
+from problems.layers import KINDS, unlike
 from torch import Tensor
 
 import sae_fast as sf
 from sae_fast.nn import normalize
 from sae_fast.nn.normalize import ConstantNorm, LayerNorm, Scale
 
-KINDS = [sf.GatedSAE, sf.ReluSAE, sf.JumpReluSAE, sf.TopKSAE, sf.BatchTopKSAE]
 MAPS = [LayerNorm(), LayerNorm(eps=0.1), ConstantNorm(), Scale(by=3.0), Scale(by=3.0, out=0.5)]
 D, F, BATCH = 19, 130, 60
 kinds = pytest.mark.parametrize("cls", KINDS)
@@ -21,14 +21,7 @@ maps = pytest.mark.parametrize("how", [*MAPS, LayerNorm(undo=False)], ids=str)
 
 
 def make(cls, how, dtype: torch.dtype = torch.float32, **options):
-    k = {"k": 9} if issubclass(cls, (sf.TopKSAE, sf.BatchTopKSAE)) else {}
-    sae = cls(D, F, **k, normalize=how, dtype=dtype, seed=0, **options)
-    with torch.no_grad():
-        for i, (name, p) in enumerate(sae.named_parameters()):
-            p.add_(randn(*p.shape, seed=i) * (0.2 if p.dim() == 1 else 0.1))
-            if name in ("b_gate", "b_enc", "b_mag"):
-                p.sub_(1.2)
-    return sae
+    return unlike(cls, D, F, normalize=how, dtype=dtype, **options)
 
 
 def batch(dtype: torch.dtype = torch.float32) -> Tensor:

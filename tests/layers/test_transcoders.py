@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close_2x, assert_repeats, randn, same_bits
+from problems.layers import KINDS, unlike
 from torch import Tensor
 
 import sae_fast as sf
 from sae_fast.nn.scale import scale_input_
 
-KINDS = [sf.GatedSAE, sf.ReluSAE, sf.JumpReluSAE, sf.TopKSAE, sf.BatchTopKSAE]
 D, F, BATCH = 19, 130, 60
 kinds = pytest.mark.parametrize("cls", KINDS)
 widths = pytest.mark.parametrize("d_out", [7, D, 40])
@@ -18,15 +18,7 @@ skips = pytest.mark.parametrize("skip", [False, True])
 
 
 def make(cls, d_out: int | None = D, skip: bool = True, dtype: torch.dtype = torch.float32, **options):
-    """A layer with no two parameters alike."""
-    k = {"k": 9} if issubclass(cls, (sf.TopKSAE, sf.BatchTopKSAE)) else {}
-    sae = cls(D, F, **k, d_out=d_out, skip=skip, dtype=dtype, seed=0, **options)
-    with torch.no_grad():
-        for i, (name, p) in enumerate(sae.named_parameters()):
-            p.add_(randn(*p.shape, seed=i) * (0.2 if p.dim() == 1 else 0.1))
-            if name in ("b_gate", "b_enc", "b_mag"):
-                p.sub_(1.2)
-    return sae
+    return unlike(cls, D, F, d_out=d_out, skip=skip, dtype=dtype, **options)
 
 
 def whole(sae, f: Tensor, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional
 import sae_fast as sf
 from problems.trainer import PlainTrainer
 from sae_fast import use_backend
+from sae_fast.train import device_steps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, D, F, STEPS = 5, 6, 20, 6
@@ -79,3 +80,16 @@ def assert_within_the_spread(sae, data: list[Tensor], start, logs=None, grad_cli
         got = (log.loss, log.reconstruction, log.sparsity, log.auxiliary)
         assert got == pytest.approx([float(t) for t in wanted], rel=1e-5, abs=1e-7)
     return [norm for _, norm in losses]
+
+
+def recoveries_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(step, flag) of every step that had not happened when the host asked."""
+    seen: list[tuple[int, int]] = []
+    recover = device_steps.DeviceSteps._recover
+
+    def spy(self, step, flag, candidates):
+        seen.append((step.index, flag))
+        return recover(self, step, flag, candidates)
+
+    monkeypatch.setattr(device_steps.DeviceSteps, "_recover", spy)
+    return seen

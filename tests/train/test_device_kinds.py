@@ -13,10 +13,9 @@ from sae_fast.objectives import L0, L1, AuxK, Gated, Matryoshka, Objective, TopK
 
 pytest.importorskip("triton")
 
-from problems.device_runner import DEVICE, D, F, batches
+from problems.device_runner import DEVICE, D, F, batches, recoveries_seen
 
 from sae_fast.kernels.flag import DEAD, OVERFLOW, SHORT
-from sae_fast.train import device_steps
 from sae_fast.train.device_floors import Floors
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of Triton's interpreter
@@ -83,15 +82,7 @@ def one_thread():
 
 @pytest.fixture
 def recoveries(monkeypatch):
-    """(step, flag) of every step that had not happened when the host asked."""
-    seen, recover = [], device_steps.DeviceSteps._recover
-
-    def spy(self, step, flag, candidates):
-        seen.append((step.index, flag))
-        return recover(self, step, flag, candidates)
-
-    monkeypatch.setattr(device_steps.DeviceSteps, "_recover", spy)
-    return seen
+    return recoveries_seen(monkeypatch)
 
 
 @pytest.mark.slow(but=3)

@@ -27,7 +27,18 @@ from sae_fast.ops import crossovers, dispatch
 
 pytest.importorskip("triton")
 
-from problems.device_runner import DEVICE, FIELDS, STEPS, D, F, assert_within_the_spread, batches, fields, make
+from problems.device_runner import (
+    DEVICE,
+    FIELDS,
+    STEPS,
+    D,
+    F,
+    assert_within_the_spread,
+    batches,
+    fields,
+    make,
+    recoveries_seen,
+)
 
 from sae_fast.kernels import _config
 from sae_fast.kernels.flag import NOT_FINITE, NOT_FINITE_LOSS, OVERFLOW, STALE
@@ -89,15 +100,7 @@ def told(loud: tuple[int, ...] = ()) -> SimpleNamespace:
 
 @pytest.fixture
 def recoveries(monkeypatch):
-    """(step, flag) of every step that had not happened when the host asked."""
-    seen, recover = [], device_steps.DeviceSteps._recover
-
-    def spy(self, step, flag, candidates):
-        seen.append((step.index, flag))
-        return recover(self, step, flag, candidates)
-
-    monkeypatch.setattr(device_steps.DeviceSteps, "_recover", spy)
-    return seen
+    return recoveries_seen(monkeypatch)
 
 
 def with_room_for(trainer: sf.Trainer, capacity: int) -> None:
